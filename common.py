@@ -1,0 +1,523 @@
+"""What the stages share: probability, layers, KL top-N selection, composition, and a short tail of run helpers.
+
+Shapes are written (B, N, C, H, W): batch, slots, channels, height, width; D is the size of one latent vector.
+Losses are negative ELBOs in nats per example. Positions are (y, x) in [-1, 1], the middle of the picture at (0, 0).
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from click.core import ParameterSource
+from torch import nn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- Probability
+
+
+def gaussian_kl(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of every element, in nats (Kingma & Welling 2013, appendix B)."""
+    return 0.5 * (mu.square() + logvar.exp() - logvar - 1)
+
+
+def reparameterize(mu, logvar, noise):
+    """A sample of N(mu, exp(logvar)) from standard normal `noise` of the same shape (Kingma & Welling 2013, 2.4)."""
+    return mu + (0.5 * logvar).exp() * noise
+
+
+def gaussian_log_likelihood(x, mean, sigma):
+    """log N(x; mean, sigma^2) summed over all but the first axis: (B, ...) -> (B,), in nats."""
+    log_density = -0.5 * ((x - mean) / sigma).square() - math.log(sigma) - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).sum(1)
+
+
+def bernoulli_log_likelihood(x, logits):
+    """log Bernoulli(x; sigmoid(logits)) summed over all but the first axis: (B, ...) -> (B,), in nats."""
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+
+
+def beta_at(progress, beta, beta_from, warmup):
+    """The KL weight at `progress` in [0, 1]: a half cosine from `beta_from` to `beta` over the first `warmup`.
+
+    The cosine leaves its start slowly: the layers take shape while the KL is nearly free, and the slots separate
+    while its price rises.
+    """
+    if progress >= warmup:
+        return beta
+    return beta_from + (beta - beta_from) * 0.5 * (1 - math.cos(math.pi * progress / warmup))
+
+
+# ---------------------------------------------------------------- Layers
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), 3x3; GroupNorm before each convolution where `norm` is set."""
+
+    def __init__(self, channels, norm=False):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def centres(n):
+    """The positions of n equal cells along one axis of [-1, 1]: (n,)."""
+    return (2 * torch.arange(n) + 1) / n - 1
+
+
+def position_grid(height, width):
+    """The (y, x) of every cell of a grid: (2, height, width)."""
+    return torch.stack(torch.meshgrid(centres(height), centres(width), indexing="ij"))
+
+
+def fourier_features(position, octaves=3):
+    """(..., 2, h, w) positions -> (..., 2 + 4 * octaves, h, w): themselves, and sines and cosines of rising frequency."""
+    waves = [f(math.pi * 2**k * position) for k in range(octaves) for f in (torch.sin, torch.cos)]
+    return torch.cat([position, *waves], dim=-3)
+
+
+class BroadcastDecoder(nn.Module):
+    """Spatial-broadcast decoder (Watters et al. 2019): one latent vector -> one feature map, every cell told where it is.
+
+    With `coords="relative"` a cell is told its offset from the slot's own cell, so that a slot is drawn the same
+    wherever it stands; with "absolute" it is told its place in the picture, and the latent must say where to draw.
+    """
+
+    def __init__(self, d, channels, grid, blocks, coords):
+        super().__init__()
+        self.coords = coords
+        self.register_buffer("grid", position_grid(*grid), persistent=False)
+        self.from_latent = nn.Linear(d, channels)
+        self.from_position = nn.Conv2d(fourier_features(self.grid).shape[0], channels, 1)
+        self.body = nn.Sequential(*[ResBlock(channels) for _ in range(blocks)])
+
+    def forward(self, z, cell):
+        """z (M, D), cell (M, 2) -> features (M, channels, h, w)."""
+        position = self.grid[None] - cell[:, :, None, None] if self.coords == "relative" else self.grid[None]
+        h = self.from_latent(z)[:, :, None, None] + self.from_position(fourier_features(position))
+        return self.body(h)
+
+
+# ---------------------------------------------------------------- KL top-N selection and composition
+
+
+def select_cells(kl_map, n, window):
+    """The `n` cells with the highest KL to the prior, in falling order (Nash et al. 2017, section 3).
+
+    One object lifts the KL of neighbouring cells too. A cell that is not the highest of the `window` x `window`
+    cells around it therefore ranks behind all cells that are; `window` = 1 selects by KL alone.
+
+    kl_map (B, H_l, W_l) in nats -> index (B, n) into the flattened map.
+    """
+    score = kl_map
+    if window > 1:
+        highest = F.max_pool2d(kl_map[:, None], window, stride=1, padding=window // 2)[:, 0]  # (B, H_l, W_l)
+        behind = kl_map - kl_map.amax((1, 2), keepdim=True) - 1
+        score = torch.where(kl_map >= highest, kl_map, behind)
+    return score.flatten(1).topk(n).indices
+
+
+def gather_cells(values, index):
+    """values (B, C, H_l, W_l), index (B, N) -> (B, N, C)."""
+    flat = values.flatten(2).transpose(1, 2)  # (B, H_l * W_l, C)
+    return flat.gather(1, index[:, :, None].expand(-1, -1, flat.shape[2]))
+
+
+OPS = ("sum", "max", "min", "mean", "alpha")
+
+
+def alpha_masks(layer):
+    """Softmax over the background, whose logit is 0, and the slots: (B, M, C + 1, h, w) -> (B, M + 1, 1, h, w).
+
+    The last channel of a layer is its mask logit; the background is component 0.
+    """
+    logits = layer[:, :, -1:]
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).softmax(dim=1)
+
+
+def compose(layer, background, op):
+    """Combine layers by an operator that learns nothing (Nash et al. 2017, section 3): -> (B, C, h, w).
+
+    layer (B, M, C, h, w), with op "alpha" (B, M, C + 1, h, w); background (B, C, h, w) takes part as one more layer,
+    and may be None with every op but "alpha".
+    """
+    if op == "alpha":
+        every = torch.cat([background[:, None], layer[:, :, :-1]], dim=1)
+        return (alpha_masks(layer) * every).sum(1)
+    every = layer if background is None else torch.cat([background[:, None], layer], dim=1)
+    if op == "sum":
+        return every.sum(1)
+    if op == "mean":
+        return every.mean(1)
+    if op == "max":
+        return every.amax(1)
+    if op == "min":
+        return every.amin(1)
+    raise ValueError(f"op {op!r} is none of {', '.join(OPS)}")
+
+
+# ---------------------------------------------------------------- Command line
+
+
+class PresetCommand(click.Command):
+    """A command whose defaults come from a data set's presets, or from the run being resumed.
+
+    Precedence: what is typed, then the `config.json` of `--resume`, then `PRESETS[--dataset]`, then the decorators.
+    The defaults are set before parsing, so that `--help` shows the values that will be used.
+    """
+
+    def __init__(self, *args, presets, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.presets = presets
+        unknown = {key for preset in presets.values() for key in preset} - {p.name for p in self.params}
+        if unknown:
+            raise ValueError(f"presets name options that do not exist: {', '.join(sorted(unknown))}")
+
+    def parse_args(self, ctx, args):
+        resume = self._peek(args, "--resume")
+        if resume is not None:
+            names = {p.name for p in self.params}
+            ctx.default_map = {k: v for k, v in load_config(resume)["options"].items() if k in names}
+        else:
+            dataset = self._peek(args, "--dataset") or next(p.default for p in self.params if p.name == "dataset")
+            ctx.default_map = dict(self.presets.get(dataset, {}))
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _peek(args, name):
+        """The value typed for an option, before the real parser runs."""
+        for i, arg in enumerate(args):
+            if arg == name and i + 1 < len(args):
+                return args[i + 1]
+            if arg.startswith(name + "="):
+                return arg.split("=", 1)[1]
+        return None
+
+
+def training_options(command):
+    """The options of every training script."""
+    options = [
+        click.option("--data-root", type=click.Path(path_type=Path), help="Folder of the data set on disk."),
+        click.option("--download", is_flag=True, help="Fetch the official data set into --data-root first."),
+        click.option("--steps", type=click.IntRange(1), help="Updates; given alone, the clock plays no part."),
+        click.option(
+            "--minutes", type=click.FloatRange(0, min_open=True), help="Time; with --steps, the first to end."
+        ),
+        click.option("--batch", type=click.IntRange(1), default=32, help="Examples a step in every process."),
+        click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3, help="Adam's peak learning rate."),
+        click.option("--beta", type=click.FloatRange(0), default=1.0, help="Final weight of the KL."),
+        click.option("--beta-from", type=click.FloatRange(0), default=0.0, help="Weight of the KL at the start."),
+        click.option("--warmup", type=click.FloatRange(0, 1), default=0.5, help="Share of the run that beta rises."),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+        click.option(
+            "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 on CUDA."
+        ),
+        click.option("--compile/--no-compile", "compile_model", default=False, help="torch.compile the model."),
+        click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one below runs/."),
+        click.option("--resume", type=click.Path(path_type=Path), help="Run folder to go on with."),
+        click.option("--dry-run", is_flag=True, help="Print the options that would be used, and stop."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def settle_run(context, options, resumable):
+    """Complete the run's options in place; raises click.UsageError where they contradict each other, or the run resumed.
+
+    --steps typed without --minutes turns the clock off: such a run is the same on every machine, bit for bit.
+    """
+    typed = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if "steps" in typed and "minutes" not in typed:
+        options["minutes"] = None
+    if not options["steps"] and not options["minutes"]:
+        raise click.UsageError("one of --steps and --minutes is needed")
+    if options["resume"]:
+        saved = load_config(options["resume"])["options"]
+        for name in sorted(typed - resumable):
+            if json.loads(json.dumps(options[name], default=str)) != saved[name]:
+                raise click.UsageError(
+                    f"--resume: the run has {name} = {saved[name]}, which cannot become {options[name]}"
+                )
+        if "out" in typed:
+            raise click.UsageError("--resume goes on in its own folder; leave --out out")
+    elif options["out"] and options["out"].exists() and (options["out"].is_file() or any(options["out"].iterdir())):
+        raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
+
+
+# ---------------------------------------------------------------- Running
+
+
+def random_generator(*key, device="cpu"):
+    """A generator seeded by its key, e.g. ("noise", seed, step).
+
+    All randomness of a run comes from such generators. A step's draws then depend on nothing but its number, so a
+    resumed run repeats them bit for bit, and K processes can each take their share of one global batch.
+    """
+    return torch.Generator(device=device).manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
+
+
+def pick_device(name, local_rank=0):
+    """The torch device for `--device`; raises click.UsageError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not available[name]():
+        raise click.UsageError(f"--device {name}: this machine (or this build of PyTorch) has none")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def autocast(device, precision):
+    """Mixed precision for the forward pass: bfloat16 with "bf16", and with "auto" on a CUDA device."""
+    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def start_distributed():
+    """Join the group `torchrun` started: (rank, number of processes, local rank); (0, 1, 0) outside one."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+
+
+def average_gradients(model):
+    """Average the gradients over all processes, in one message; these models are too small to hide more behind."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def agree(values, device):
+    """The largest of every process's `values`, so that all hold the same schedule and leave the loop together."""
+    if not dist.is_initialized():
+        return values
+    shared = torch.tensor([float(v) for v in values], dtype=torch.float64).to(device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within this context Ctrl-C and SIGTERM set `.received` instead of ending the process; a second one ends it."""
+
+    class Stop:
+        received = False
+
+    def handler(number, frame):
+        if Stop.received:
+            raise KeyboardInterrupt
+        Stop.received = True
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield Stop
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+class Clock:
+    """How far a run is: the larger share of its steps and its minutes, in [0, 1]; `elapsed` counts seconds."""
+
+    def __init__(self, steps, minutes, elapsed=0.0):
+        self.steps, self.minutes = steps, minutes
+        self.started = time.monotonic() - elapsed
+
+    @property
+    def elapsed(self):
+        return time.monotonic() - self.started
+
+    def progress(self, step):
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = self.elapsed / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+
+class ProgressBar:
+    """A bar with share done, time left, rate and loss terms on a terminal; elsewhere a plain line every 30 seconds."""
+
+    def __init__(self, rank):
+        form = "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
+        self.plain = not sys.stderr.isatty()
+        self.quiet = rank > 0
+        self.bar = tqdm(total=1000, bar_format=form, disable=self.quiet or self.plain)
+        self.first = self.spoke = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def write(self, line):
+        if not self.quiet:
+            tqdm.write(line)
+
+    def advance(self, progress, step, values):
+        now = time.monotonic()
+        self.first = self.first or (now, step, progress)
+        if self.quiet or (self.plain and self.spoke and now - self.spoke < 30):
+            return
+        seconds, steps, share = (a - b for a, b in zip((now, step, progress), self.first, strict=True))
+        terms = [f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items()]
+        text = ", ".join([f"{steps / max(seconds, 1e-9):.1f} steps/s", *terms])
+        if self.plain:
+            left = f"{(1 - progress) * seconds / share / 60:.1f} min left, " if share > 0 else ""
+            tqdm.write(f"{progress:4.0%} step {step}: {left}{text}")
+            self.spoke = now
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(int(1000 * progress) - self.bar.n)
+
+
+def learning_rate_at(progress, step, lr):
+    """Linear rise over the first 100 steps, constant to half of the run, then a half cosine down to 5 %."""
+    decay = max(0.0, 2 * progress - 1)
+    return lr * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * decay)))
+
+
+# ---------------------------------------------------------------- Run folder
+
+
+def write_atomically(path, write):
+    """Call `write(temporary path)` and rename: whatever happens, `path` holds the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + "\n"))
+
+
+def load_config(folder):
+    """The `config.json` of a run folder; raises click.UsageError where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise click.UsageError(f"{folder} is no run folder: it holds no config.json")
+    try:
+        config = json.loads(path.read_text())
+        config["options"], config["script"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise click.UsageError(f"{path} is damaged or not written by a training script here") from error
+    return config
+
+
+def load_checkpoint(folder, device):
+    """The `checkpoint.pt` of a run folder; raises click.ClickException where it is missing, cut short or foreign."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise click.ClickException(f"{folder} holds no checkpoint.pt: the run stopped before its first one")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["model"], state["optimizer"], state["step"], state["elapsed"]
+    except Exception as error:  # torch.load raises many kinds on a damaged file
+        raise click.ClickException(f"{path} is damaged or was not written by a training script here") from error
+    return state
+
+
+def load_state(module, state, what):
+    """`module.load_state_dict(state)`; raises click.ClickException where the two do not fit."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise click.ClickException(f"{what} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def versions():
+    """What made a result: versions, commit, hardware."""
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    packages = ("torch", "torchvision", "numpy", "onnx", "onnxruntime")
+    return {
+        "commit": commit or "not a git checkout",
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+        "cpu_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def new_folder(name):
+    """runs/<name>, or runs/<name>-2, -3, ... where that exists."""
+    folder, k = Path("runs") / name, 1
+    while folder.exists():
+        k += 1
+        folder = Path("runs") / f"{name}-{k}"
+    return folder
+
+
+class Run:
+    """A run folder: config.json, checkpoint.pt, metrics.json, figures/*.png and TensorBoard events.
+
+    Only process 0 writes; the others carry the same object with `folder` None.
+    """
+
+    def __init__(self, folder, rank):
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
+
+        self.folder = folder if rank == 0 else None
+        self.writer = None
+        if self.folder:
+            try:
+                (folder / "figures").mkdir(parents=True, exist_ok=True)
+                self.writer = SummaryWriter(folder)
+            except OSError as error:
+                raise click.UsageError(f"--out {folder} cannot be written: {error.strerror}") from error
+
+    def write_config(self, config):
+        if self.folder:
+            write_json(self.folder / "config.json", config)
+
+    def scalars(self, values, step):
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def metrics(self, values):
+        if self.folder:
+            write_json(self.folder / "metrics.json", values)
+
+    def figure(self, name, image, step):
+        """`image`: a PIL picture; figures/<name>.png always holds the newest."""
+        if self.folder:
+            write_atomically(self.folder / "figures" / f"{name}.png", lambda p: image.save(p, format="PNG"))
+            self.writer.add_image(
+                name,
+                torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3),
+                step,
+                dataformats="HWC",
+            )
+
+    def save(self, state):
+        if self.folder:
+            write_atomically(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
+
+    def close(self):
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,233 @@
+"""A run folder -> ONNX and TorchScript graphs, each compared with the PyTorch model before it counts as written.
+
+    python export.py runs/mvae-clevr-alpha-N6-seed0              # writes runs/.../export/
+    python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript
+
+| graph    | inputs                                    | outputs                                                      |
+|----------|-------------------------------------------|--------------------------------------------------------------|
+| encoder  | image (B, 3, H, W) in [0, 1]              | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),             |
+|          |                                           | kl_map (B, H_l, W_l), background where the model has one     |
+| decoder  | z (B, N, D), cell (B, N, 2)               | layer (B, N, ...)                                            |
+| composer | layer (B, M, ...), background if there is | image (B, 3, H, W)                                           |
+
+B, N and M are free. A graph that differs from PyTorch by more than TOLERANCE, at sizes other than it was exported
+with, is reported, the exit code is 1, and an export folder written before is left as it was.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from common import load_checkpoint, load_config, load_state, random_generator, versions
+from train_mvae import MODEL_OPTIONS, MVAE
+
+OPSET = 18
+TOLERANCE = 1e-4
+EXPORTED_SIZES = {"batch": 2, "slots": 3}  # sizes the graphs are traced with; "slots" is N or M
+CHECKED_SIZES = ({"batch": 1, "slots": 1}, {"batch": 5, "slots": 7})
+
+# ---------------------------------------------------------------- Graphs
+
+
+class EncoderGraph(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.outputs = ["mu", "logvar", "cell", "kl", "kl_map"] + ["background"] * (model.background is not None)
+
+    def forward(self, image):
+        encoding = self.model.encode(image)
+        return tuple(getattr(encoding, name) for name in self.outputs)
+
+
+class DecoderGraph(nn.Module):
+    outputs = ("layer",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, z, cell):
+        return self.model.decode(z, cell)
+
+
+class ComposerGraph(nn.Module):
+    outputs = ("image",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, layer, background=None):
+        return self.model.compose(layer, background)
+
+
+def example_inputs(model, size, batch, slots, seed):
+    """Random inputs of every graph: {graph: {input: tensor}}. Pictures hold blobs, so that cells differ in KL."""
+    generator = random_generator("export", seed)
+    coarse = torch.rand(batch, 3, 8, 8, generator=generator)
+    image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    z = torch.randn(batch, slots, model.d, generator=generator)
+    cell = 2 * torch.rand(batch, slots, 2, generator=generator) - 1
+    composer = {"layer": model.decode(z, cell)}
+    if model.background is not None:
+        composer["background"] = model.encode(image).background.contiguous()
+    return {"encoder": {"image": image}, "decoder": {"z": z, "cell": cell}, "composer": composer}
+
+
+def free_axes(inputs):
+    """Which axes of the inputs stay free: the batch, and the slots of all but pictures and backgrounds."""
+    batch, slots = torch.export.Dim("batch"), torch.export.Dim("slots")
+    return {name: {0: batch} | ({1: slots} if name in ("z", "cell", "layer") else {}) for name in inputs}
+
+
+# ---------------------------------------------------------------- Writing and checking
+
+
+def write_onnx(graph, inputs, path, info):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple(free_axes(inputs).values()),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    program.model.metadata_props["model"] = json.dumps(info)
+    program.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def write_torchscript(graph, inputs, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated in PyTorch; here it is a promised artefact
+        torch.jit.trace(graph, tuple(inputs.values()), check_trace=False).save(path)
+
+
+def run_onnx(path, inputs):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+
+def run_torchscript(path, inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = torch.jit.load(path)(*inputs.values())
+    return [o.numpy() for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def largest_difference(graph, expected, actual):
+    """The largest absolute difference over all outputs; infinity where shapes, or the chosen cells, differ."""
+    worst = 0.0
+    for name, e, a in zip(graph.outputs, expected, actual, strict=True):
+        e = e.numpy()
+        if e.shape != a.shape or (name == "cell" and not np.array_equal(e, a)) or not np.isfinite(a).all():
+            return float("inf")
+        worst = max(worst, float(np.abs(e - a).max()))
+    return worst
+
+
+def check(name, graph, path, run, cases):
+    """Compare one written graph with the PyTorch one on all cases, say the verdict, return whether it agrees."""
+    worst = 0.0
+    for inputs in cases:
+        expected = graph(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        worst = max(worst, largest_difference(graph, expected, run(path, inputs)))
+    verdict = "agrees" if worst <= TOLERANCE else "DIFFERS"
+    click.echo(f"{path.name:14} {verdict}: largest difference {worst:.1e} over {len(cases)} other sizes")
+    return worst <= TOLERANCE
+
+
+# ---------------------------------------------------------------- Command line
+
+
+def load_model(folder):
+    """The model of a run folder in evaluation mode, and its config."""
+    config = load_config(folder)
+    if config["script"] != "train_mvae":
+        raise click.UsageError(f"{folder} was written by {config['script']}.py; expected a run of train_mvae.py")
+    model = MVAE(**{name: config["options"][name] for name in MODEL_OPTIONS})
+    load_state(model, load_checkpoint(folder, "cpu")["model"], f"{folder}/checkpoint.pt")
+    return model.eval(), config
+
+
+def describe(config, checkpoint_step):
+    """What a program needs to know of the model: model.json, and the metadata of every ONNX file."""
+    options = config["options"]
+    return {
+        "kind": "mvae-image",
+        "dataset": config["data"]["name"],
+        "data_source": config["data"]["source"],
+        "crop": config["data"]["crop"],
+        "size": options["size"],
+        "scaling": "colours / 255",
+        "N": options["n_slots"],
+        "D": options["d"],
+        "op": options["op"],
+        "compose": options["compose_at"],
+        "cells": options["cells"],
+        "background": options["background"],
+        "trained_by": config["command"],
+        "steps": checkpoint_step,
+        "versions": {"trained": config["versions"], "exported": versions()},
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), show_default="RUN_DIR/export", help="Folder to write.")
+@click.option("--torchscript/--no-torchscript", default=True, help="Write .pt files beside the .onnx files.")
+@torch.no_grad()
+def main(run_dir, out, torchscript):
+    """Export the model of RUN_DIR and compare every graph with it."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model, config = load_model(run_dir)
+    step = load_checkpoint(run_dir, "cpu")["step"]
+    info, out = describe(config, step), out or run_dir / "export"
+    size = config["options"]["size"]
+    examples = example_inputs(model, size, EXPORTED_SIZES["batch"], EXPORTED_SIZES["slots"], seed=0)
+    cases = [example_inputs(model, size, **sizes, seed=i + 1) for i, sizes in enumerate(CHECKED_SIZES)]
+
+    with tempfile.TemporaryDirectory() as temporary:
+        made, agreed = Path(temporary), True
+        for name, graph in (
+            ("encoder", EncoderGraph(model)),
+            ("decoder", DecoderGraph(model)),
+            ("composer", ComposerGraph(model)),
+        ):
+            inputs = [case[name] for case in cases]
+            write_onnx(graph, examples[name], made / f"{name}.onnx", info)
+            agreed &= check(name, graph, made / f"{name}.onnx", run_onnx, inputs)
+            if torchscript:
+                write_torchscript(graph, examples[name], made / f"{name}.pt")
+                agreed &= check(name, graph, made / f"{name}.pt", run_torchscript, inputs)
+        if not agreed:
+            raise click.ClickException(f"an exported graph differs by more than {TOLERANCE:g}; nothing was written")
+        (made / "model.json").write_text(json.dumps(info, indent=2) + "\n")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for file in sorted(made.iterdir()):
+                shutil.copyfile(file, out / file.name)
+        except OSError as error:
+            raise click.ClickException(f"--out {out} cannot be written: {error.strerror}") from error
+    click.echo(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Take pictures apart into slots and put slots of any number of them together, with onnxruntime alone.
+
+    python recompose.py a.png b.png                        # every slot of both, on the background of a.png
+    python recompose.py a.png b.png --slots 0,2            # slots 0 and 2 of each
+    python recompose.py a.png b.png --slots 0,2 --slots 1  # slots 0 and 2 of a.png, slot 1 of b.png
+
+Writes the recomposed picture (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked, every
+slot decoded alone, the recomposition. The models are folders that `export.py` wrote. PyTorch is not needed, nor
+imported: this file and a model folder can be taken elsewhere. The drawing functions serve the training scripts too.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+GRAPHS = ("encoder", "decoder", "composer")
+SHIPPED_MODEL = Path(__file__).parent / "models" / "clevr"
+
+# ---------------------------------------------------------------- Pictures
+
+
+def read_picture(path):
+    """Any still picture -> RGB. Raises click.UsageError for what is no picture, damaged, animated or not 8 or 16 bit."""
+    try:
+        with Image.open(path) as picture:
+            if getattr(picture, "n_frames", 1) > 1:
+                raise click.UsageError(
+                    f"{path}: an animated picture of {picture.n_frames} frames; expected a still one"
+                )
+            picture.load()
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which PIL's own conversion would clip to white
+                return Image.fromarray((np.asarray(picture, np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+            if picture.mode == "F":
+                raise click.UsageError(f"{path}: a floating-point picture; expected 8 or 16 bits a channel")
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise click.UsageError(f"{path}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise click.UsageError(f"{path}: not a picture (PNG, JPEG, ... expected)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise click.UsageError(f"{path}: damaged or unreadable picture ({error})") from error
+
+
+def square(picture, crop, where):
+    """The square of a picture that a model sees.
+
+    crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; a picture that is square already
+    is taken whole. crop "none": the picture must be square. Raises click.UsageError where no such square exists.
+    """
+    width, height = picture.size
+    if width == height:
+        return picture
+    if crop != "clevr":
+        raise click.UsageError(f"{where}: {width}x{height} pixels; this model takes square pictures")
+    left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
+    if top < 0 or top + side > height:
+        raise click.UsageError(
+            f"{where}: {width}x{height} pixels; CLEVR's crop needs a height of at least 0.64 of the width"
+        )
+    return picture.crop((round(left), round(top), round(left + side), round(top + side)))
+
+
+def load_picture(path, size, crop, nearest=False):
+    """A picture file -> uint8 (size, size, 3), cropped by `square`; `nearest` keeps the values, as masks need."""
+    picture = square(read_picture(path), crop, path)
+    return np.asarray(picture.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR))
+
+
+# ---------------------------------------------------------------- Drawing
+
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # inferno
+TILE, GAP, LINE = 128, 6, 18
+ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
+
+
+def to_uint8(picture):
+    """(3, H, W) in [0, 1] -> uint8 (H, W, 3); values outside are clipped."""
+    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def heat_map(values):
+    """(H, W) -> uint8 (H, W, 3), from 0 (black) to the largest value (light yellow)."""
+    place = np.clip(values / max(float(values.max()), 1e-9), 0, 1) * (len(HEAT) - 1)
+    channels = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def enlarge(picture):
+    """uint8 (H, W, 3) -> a PIL tile; pixels stay visible as squares."""
+    return Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
+
+
+def kl_tile(kl_map, cell, chosen):
+    """The KL map with the slots' numbers at their cells: kl_map (H_l, W_l), cell (N, 2) in [-1, 1], chosen: indices."""
+    tile = enlarge(heat_map(kl_map))
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(10)
+    for k, (y, x) in enumerate((cell + 1) / 2 * TILE):
+        box = (x - 7, y - 7, x + 7, y + 7)
+        draw.ellipse(box, fill=ACCENT if k in chosen else None, outline=PAPER)
+        draw.text((x, y), str(k), fill=PAPER, font=font, anchor="mm")
+    return tile
+
+
+def contact_sheet(rows):
+    """Rows of (tile, caption, framed) -> one PIL picture; a tile is a PIL picture or uint8 (H, W, 3)."""
+    width = max(map(len, rows)) * (TILE + GAP) + GAP
+    sheet = Image.new("RGB", (width, len(rows) * (TILE + LINE + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for r, row in enumerate(rows):
+        for c, (tile, caption, framed) in enumerate(row):
+            x, y = GAP + c * (TILE + GAP), GAP + r * (TILE + LINE + GAP)
+            draw.text((x, y + 1), caption, fill=ACCENT if framed else INK, font=font)
+            if framed:
+                draw.rectangle((x - 3, y + LINE - 3, x + TILE + 2, y + LINE + TILE + 2), outline=ACCENT, width=3)
+            sheet.paste(tile if isinstance(tile, Image.Image) else enlarge(tile), (x, y + LINE))
+    return sheet
+
+
+# ---------------------------------------------------------------- Model
+
+
+class Model:
+    """The exported graphs of one folder, run by onnxruntime; arrays in, dicts of named arrays out."""
+
+    def __init__(self, folder):
+        import onnxruntime  # here, so that `--help` and bad arguments answer at once
+
+        self.sessions = {}
+        for name in GRAPHS:
+            path = Path(folder) / f"{name}.onnx"
+            if not path.is_file():
+                raise click.UsageError(f"--model {folder}: no {name}.onnx; expected a folder that export.py wrote")
+            try:
+                self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime raises a kind of its own for every fault
+                raise click.UsageError(f"{path}: not a readable ONNX graph ({str(error).splitlines()[0]})") from error
+        try:
+            self.info = json.loads(self.sessions["encoder"].get_modelmeta().custom_metadata_map["model"])
+            self.size, self.crop, self.n_slots = self.info["size"], self.info["crop"], self.info["N"]
+        except (KeyError, ValueError) as error:
+            raise click.UsageError(f"--model {folder}: encoder.onnx was not written by export.py") from error
+        if self.info["kind"] != "mvae-image":
+            raise click.UsageError(f"--model {folder}: a model of kind {self.info['kind']!r}; expected 'mvae-image'")
+
+    def run(self, graph, **inputs):
+        session = self.sessions[graph]
+        values = session.run(None, inputs)
+        return {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
+
+    def encode(self, pictures):
+        """uint8 (B, H, W, 3) -> the encoder's outputs."""
+        return self.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+
+    def decode(self, z, cell):
+        """z (B, N, D), cell (B, N, 2) -> layer (B, N, ...)."""
+        return self.run("decoder", z=z, cell=cell)["layer"]
+
+    def compose(self, layer, background):
+        """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W)."""
+        inputs = {"layer": layer} if background is None else {"layer": layer, "background": background}
+        return self.run("composer", **inputs)["image"]
+
+
+# ---------------------------------------------------------------- Command line
+
+
+def parse_slots(context, parameter, values):
+    """("0,2", "1") -> [[0, 2], [1]]; raises click.BadParameter for what is no list of slot numbers."""
+    lists = []
+    for value in values:
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is no list of slot numbers such as 0,2") from error
+        if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+            raise click.BadParameter(f"{value!r}: slot numbers start at 0, and each is named once")
+        lists.append(numbers)
+    return lists
+
+
+def chosen_slots(lists, n_inputs, n_slots):
+    """The slots of every input, checked against the model: -> one list of numbers an input."""
+    if len(lists) > 1 and len(lists) != n_inputs:
+        raise click.UsageError(f"--slots is given {len(lists)} times for {n_inputs} inputs; give it once, or once each")
+    every = [list(range(n_slots))]
+    chosen = (lists or every) * (n_inputs if len(lists) <= 1 else 1)
+    highest = max(max(numbers) for numbers in chosen)
+    if highest >= n_slots:
+        raise click.UsageError(f"--slots names slot {highest}; this model has slots 0 to {n_slots - 1}")
+    return chosen
+
+
+def explain(model, pictures, names, encoded, layer, chosen, result):
+    """The figure: a row an input with its KL map and every slot alone, and the recomposition below."""
+    rows = []
+    for b, name in enumerate(names):
+        background = encoded["background"][b : b + 1] if "background" in encoded else None
+        row = [
+            (pictures[b], name, False),
+            (kl_tile(encoded["kl_map"][b], encoded["cell"][b], chosen[b]), "KL map", False),
+        ]
+        for k in range(model.n_slots):
+            alone = model.compose(layer[b : b + 1, k : k + 1], background)[0]
+            row.append((to_uint8(alone), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen[b]))
+        rows.append(row)
+    return contact_sheet([*rows, [(to_uint8(result), "recomposition", True)]])
+
+
+def check_output(out, inputs):
+    """Raise click.UsageError where `out` cannot be written, before any work is done."""
+    if out.suffix.lower() != ".png":
+        raise click.UsageError(f"--out {out}: expected a name that ends in .png")
+    if out.is_dir() or not out.parent.is_dir():
+        raise click.UsageError(f"--out {out}: {'a folder' if out.is_dir() else 'its folder does not exist'}")
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise click.UsageError(f"--out {out} would overwrite an input")
+
+
+def save(picture, path):
+    """Write a PNG whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=click.Path(path_type=Path))
+@click.option(
+    "--slots",
+    multiple=True,
+    callback=parse_slots,
+    metavar="K,K",
+    help="Slots to keep: once for every input, or once each, in their order.  [default: all]",
+)
+@click.option(
+    "--model",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=SHIPPED_MODEL,
+    show_default="models/clevr",
+    help="Folder that export.py wrote.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="recomposed.png",
+    help="The picture; the figure is OUT_figure.png.",
+)
+def main(inputs, slots, folder, out):
+    """Recompose pictures from the slots of INPUT...
+
+    \b
+    python recompose.py a.png b.png --slots 0,2
+    python recompose.py a.png b.png --slots 0,2 --slots 1 --out mixed.png
+    """
+    check_output(out, inputs)
+
+    # 1. Read the model and the inputs.
+    model = Model(folder)
+    chosen = chosen_slots(slots, len(inputs), model.n_slots)
+    pictures = np.stack([load_picture(path, model.size, model.crop) for path in inputs])
+
+    # 2. Take every input apart; z = mu, so that the same input always gives the same result.
+    encoded = model.encode(pictures)
+    layer = model.decode(encoded["mu"], encoded["cell"])
+
+    # 3. Put the chosen slots together on the first input's background.
+    taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
+    background = encoded["background"][:1] if "background" in encoded else None
+    result = model.compose(taken, background)[0]
+
+    # 4. Write the picture, and the figure that explains it.
+    figure = explain(model, pictures, [path.name for path in inputs], encoded, layer, chosen, result)
+    beside = out.with_name(f"{out.stem}_figure.png")
+    save(Image.fromarray(to_uint8(result)), out)
+    save(figure, beside)
+    click.echo(f"{out}: {taken.shape[1]} slots of {len(inputs)} pictures; {beside} explains it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1155 @@
+"""Multi-Entity VAE on pictures (Nash et al. 2017): the top-N cells of a posterior map become slots, each decoded alone.
+
+    python train_mvae.py --dataset sprites
+    python train_mvae.py --dataset clevr --N 4 --op sum
+    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0
+    torchrun --nproc-per-node=2 train_mvae.py --dataset clevr
+
+Without --data-root, CLEVR-like scenes are drawn by a ray caster below. A run folder holds checkpoint.pt, metrics.json,
+figures and TensorBoard curves; `python export.py RUN_DIR` makes its graphs for recompose.py. Measured results, with
+their commands: docs/mvae.md.
+"""
+
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from common import (
+    OPS,
+    BroadcastDecoder,
+    Clock,
+    PresetCommand,
+    ProgressBar,
+    ResBlock,
+    Run,
+    agree,
+    alpha_masks,
+    autocast,
+    average_gradients,
+    beta_at,
+    centres,
+    compose,
+    gather_cells,
+    gaussian_kl,
+    gaussian_log_likelihood,
+    learning_rate_at,
+    load_checkpoint,
+    load_state,
+    new_folder,
+    pick_device,
+    position_grid,
+    random_generator,
+    reparameterize,
+    select_cells,
+    settle_run,
+    start_distributed,
+    stop_signals,
+    training_options,
+    versions,
+)
+from recompose import contact_sheet, kl_tile, load_picture, to_uint8
+
+# ---------------------------------------------------------------- Data: built-in sprites
+
+
+def uniform(low, high, shape, generator):
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def place_apart(n, count, extent, clearance, generator):
+    """Random points of [-extent, extent]^2, one after the other, each `clearance` from those before: (n, count, 2).
+
+    clearance (n, count, count): least distance of every pair. Where 40 tries find no free place, the freest is taken.
+    """
+    tries = uniform(-extent, extent, (n, count, 40, 2), generator)
+    chosen = tries[:, :1, 0]  # (n, 1, 2)
+    for k in range(1, count):
+        gap = (tries[:, k, :, None] - chosen[:, None]).norm(dim=-1) - clearance[:, None, k, :k]  # (n, 40, k)
+        freest = gap.amin(-1)
+        first_free = (freest > 0).float() - 1e-4 * torch.arange(40, device=freest.device)
+        pick = torch.where((freest > 0).any(1), first_free.argmax(1), freest.argmax(1))
+        chosen = torch.cat([chosen, tries[torch.arange(n), k, pick][:, None]], dim=1)
+    return chosen
+
+
+def hsv_to_rgb(hue, saturation, value):
+    """Each (...) in [0, 1] -> (..., 3)."""
+    k = (torch.tensor([5.0, 3.0, 1.0], device=hue.device) + 6 * hue[..., None]) % 6
+    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+class Sprites:
+    """Coloured shapes on black, drawn in batches on the device: ellipses, squares and triangles, or real dSprites.
+
+    Radii are 0.22 to 0.38 and centres at least 0.3 apart, in half picture widths: sprites overlap, none is hidden.
+    A scene is a dict of tensors (n, K, ...); the later objects lie in front.
+    """
+
+    crop = "none"
+
+    def __init__(self, size, objects, seed, device, data_root=None):
+        self.size, self.objects, self.seed, self.device = size, objects, seed, device
+        self.source, self.library = "built-in sprites", None
+        if data_root:
+            files = sorted(data_root.glob("dsprites*.npz"))
+            if not files:
+                raise click.UsageError(
+                    f"--data-root {data_root}: no dsprites*.npz there; leave it out for built-in shapes"
+                )
+            if size not in (32, 64):
+                raise click.UsageError(f"--size {size}: dSprites are 64 pixels wide; expected 32 or 64")
+            with np.load(files[0]) as archive:
+                self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
+            self.source = f"dSprites shapes ({files[0].name})"
+
+    def draw(self, n, generator):
+        low, high = self.objects
+        count = torch.randint(low, high + 1, (n, 1), generator=generator, device=self.device)
+        scene = {
+            "present": torch.arange(high, device=self.device) < count,
+            "rgb": hsv_to_rgb(*(uniform(low, 1, (n, high), generator) for low in (0.0, 0.5, 0.6))),
+        }
+        if self.library is not None:
+            shape = torch.randint(len(self.library), (n, high), generator=generator, device=self.device)
+            return scene | {"shape": shape}
+        return scene | {
+            "shape": torch.randint(3, (n, high), generator=generator, device=self.device),
+            "centre": place_apart(n, high, 0.75, torch.full((n, high, high), 0.3, device=self.device), generator),
+            "radius": uniform(0.22, 0.38, (n, high), generator),
+            "angle": uniform(0, 2 * math.pi, (n, high), generator),
+        }
+
+    def outlines(self, scene, side):
+        """The pixels of every object: (n, K, side, side) bool."""
+        if self.library is not None:
+            images = self.library[scene["shape"].cpu()].to(self.device).bool()
+            return images[..., :: 64 // side, :: 64 // side] & scene["present"][..., None, None]
+        offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
+        y, x = (offset / scene["radius"][..., None, None, None]).unbind(2)
+        cos, sin = (f(scene["angle"])[..., None, None] for f in (torch.cos, torch.sin))
+        u, v = cos * x + sin * y, cos * y - sin * x
+        ellipse = u.square() + (v / 0.75).square() < 1
+        box = torch.maximum(u.abs(), v.abs()) < 0.8
+        triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1)
+        shape = scene["shape"][..., None, None]
+        chosen = torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle))
+        return chosen & scene["present"][..., None, None]
+
+    def render(self, scene):
+        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
+
+        Drawn at twice the size and averaged, so that edges are smooth.
+        """
+        side = 2 * self.size
+        outlines = self.outlines(scene, min(side, 64) if self.library is not None else side)
+        label = torch.zeros_like(outlines[:, 0], dtype=torch.long)
+        for k in range(outlines.shape[1]):
+            label = torch.where(outlines[:, k], k + 1, label)
+        palette = F.pad(scene["rgb"], (0, 0, 1, 0))  # (n, K + 1, 3), black first
+        image = palette[torch.arange(len(label), device=self.device)[:, None, None], label].permute(0, 3, 1, 2)
+        fine = label.shape[-1] // self.size
+        return F.avg_pool2d(image, fine), label[:, ::fine, ::fine]
+
+    def batch(self, step, first, last, total):
+        """Pictures `first` to `last` of the `total` of a step: (last - first, 3, size, size) in [0, 1]."""
+        scene = self.draw(total, random_generator("sprites", self.seed, step, device=self.device))
+        return self.render({name: value[first:last] for name, value in scene.items()})[0]
+
+    def held_out(self, n):
+        """n scenes no training step draws: (images, labels)."""
+        return self.render(self.draw(n, random_generator("held-out sprites", device=self.device)))
+
+    def pairs(self, n):
+        """Two lots of n scenes whose objects can be drawn together: (scenes, scenes)."""
+        generator = random_generator("sprite pairs", device=self.device)
+        return self.draw(n, generator), self.draw(n, generator)
+
+
+# ---------------------------------------------------------------- Data: CLEVR, drawn here
+# The world of Johnson et al. (2017): camera, lamps and sizes were fitted to scenes rendered with CLEVR's own assets.
+
+SPHERE, CYLINDER, CUBE = range(3)
+RADII = (0.35, 0.7)
+CUBE_HALF = 0.95  # half the edge of a cube, in radii
+COLOURS = (
+    (87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),  # gray, red, blue, green
+    (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51),  # brown, purple, cyan, yellow
+)  # fmt: skip
+CAMERA, CAMERA_JITTER = (7.45, -6.50, 5.38), 0.5  # it looks at the origin
+FOCAL = 35 / 32  # in picture widths
+LAMPS, LAMP_JITTER = ((6.45, -2.91, 4.26), (-4.67, -4.01, 3.01), (-1.17, 2.65, 5.82)), 1.0  # key, fill, back
+POWER = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2))  # of every lamp, RGB
+AMBIENT = 0.118
+LAMP_WIDTH = 1.2
+BLOCK = 64  # scenes drawn, or files read, at a time
+
+
+def camera_frame(camera):
+    """Rows right, up, forward of a camera at (n, 3) that looks at the origin: (n, 3, 3)."""
+    forward = F.normalize(-camera, dim=-1)
+    vertical = torch.tensor([0.0, 0.0, 1.0], device=camera.device).expand_as(forward)
+    right = F.normalize(torch.linalg.cross(forward, vertical), dim=-1)
+    return torch.stack([right, torch.linalg.cross(right, forward), forward], dim=1)
+
+
+def crop_rays(side, device):
+    """Rays through the pixels of CLEVR's crop (0.6 W wide, W/64 below the middle), camera frame: (side^2, 3)."""
+    y, x = 0.3 * position_grid(side, side).to(device)
+    return torch.stack([x / FOCAL, -(y + 1 / 64) / FOCAL, torch.ones_like(x)], dim=-1).flatten(0, 1)
+
+
+def turn(vector, angle):
+    """vector (..., 3) as seen from a frame turned by `angle` about the vertical."""
+    x, y, z = vector.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos * x + sin * y, cos * y - sin * x, z], dim=-1)
+
+
+def hit_distance(shape, half, origin, ray):
+    """How far along a ray an object around the origin is hit, infinity where it is not: (P, W).
+
+    half (P, 1): radius or half edge, half height too; origin (P, 1, 3) and ray (P, W, 3) in the object's frame.
+    """
+    if shape == CUBE:  # slabs
+        inverse = 1 / torch.where(ray.abs() < 1e-6, 1e-6, ray)
+        a, b = (-half[..., None] - origin) * inverse, (half[..., None] - origin) * inverse
+        near, far = torch.minimum(a, b).amax(-1), torch.maximum(a, b).amin(-1)
+    else:
+        axes = 3 if shape == SPHERE else 2
+        o, d = origin[..., :axes], ray[..., :axes]
+        a, b, c = d.square().sum(-1), (o * d).sum(-1), o.square().sum(-1) - half.square()
+        root = (b.square() - a * c).clamp(min=0).sqrt()
+        near, far = (-b - root) / a, (-b + root) / a  # equal where the ray passes by
+        if shape == CYLINDER:
+            top, bottom = (half - origin[..., 2]) / ray[..., 2], (-half - origin[..., 2]) / ray[..., 2]
+            near, far = torch.maximum(near, top.minimum(bottom)), torch.minimum(far, top.maximum(bottom))
+    return torch.where(near < far, near, torch.inf)
+
+
+def surface_normal(point, shape, half, angle):
+    """Normal at a point of an object's surface, its edges slightly rounded: point (P, 3), the rest (P,) -> (P, 3)."""
+    q = turn(point, angle) / half[:, None]
+    power = q.abs() ** 24
+    rim = q[:, :2].norm(dim=-1, keepdim=True)
+    cylinder = torch.cat([q[:, :2] * rim**23, q[:, 2:].sign() * power[:, 2:]], dim=-1)
+    cube = q.sign() * power
+    normal = torch.where(shape[:, None] == SPHERE, q, torch.where(shape[:, None] == CYLINDER, cylinder, cube))
+    return turn(F.normalize(normal, dim=-1), -angle)
+
+
+class ClevrRenderer:
+    """A vectorised ray caster for CLEVR-like scenes: spheres, cylinders, cubes; rubber or metal; soft lamps.
+
+    A scene is a dict of tensors: of objects (n, K, ...), and `camera` (n, 3) and `lamps` (n, 3, 3).
+    """
+
+    def __init__(self, size, objects, device):
+        self.size, self.objects, self.device = size, objects, device
+
+    def draw(self, n, generator):
+        low, high = self.objects
+        device = self.device
+        radius = torch.tensor(RADII, device=device)[torch.randint(2, (n, high), generator=generator, device=device)]
+        shape = torch.randint(3, (n, high), generator=generator, device=device)
+        colour = torch.randint(len(COLOURS), (n, high), generator=generator, device=device)
+        count = torch.randint(low, high + 1, (n, 1), generator=generator, device=device)
+        clearance = radius[:, :, None] + radius[:, None] + 0.25  # CLEVR's rule
+        camera = torch.tensor(CAMERA, device=device) + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
+        lamps = torch.tensor(LAMPS, device=device) + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
+        return {
+            "present": torch.arange(high, device=device) < count,
+            "shape": shape,
+            "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius),
+            "xy": place_apart(n, high, 3.0, clearance, generator),
+            "angle": uniform(0, 2 * math.pi, (n, high), generator),
+            "rgb": torch.tensor(COLOURS, device=device)[colour] / 255,
+            "metal": torch.rand((n, high), generator=generator, device=device) < 0.5,
+            "camera": camera,
+            "lamps": lamps,
+        }
+
+    @torch.no_grad()
+    def render(self, scene):
+        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
+
+        Objects are drawn at twice the size, the ground, which is smooth, at the size itself.
+        """
+        n, side = len(scene["camera"]), 2 * self.size
+        frame = camera_frame(scene["camera"])
+        centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
+        depth, label = self.nearest(scene, frame, centre, side)  # (n, side^2) each
+
+        rays = crop_rays(self.size, self.device) @ frame  # (n, size^2, 3), world frame
+        distance = scene["camera"][:, None, 2:] / -rays[..., 2:]
+        ground = self.shade_ground(scene["camera"][:, None] + distance * rays, centre, scene)
+        ground = ground.transpose(1, 2).unflatten(2, (self.size, self.size))  # (n, 3, size, size)
+        light = F.interpolate(ground, scale_factor=2, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
+
+        i, pixel = torch.nonzero(label, as_tuple=True)
+        ray = torch.einsum("pj,pjk->pk", crop_rays(side, self.device)[pixel], frame[i])
+        point = scene["camera"][i] + depth[i, pixel, None] * ray
+        light[i, pixel] = self.shade_objects(point, F.normalize(ray, dim=-1), i, label[i, pixel] - 1, centre, scene)
+
+        image = light.clamp(0, 1).pow(1 / 2.2).transpose(1, 2).unflatten(2, (side, side))
+        return F.avg_pool2d(image, 2), label.unflatten(1, (side, side))[:, ::2, ::2]
+
+    def nearest(self, scene, frame, centre, side):
+        """Depth and label of the first object every ray meets: (n, side^2) each; label 0 where none is met.
+
+        An object is tested only against the pixels of a window around it, all objects of one kind at a time.
+        """
+        n, outside = len(centre), side * side  # pixel `outside` takes what falls off the picture
+        seen = torch.einsum("nij,nkj->nki", frame, centre - scene["camera"][:, None])  # camera frame
+        scale = FOCAL / 0.3 * side / 2 / seen[..., 2]  # pixels a unit of length
+        x = seen[..., 0] * scale + side / 2
+        y = -seen[..., 1] * scale + side / 2 * (1 - 1 / 64 / 0.3)
+        bounding = torch.tensor([1.0, 2**0.5, 3**0.5], device=self.device)[scene["shape"]] * scene["half"]
+        reach = 1.1 * bounding * scale
+
+        depth = torch.full((n, outside + 1), torch.inf, device=self.device)
+        label = torch.zeros((n, outside + 1), dtype=torch.long, device=self.device)
+        rays, found = crop_rays(side, self.device), []
+        small = scene["half"] < sum(RADII) / 2
+        for shape in (SPHERE, CYLINDER, CUBE):
+            for kind in ((scene["shape"] == shape) & small, (scene["shape"] == shape) & ~small):
+                i, k = torch.nonzero(kind & scene["present"], as_tuple=True)
+                if len(i) == 0:
+                    continue
+                span = torch.arange(-int(reach[i, k].max()) - 1, int(reach[i, k].max()) + 2, device=self.device)
+                rows, columns = y[i, k].long()[:, None] + span, x[i, k].long()[:, None] + span  # (P, w) each
+                inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None]
+                pixel = torch.where(inside, rows[:, :, None] * side + columns[:, None], outside).flatten(1)  # (P, w^2)
+                angle = scene["angle"][i, k][:, None]
+                origin = turn((scene["camera"][i] - centre[i, k])[:, None], angle)
+                ray = turn(rays[pixel.clamp(max=outside - 1)] @ frame[i], angle)
+                hit = hit_distance(shape, scene["half"][i, k][:, None], origin, ray)
+                flat = i[:, None] * (outside + 1) + pixel
+                depth.view(-1).scatter_reduce_(0, flat.flatten(), hit.flatten(), "amin")
+                found.append((flat, hit, (k[:, None] + 1).expand_as(flat)))
+        for flat, hit, number in found:
+            first = (hit < torch.inf) & (hit == depth.view(-1)[flat])
+            label.view(-1)[flat[first]] = number[first]
+        return depth[:, :-1], label[:, :-1]
+
+    def shade_ground(self, point, centre, scene):
+        """Light from the ground: ambient light, less what objects hide, and three lamps past the objects' shadows.
+
+        Shadows and occlusion take an object for the sphere around its centre. point (n, P, 3) -> (n, P, 3).
+        """
+        radius = torch.where(scene["present"], scene["half"], 0.0)
+        to_object = centre[:, :, None] - point[:, None]  # (n, K, P, 3)
+        squared = to_object.square().sum(-1)
+        hidden = radius.square()[..., None] * to_object[..., 2] / squared**1.5  # share of the sky, cosine-weighted
+        light = AMBIENT * (1 - 0.9 * hidden.clamp(0, 1)).prod(1)[..., None]  # (n, P, 1)
+        for lamp, power in enumerate(POWER):
+            to_lamp = scene["lamps"][:, None, lamp] - point  # (n, P, 3)
+            distance = to_lamp.norm(dim=-1)
+            along = torch.einsum("nkpc,npc->nkp", to_object, to_lamp / distance[..., None])
+            past = (squared - along.square()).clamp(min=0).sqrt() - radius[..., None]  # of the ray, past the surface
+            penumbra = LAMP_WIDTH * along / distance[:, None]
+            seen = (0.5 + 0.5 * past / penumbra.clamp(min=1e-3)).clamp(0, 1)
+            seen = torch.where(along > 0, seen.square() * (3 - 2 * seen), 1.0).prod(1)  # (n, P)
+            falling = seen * to_lamp[..., 2] / distance**3  # cosine over squared distance
+            light = light + falling[..., None] * torch.tensor(power, device=self.device)
+        return light
+
+    def shade_objects(self, point, ray, i, k, centre, scene):
+        """Light from object k of scene i towards the camera, at `point` (P, 3) along unit `ray` (P, 3): (P, 3)."""
+        rgb, power = scene["rgb"][i, k], torch.tensor(POWER, device=self.device)
+        normal = surface_normal(point - centre[i, k], scene["shape"][i, k], scene["half"][i, k], scene["angle"][i, k])
+        mirrored = ray - 2 * (ray * normal).sum(-1, keepdim=True) * normal
+        to_lamp = scene["lamps"][i] - point[:, None]  # (P, 3 lamps, 3)
+        squared = to_lamp.square().sum(-1)
+        to_lamp = to_lamp / squared.sqrt()[..., None]
+
+        lambert = (0.2 + 0.8 * (normal[:, None] * to_lamp).sum(-1)).clamp(min=0) / squared  # wide lamps reach round
+        ambient = AMBIENT * (1.25 + 0.75 * normal[:, 2]) * (0.5 + 0.5 * (point[:, 2] / RADII[0]).clamp(0, 1))
+        diffuse = ambient[:, None] + 0.9 * lambert @ power
+        gloss = (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
+        rubber = 0.9 * rgb * diffuse + 0.08 * (gloss**8 / squared) @ power
+
+        to_ground = point[:, 2] / (-mirrored[:, 2]).clamp(min=1e-2)  # a mirror shows the lit ground, or the dark room
+        room = torch.where(mirrored[:, 2] < 0, 0.25 * torch.exp(-to_ground / 4), 0.05)
+        metal = rgb * (room[:, None] + 0.12 * diffuse) + (0.3 + 0.7 * rgb) * 3.5 * (gloss**24 / squared) @ power
+        return torch.where(scene["metal"][i, k, None], metal, rubber)
+
+
+class Pool:
+    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
+
+    def __init__(self, length, size, seed, device, make):
+        """make(first, last) -> uint8 (last - first, 3, size, size)."""
+        self.images = torch.empty((length, 3, size, size), dtype=torch.uint8)
+        self.ready = [False] * math.ceil(length / BLOCK)
+        self.seed, self.device, self.make = seed, device, make
+
+    def fetch(self, indices):
+        """indices (n,) -> (n, 3, size, size) in [0, 1] on the device."""
+        for block in {int(i) // BLOCK for i in indices}:
+            if not self.ready[block]:
+                first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
+                self.images[first:last] = self.make(first, last)
+                self.ready[block] = True
+        return self.images[indices].to(self.device, non_blocking=True).float() / 255
+
+    def batch(self, step, first, last, total):
+        """Pictures `first` to `last` of the `total` of a step; every epoch passes over all in an order of its own."""
+        position = step * total + torch.arange(first, last)
+        epoch = position // len(self.images)
+        indices = position % len(self.images)
+        for e in epoch.unique().tolist():
+            order = self.order(e)
+            indices = torch.where(epoch == e, order[indices], indices)
+        return self.fetch(indices)
+
+    def order(self, epoch):
+        """The first epoch goes straight, so that blocks fill one by one; the others are shuffled."""
+        if epoch == 0:
+            return torch.arange(len(self.images))
+        return torch.randperm(len(self.images), generator=random_generator("order", self.seed, epoch))
+
+
+class BuiltInClevr(Pool):
+    """CLEVR-like scenes of the renderer above: a pool of 10,000 to train on, and held-out ones with exact masks."""
+
+    crop = "clevr"
+    source = "built-in CLEVR-like renderer"
+
+    def __init__(self, size, objects, seed, device):
+        self.renderer = ClevrRenderer(size, objects, device)
+        super().__init__(10_000, size, seed, device, self.draw_block)
+
+    def draw_block(self, first, last):
+        generator = random_generator("clevr", self.seed, first, device=self.device)
+        image, _ = self.renderer.render(self.renderer.draw(last - first, generator))
+        return (image * 255).round().to(torch.uint8)
+
+    def held_out(self, n):
+        generator = random_generator("held-out clevr", device=self.device)
+        parts = [self.renderer.render(self.renderer.draw(min(BLOCK, n - i), generator)) for i in range(0, n, BLOCK)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def pairs(self, n):
+        """Two lots of n scenes under the same cameras and lamps: (scenes, scenes)."""
+        generator = random_generator("clevr pairs", device=self.device)
+        a, b = self.renderer.draw(n, generator), self.renderer.draw(n, generator)
+        return a, b | {"camera": a["camera"], "lamps": a["lamps"]}
+
+    def render(self, scene):
+        return self.renderer.render(scene)
+
+
+class ClevrFolder(Pool):
+    """The official CLEVR_v1.0 folder: images/{train,val}/*.png, scenes/*.json, and masks/{train,val}/*.png if there.
+
+    Only scenes whose number of objects is in `objects` are used, as far as scenes/*.json tells it.
+    """
+
+    crop = "clevr"
+
+    def __init__(self, root, size, objects, seed, device):
+        self.root, self.size, self.objects = self.find(root), size, objects
+        self.source = f"CLEVR folder {self.root.resolve().name}"
+        self.val = self.files("val")
+        train = self.files("train")
+        super().__init__(len(train), size, seed, device, lambda first, last: self.read(train[first:last]))
+
+    @staticmethod
+    def find(root):
+        for folder in (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0"):
+            if (folder / "images" / "train").is_dir() and (folder / "images" / "val").is_dir():
+                return folder
+        raise click.UsageError(
+            f"--data-root {root}: found no images/train and images/val there, nor in CLEVR_v1.0 below"
+        )
+
+    def files(self, split):
+        files = sorted((self.root / "images" / split).glob("*.png"))
+        annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
+        if annotation.is_file():
+            try:
+                counts = {s["image_filename"]: len(s["objects"]) for s in json.loads(annotation.read_text())["scenes"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise click.UsageError(f"{annotation} is damaged or is no CLEVR scene file") from error
+            low, high = self.objects
+            files = [f for f in files if low <= counts.get(f.name, low) <= high]
+        if not files:
+            raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {self.objects} objects")
+        return files
+
+    def read(self, files):
+        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+            images = list(pool.map(lambda f: load_picture(f, self.size, self.crop), files))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    def held_out(self, n):
+        """The first n validation scenes: images, and labels or None where there are no masks."""
+        files = self.val[:n]
+        images = self.read(files).to(self.device).float() / 255
+        masks = [self.root / "masks" / "val" / f.name for f in files]
+        if not all(m.is_file() for m in masks):
+            return images, None
+        labels = [load_picture(m, self.size, self.crop, nearest=True)[..., 0] for m in masks]
+        return images, torch.from_numpy(np.stack(labels)).long().to(self.device)
+
+
+def load_data(dataset, data_root, download, size, objects, seed, device):
+    """The data set of `--dataset`; raises click.UsageError where its folder is not what was expected."""
+    if download and (dataset != "clevr" or not data_root):
+        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB); it needs --dataset clevr and --data-root")
+    if download:
+        from torchvision.datasets import CLEVRClassification
+
+        CLEVRClassification(data_root, download=True)
+    if data_root and not data_root.is_dir():
+        raise click.UsageError(f"--data-root {data_root}: no such folder")
+    if dataset == "sprites":
+        return Sprites(size, objects, seed, device, data_root)
+    return (
+        ClevrFolder(data_root, size, objects, seed, device) if data_root else BuiltInClevr(size, objects, seed, device)
+    )
+
+
+# ---------------------------------------------------------------- Model
+
+UPSCALE = 4  # slots are decoded at a quarter of the picture's size and unfolded to it by sub-pixel convolution
+BACKGROUND_GRID = 8  # the background's latent moves a smooth picture of 8 x 8 knots: light and shade, but no objects
+BACKGROUND_D = 8
+LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
+
+
+class Encoding(NamedTuple):
+    """What the encoder says of B pictures; the slots stand in order of falling KL."""
+
+    mu: torch.Tensor  # (B, N, D)
+    logvar: torch.Tensor  # (B, N, D)
+    cell: torch.Tensor  # (B, N, 2): the (y, x) of every slot's cell
+    kl: torch.Tensor  # (B, N), nats
+    kl_map: torch.Tensor  # (B, H_l, W_l), nats
+    background: torch.Tensor | None  # (B, C, h, w)
+    kl_background: torch.Tensor  # (B,), nats
+
+
+class Encoder(nn.Module):
+    """Picture -> a posterior of D latents in every cell of a map, and pooled features of the whole."""
+
+    def __init__(self, size, cells, d, channels):
+        super().__init__()
+        layers = [nn.Conv2d(5, channels, 5, stride=2, padding=2)]  # RGB and the position
+        for _ in range(int(math.log2(size // cells)) - 1):
+            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
+        layers += [ResBlock(channels, norm=True) for _ in range(3)]
+        self.trunk = nn.Sequential(*layers, nn.SiLU())
+        self.head = nn.Conv2d(channels, 2 * d, 1)
+        self.register_buffer("grid", position_grid(size, size), persistent=False)
+
+    def forward(self, image):
+        """image (B, 3, H, W) -> mu and logvar, each (B, D, H_l, W_l), and features (B, channels)."""
+        grid = self.grid.expand(image.shape[0], -1, -1, -1)
+        h = self.trunk(torch.cat([image, grid], dim=1))
+        mu, logvar = self.head(h).float().chunk(2, dim=1)
+        return mu, logvar + LOGVAR_START, h.float().mean((2, 3))
+
+
+class Background(nn.Module):
+    """What lies behind all slots: a learned picture, and with `d` > 0 latents that shade it smoothly."""
+
+    def __init__(self, shape, features, d):
+        super().__init__()
+        self.picture = nn.Parameter(torch.zeros(shape))
+        self.d, self.shape = d, shape
+        if d:
+            self.posterior = nn.Linear(features, 2 * d)
+            self.shade = nn.Linear(d, shape[0] * BACKGROUND_GRID**2, bias=False)
+            nn.init.normal_(self.shade.weight, std=0.03)
+
+    def forward(self, features, noise):
+        """features (B, F), noise (B, d) or None for z = mu -> background (B, C, h, w), KL (B,)."""
+        picture = self.picture.expand(features.shape[0], -1, -1, -1)
+        if not self.d:
+            return picture, torch.zeros_like(features[:, 0])
+        mu, logvar = self.posterior(features).chunk(2, dim=1)
+        logvar = logvar + LOGVAR_START
+        z = mu if noise is None else reparameterize(mu, logvar, noise)
+        knots = self.shade(z).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
+        shade = F.interpolate(knots, size=self.shape[1:], mode="bilinear", align_corners=False)
+        return picture + shade, gaussian_kl(mu, logvar).sum(1)
+
+
+class MVAE(nn.Module):
+    """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
+
+    compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
+    are combined and decoded on together. op "alpha": softmax masks over slots and background, a slot's mask falling
+    off with the distance from its cell as a Gaussian of standard deviation `locality` (half picture widths; 0: none).
+    """
+
+    def __init__(
+        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, locality
+    ):  # fmt: skip
+        super().__init__()
+        self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
+        self.suppress, self.locality, self.cells = suppress, locality, cells
+        side = size // UPSCALE
+        parts = 3 if compose_at == "data" else channels
+        self.encoder = Encoder(size, cells, d, channels)
+        self.slot_decoder = BroadcastDecoder(d, channels, (side, side), blocks=2, coords=coords)
+        out = (parts + (op == "alpha")) * (UPSCALE**2 if compose_at == "data" else 1)
+        self.to_layer = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+        if compose_at == "data":
+            self.to_layer.append(nn.PixelShuffle(UPSCALE))
+            self.to_image = nn.Identity()
+        else:
+            to_colours = nn.Conv2d(channels, 3 * UPSCALE**2, 3, padding=1)
+            self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), to_colours, nn.PixelShuffle(UPSCALE))
+        layer_side = size if compose_at == "data" else side
+        self.background = None
+        if background != "none":
+            d_background = BACKGROUND_D if background == "latent" else 0
+            self.background = Background((parts, layer_side, layer_side), channels, d_background)
+        self.noise_size = n_slots * d + (BACKGROUND_D if background == "latent" else 0)
+        self.register_buffer("grid", position_grid(layer_side, layer_side), persistent=False)
+        self.register_buffer("centres", centres(cells), persistent=False)
+
+    @torch.no_grad()
+    def start_from(self, mean):
+        """Start where the data are: the background as the mean picture (3, H, W), slots in its mean colour.
+
+        A slot that starts in a wrong colour is masked out at once and never returns.
+        """
+        colour = mean.mean((1, 2)).repeat_interleave(UPSCALE**2)
+        if self.compose_at == "feature":
+            self.to_image[2].bias.copy_(colour)
+            return
+        convolution = self.to_layer[1]
+        convolution.weight.mul_(0.3)
+        convolution.bias.zero_()
+        if self.background is not None:
+            self.background.picture.copy_(mean)
+        if self.op == "sum":  # with a background, layers are what a slot adds to it
+            colour = torch.zeros_like(colour) if self.background is not None else colour / self.n_slots
+        convolution.bias[: 3 * UPSCALE**2] = colour
+        if self.op == "alpha":
+            convolution.bias[3 * UPSCALE**2 :] = 1.0  # the background's logit is 0
+
+    def encode(self, image, noise=None):
+        """image (B, 3, H, W) in [0, 1] -> Encoding; `noise` (B, d) samples the background's latents."""
+        mu, logvar, features = self.encoder(image)
+        kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
+        index = select_cells(kl_map, self.n_slots, self.suppress)
+        cell = torch.stack([self.centres[index // self.cells], self.centres[index % self.cells]], dim=-1)
+        background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
+        if self.background is not None:
+            background, kl_background = self.background(features, noise)
+        kl = kl_map.flatten(1).gather(1, index)
+        slots = gather_cells(mu, index), gather_cells(logvar, index)
+        return Encoding(*slots, cell, kl, kl_map, background, kl_background)
+
+    def decode(self, z, cell):
+        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
+        h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
+        layer = self.to_layer(h).float().unflatten(0, z.shape[:2])
+        if self.op != "alpha" or self.locality == 0:
+            return layer
+        squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
+        return torch.cat([layer[:, :, :-1], layer[:, :, -1:] - squared / (2 * self.locality**2)], dim=2)
+
+    def compose(self, layer, background=None):
+        """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, 3, H, W)."""
+        return self.to_image(compose(layer, background, self.op)).float()
+
+    def forward(self, image, noise):
+        """image (B, 3, H, W), noise (B, noise_size) -> Encoding, layer (B, N, C, h, w), image (B, 3, H, W)."""
+        encoding = self.encode(image, noise[:, self.n_slots * self.d :])
+        slot_noise = noise[:, : self.n_slots * self.d].unflatten(1, (self.n_slots, self.d))
+        layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
+        return encoding, layer, self.compose(layer, encoding.background)
+
+
+# ---------------------------------------------------------------- Objective
+
+
+def negative_elbo(image, mean, encoding, beta, sigma, kl_cells):
+    """Negative ELBO in nats per picture, and its terms: Gaussian likelihood, KL of the cells and of the background.
+
+    kl_cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" (the sum of
+    Nash et al. 2017, eq. 4) charges the slots alone.
+    """
+    reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
+    charged = encoding.kl_map.flatten(1) if kl_cells == "all" else encoding.kl
+    kl = (charged.sum(1) + encoding.kl_background).mean()
+    terms = {
+        "loss/reconstruction": reconstruction,
+        "loss/kl": kl,
+        "loss/kl_background": encoding.kl_background.mean(),
+    }
+    return reconstruction + beta * kl, terms
+
+
+# ---------------------------------------------------------------- Evaluation
+
+VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
+SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
+
+
+def blank(model, background, like):
+    """The picture without slots: the background decoded alone, or what layers of zeros give."""
+    if background is None:
+        return model.compose(torch.zeros_like(like[:, :1]))
+    if model.op == "alpha":
+        return model.to_image(background).float()
+    return model.compose(like[:, :0], background)
+
+
+def responsibilities(model, layer, background):
+    """How much every component owns every pixel: (B, N + 1, H, W), the background first.
+
+    With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
+    makes to the picture without slots, the background's share being VISIBLE.
+    """
+    if model.op == "alpha":
+        masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
+        scale = UPSCALE if model.compose_at == "feature" else 1
+        return F.interpolate(masks, scale_factor=scale, mode="bilinear") if scale > 1 else masks
+    empty = blank(model, background, layer)
+    alone = [model.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])]
+    change = torch.stack([(image - empty).abs().mean(1) for image in alone], dim=1)
+    return torch.cat([torch.full_like(change[:, :1], VISIBLE), change], dim=1)
+
+
+def adjusted_rand_index(predicted, true):
+    """Adjusted Rand index (Hubert & Arabie 1985) of two labellings of the same P points: (P,), (P,) -> float."""
+    table = torch.bincount(true * (predicted.max() + 1) + predicted).double()
+    table = F.pad(table, (0, -len(table) % (int(predicted.max()) + 1))).view(-1, int(predicted.max()) + 1)
+
+    def pairs(counts):
+        return (counts * (counts - 1) / 2).sum()
+
+    together, rows, columns = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    expected = rows * columns / pairs(table.sum())
+    highest = (rows + columns) / 2
+    return 1.0 if highest == expected else float((together - expected) / (highest - expected))
+
+
+def overlaps(segment, label, n_slots):
+    """Pixels every object (row) shares with every slot (column), and their sizes: (K, N), (K,), (N,)."""
+    objects = label.unique()
+    masks = label.flatten() == objects[objects > 0][:, None]  # (K, P)
+    slots = segment.flatten() == torch.arange(1, n_slots + 1, device=segment.device)[:, None]  # (N, P)
+    return masks.double() @ slots.double().T, masks.sum(1), slots.sum(1)
+
+
+def match(shared, objects, slots):
+    """Objects matched one to one to slots by intersection over union (Hungarian): object rows, slot columns, IoU."""
+    iou = (shared / (objects[:, None] + slots - shared).clamp(min=1)).cpu().numpy()
+    rows, columns = linear_sum_assignment(-iou)
+    return rows, columns, iou
+
+
+def segmentation_scores(responsibility, label):
+    """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> ARI-FG, mIoU, count error, duplicates.
+
+    ARI-FG compares, on true object pixels, the slot with the largest responsibility. The others use the segments, in
+    which the background takes part. A slot holds an object when its segment fills SMALLEST of the picture; slots that
+    share most of their segment with one and the same object are duplicates but for one.
+    """
+    n_slots = len(responsibility) - 1
+    foreground = label > 0
+    ari = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
+    shared, objects, slots = overlaps(responsibility.argmax(0), label, n_slots)
+    rows, columns, iou = match(shared, objects, slots)
+    active = slots >= SMALLEST * label.numel()
+    claimed = shared[:, active].argmax(0)[shared[:, active].sum(0) > 0.5 * slots[active]]
+    return {
+        "ari_fg": ari,
+        "miou": iou[rows, columns].sum() / len(objects),
+        "slot_count_error": abs(int(active.sum()) - len(objects)),
+        "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum())),
+    }
+
+
+def psnr(image, truth, where):
+    """Peak signal-to-noise ratio in dB on the pixels `where` (H, W) of pictures (3, H, W)."""
+    error = (image.clamp(0, 1) - truth).square()[:, where].mean()
+    return float(-10 * torch.log10(error.clamp(min=1e-10)))
+
+
+def keep(scene, wanted):
+    """The scene with only the objects `wanted` (n, K) of it."""
+    return scene | {"present": scene["present"] & wanted}
+
+
+def joined(a, b):
+    """The scene that shows the objects of both, under the camera and lamps of `a`."""
+    shared = {name: a[name] for name in ("camera", "lamps") if name in a}
+    return {name: torch.cat([a[name], b[name]], dim=1) for name in a if name not in shared} | shared
+
+
+def slots_of(model, image, label, wanted):
+    """Encode, and find for every picture the layers of the slots matched to the objects `wanted` (n, K)."""
+    encoding = model.encode(image)
+    layer = model.decode(encoding.mu, encoding.cell)
+    segment = responsibilities(model, layer, encoding.background).argmax(1)
+    chosen = []
+    for b in range(len(image)):
+        rows, columns, _ = match(*overlaps(segment[b], label[b], model.n_slots))
+        present = label[b].unique()
+        numbers = present[present > 0][rows] - 1
+        chosen.append(layer[b, columns[wanted[b, numbers].cpu().numpy()]])
+    return encoding, layer, chosen
+
+
+@torch.no_grad()
+def score_recomposition(model, data, n=64):
+    """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction.
+
+    Both are PSNRs on object pixels, so that their difference is the price of recomposing.
+    """
+    a, b = data.pairs(n)
+    index = torch.arange(a["present"].shape[1], device=a["present"].device)
+    wanted_a, wanted_b = (index % 2 == 0).expand(n, -1), (index % 2 == 1).expand(n, -1)
+    truth, true_label = data.render(joined(keep(a, wanted_a), keep(b, wanted_b)))
+    (image, label), (image_b, label_b) = data.render(a), data.render(b)
+    encoding, layer, from_a = slots_of(model, image, label, wanted_a)
+    _, _, from_b = slots_of(model, image_b, label_b, wanted_b)
+    plain = model.compose(layer, encoding.background)
+    scores = {"recomposition_psnr": [], "reconstruction_psnr": []}
+    for k in range(n):
+        background = None if encoding.background is None else encoding.background[k : k + 1]
+        taken = torch.cat([from_a[k], from_b[k]])[None]
+        mixed = model.compose(taken, background) if taken.shape[1] else blank(model, background, layer[k : k + 1])
+        scores["recomposition_psnr"].append(psnr(mixed[0], truth[k], true_label[k] > 0))
+        scores["reconstruction_psnr"].append(psnr(plain[k], image[k], label[k] > 0))
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+@torch.no_grad()
+def evaluate(model, data, images, labels, sigma):
+    """Scores on held-out pictures, z = mu: MSE, likelihood, KL by rank; with labels ARI-FG and its companions."""
+    sums, scenes = {}, []
+    for i in range(0, len(images), BLOCK):
+        image = images[i : i + BLOCK]
+        encoding = model.encode(image)
+        layer = model.decode(encoding.mu, encoding.cell)
+        mean = model.compose(layer, encoding.background)
+        score = {
+            "mse": (mean - image).square().mean((1, 2, 3)),
+            "log_likelihood": gaussian_log_likelihood(image, mean, sigma),
+            "kl": encoding.kl_map.sum((1, 2)) + encoding.kl_background,
+            "kl_background": encoding.kl_background,
+        }
+        ranks = min(model.n_slots + 2, encoding.kl_map[0].numel())
+        by_rank = encoding.kl_map.flatten(1).gather(1, select_cells(encoding.kl_map, ranks, model.suppress))
+        score |= {f"kl_rank/{r + 1}": by_rank[:, r] for r in range(ranks)}
+        for name, value in score.items():
+            sums[name] = sums.get(name, 0) + value.sum().item()
+        if labels is not None:
+            owned = responsibilities(model, layer, encoding.background)
+            lit = [(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True) if (t > 0).any()]
+            scenes += [segmentation_scores(r, t) for r, t in lit]
+    metrics = {name: total / len(images) for name, total in sums.items()}
+    if scenes:
+        metrics |= {name: float(np.mean([s[name] for s in scenes])) for name in scenes[0]}
+    if hasattr(data, "pairs"):
+        metrics |= score_recomposition(model, data)
+    return metrics
+
+
+# ---------------------------------------------------------------- Figures
+
+SEGMENT_COLOURS = np.array(
+    [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
+     (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)], dtype=np.uint8
+)  # fmt: skip
+
+
+def picture(image):
+    return to_uint8(image.cpu().numpy())
+
+
+@torch.no_grad()
+def decomposition_figure(model, images):
+    """A row a picture: input, reconstruction, KL map with the chosen cells, segments, every slot decoded alone."""
+    encoding = model.encode(images)
+    layer = model.decode(encoding.mu, encoding.cell)
+    mean = model.compose(layer, encoding.background)
+    segments = responsibilities(model, layer, encoding.background).argmax(1).cpu().numpy()
+    alone = [model.compose(layer[:, k : k + 1], encoding.background) for k in range(model.n_slots)]
+    rows = []
+    for b in range(len(images)):
+        kl_map = kl_tile(encoding.kl_map[b].cpu().numpy(), encoding.cell[b].cpu().numpy(), range(model.n_slots))
+        row = [(picture(images[b]), "input"), (picture(mean[b]), "reconstruction"), (kl_map, "KL map")]
+        row.append((SEGMENT_COLOURS[segments[b] % len(SEGMENT_COLOURS)], "segments"))
+        row += [(picture(alone[k][b]), f"slot {k}: {encoding.kl[b, k]:.0f} nats") for k in range(model.n_slots)]
+        rows.append([(tile, caption, False) for tile, caption in row])
+    return contact_sheet(rows)
+
+
+@torch.no_grad()
+def recomposition_figure(model, images):
+    """A row a pair of pictures A, B: both, the first two slots of each alone, and those together on A's background."""
+    encoding = model.encode(images)
+    layer = model.decode(encoding.mu, encoding.cell)
+    count = min(2, model.n_slots)
+    rows = []
+    for a, b in zip(range(0, len(images), 2), range(1, len(images), 2), strict=False):
+        background = None if encoding.background is None else encoding.background[a : a + 1]
+        parts = torch.cat([layer[a, :count], layer[b, :count]])[None]  # (1, M, C, h, w)
+        row = [(picture(images[a]), "A", False), (picture(images[b]), "B", False)]
+        for k in range(2 * count):
+            name = f"{'A' if k < count else 'B'}, slot {k % count}"
+            row.append((picture(model.compose(parts[:, k : k + 1], background)[0]), name, False))
+        rows.append([*row, (picture(model.compose(parts, background)[0]), "recomposition", True)])
+    return contact_sheet(rows)
+
+
+# ---------------------------------------------------------------- Command line
+
+PRESETS = {
+    "sprites": dict(
+        size=32, cells=16, suppress=5, n_slots=4, op="alpha", background="picture", objects="3", sigma=0.1, batch=32,
+        minutes=15.0,
+    ),
+    "clevr": dict(
+        size=64, cells=16, suppress=5, n_slots=6, op="alpha", background="latent", objects="3-6", sigma=0.05, beta=5.0,
+        batch=16, minutes=20.0,
+    ),
+}  # fmt: skip
+
+MODEL_OPTIONS = (
+    "size",
+    "cells",
+    "n_slots",
+    "d",
+    "channels",
+    "op",
+    "compose_at",
+    "suppress",
+    "coords",
+    "background",
+    "locality",
+)
+# What a resumed run may change; the rest made its weights.
+RESUMABLE = {
+    "steps",
+    "minutes",
+    "device",
+    "precision",
+    "compile_model",
+    "data_root",
+    "download",
+    "out",
+    "resume",
+    "dry_run",
+}
+CLIP = (
+    2000.0  # of the gradient's norm; most steps are clipped, so that a strange scene weighs no more than a common one
+)
+
+
+def parse_objects(context, parameter, value):
+    """ "3-6" -> (3, 6), "4" -> (4, 4); raises click.BadParameter."""
+    try:
+        low, _, high = value.partition("-")
+        low, high = int(low), int(high or low)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no number or range of numbers such as 3-6") from error
+    if not 1 <= low <= high <= 10:
+        raise click.BadParameter(f"{value!r}: expected 1 to 10 objects, the smaller number first")
+    return low, high
+
+
+def check_options(options):
+    """Raise click.UsageError for options that do not go together."""
+    size, cells = options["size"], options["cells"]
+    if size % UPSCALE or size // cells not in (2, 4, 8, 16, 32) or size % cells:
+        raise click.UsageError(
+            f"--size {size} --cells {cells}: the size must be a multiple of {UPSCALE}, and 2, 4, 8, ... times the cells"
+        )
+    if options["n_slots"] > cells**2:
+        raise click.UsageError(f"--N {options['n_slots']}: a map of {cells} x {cells} cells has no so many")
+    if options["suppress"] % 2 == 0:
+        raise click.UsageError(f"--suppress {options['suppress']}: a window has an odd number of cells, 1 for none")
+    if options["channels"] % 8:
+        raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
+    if options["op"] == "alpha" and options["background"] == "none":
+        raise click.UsageError("--op alpha needs a --background: its masks are shared between the slots and that")
+
+
+def run_name(options):
+    return "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
+
+
+def headline(metrics):
+    """The scores a person watches, in one line."""
+    names = ("mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "recomposition_psnr")
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+
+
+@click.command(cls=PresetCommand, presets=PRESETS, context_settings={"show_default": True})
+# What is learnt from
+@click.option("--dataset", type=click.Choice(list(PRESETS)), default="sprites")
+@click.option("--size", type=click.IntRange(16), default=64, help="Height and width of the pictures.")
+@click.option("--objects", callback=parse_objects, default="3-6", help="Objects in a scene: a number or a range.")
+# The model
+@click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
+@click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
+@click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
+@click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
+@click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
+@click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
+@click.option(
+    "--background",
+    type=click.Choice(["none", "picture", "latent"]),
+    default="picture",
+    help="What lies behind the slots: nothing, one learned picture, or that shaded by latents.",
+)
+@click.option("--kl-cells", type=click.Choice(["all", "selected"]), default="all", help="Cells whose KL is charged.")
+@click.option(
+    "--suppress", type=click.IntRange(1), default=5, help="Window in which only the highest cell counts; 1: off."
+)
+@click.option(
+    "--coords", type=click.Choice(["relative", "absolute"]), default="relative", help="What the decoder is told."
+)
+@click.option(
+    "--locality",
+    type=click.FloatRange(0),
+    default=0.4,
+    help="Reach of a slot's mask with --op alpha, in half picture widths; 0: no bound.",
+)
+@click.option(
+    "--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Standard deviation of the likelihood."
+)
+# The run
+@training_options
+@click.pass_context
+def main(context, **options):
+    """Train a Multi-Entity VAE.
+
+    \b
+    python train_mvae.py --dataset sprites
+    python train_mvae.py --dataset clevr --N 4 --op sum
+    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0 --minutes 60
+    python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 60
+    """
+    # 1. Options.
+    settle_run(context, options, RESUMABLE)
+    check_options(options)
+    if options["dry_run"]:
+        click.echo(json.dumps(options, indent=2, default=str))
+        return
+    rank, world, local_rank = start_distributed()
+    device = pick_device(options["device"], local_rank)
+
+    # 2. Data.
+    size, sigma, batch = options["size"], options["sigma"], options["batch"]
+    data = load_data(*(options[k] for k in ("dataset", "data_root", "download", "size", "objects", "seed")), device)
+    images, labels = data.held_out(320)
+    state = load_checkpoint(options["resume"], device) if options["resume"] else None
+    folder = options["resume"] or options["out"] or new_folder(run_name(options))
+    say = click.echo if rank == 0 else lambda *_: None
+    say(f"data: {data.source}; device: {device}; run folder: {folder}")
+
+    # 3. Build -> initialise from the data, or from the checkpoint -> to the device.
+    torch.manual_seed(options["seed"])
+    model = MVAE(**{name: options[name] for name in MODEL_OPTIONS})
+    model.start_from(data.batch(0, 0, 256, 256).mean(0).cpu())
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
+    if state:
+        load_state(model, state["model"], "the checkpoint")
+        load_state(optimizer, state["optimizer"], "the checkpoint's optimiser state")
+    forward = torch.compile(model) if options["compile_model"] else model
+    step = state["step"] if state else 0
+    clock = Clock(options["steps"], options["minutes"], state["elapsed"] if state else 0.0)
+
+    # 4. Run folder.
+    config = {
+        "script": Path(__file__).stem,
+        "options": options,
+        "data": {"name": options["dataset"], "source": data.source, "crop": data.crop},
+    }
+    run = Run(folder, rank)
+    run.write_config(config | {"processes": world, "versions": versions(), "command": " ".join(sys.argv)})
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"{parameters:,} parameters; {options['n_slots']} slots of {options['d']} latents; {world} x {batch} pictures a step"
+    )
+
+    # 5. Train: evaluate, draw and save every tenth of the run and at its end, a checkpoint every two minutes besides.
+    tenth, saved = int(10 * clock.progress(step)), clock.elapsed
+    with stop_signals() as stop, ProgressBar(rank) as bar:
+        while True:
+            progress, stopping = agree([clock.progress(step), stop.received], device)
+            last, due = progress >= 1, int(10 * progress) > tenth
+            if rank == 0 and (last or due or (step & (step - 1) == 0 and not stopping)):
+                run.figure("decomposition", decomposition_figure(model, images[:6]), step)
+                run.figure("recomposition", recomposition_figure(model, images[:8]), step)
+            if rank == 0 and (last or due):
+                metrics = evaluate(model, data, images, labels, sigma)
+                run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
+                run.metrics(metrics | {"step": step, "minutes": clock.elapsed / 60, "data": data.source})
+                bar.write(f"{progress:4.0%} step {step} {clock.elapsed / 60:.1f} min: {headline(metrics)}")
+            if last or due or stopping or clock.elapsed - saved > 120:
+                run.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                        "elapsed": clock.elapsed,
+                    }
+                )
+                tenth, saved = int(10 * progress), clock.elapsed
+            if last or stopping:
+                break
+
+            beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(progress, step, options["lr"])
+            image = data.batch(step, rank * batch, (rank + 1) * batch, world * batch)
+            noise = torch.randn(
+                world * batch, model.noise_size, generator=random_generator("noise", options["seed"], step)
+            )[rank * batch : (rank + 1) * batch].to(device)  # fmt: skip
+            with autocast(device, options["precision"]):
+                encoding, _, mean = forward(image, noise)
+            loss, terms = negative_elbo(image, mean, encoding, beta, sigma, options["kl_cells"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if world > 1:
+                average_gradients(model)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            values = {name: term.item() for name, term in terms.items()}
+            if not math.isfinite(sum(values.values())) or not math.isfinite(norm):
+                raise click.ClickException(
+                    f"step {step}: not finite: {values}, gradient norm {norm}; {folder} keeps the last checkpoint"
+                )
+            optimizer.step()
+            step += 1
+
+            values |= {"loss/negative_elbo": values["loss/reconstruction"] + values["loss/kl"], "schedule/beta": beta}
+            values |= {"schedule/lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
+            if step % 20 == 0:
+                run.scalars(values, step)
+            bar.advance(progress, step, values)
+    run.close()
+    if stopping and not last:
+        say(f"stopped at step {step}; go on with: python train_mvae.py --resume {folder}")
+    else:
+        say(f"done: {folder}/figures, {folder}/metrics.json; next: python export.py {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
