@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -88,13 +89,13 @@ def position_grid(height, width):
 
 
 def fourier_features(position, octaves=3):
-    """(..., 2, h, w) positions -> (..., 2 + 4 * octaves, h, w): themselves, and sines and cosines of rising frequency."""
+    """(..., 2, h, w) -> (..., 2 + 4 * octaves, h, w): positions, and sines and cosines of them of rising frequency."""
     waves = [f(math.pi * 2**k * position) for k in range(octaves) for f in (torch.sin, torch.cos)]
     return torch.cat([position, *waves], dim=-3)
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019): one latent vector -> one feature map, every cell told where it is.
+    """Spatial-broadcast decoder (Watters et al. 2019): a latent vector -> a feature map, every cell told where it is.
 
     With `coords="relative"` a cell is told its offset from the slot's own cell, so that a slot is drawn the same
     wherever it stands; with "absolute" it is told its place in the picture, and the latent must say where to draw.
@@ -241,7 +242,7 @@ def training_options(command):
 
 
 def settle_run(context, options, resumable):
-    """Complete the run's options in place; raises click.UsageError where they contradict each other, or the run resumed.
+    """Complete the run's options in place; raises click.UsageError where they, or the run resumed, contradict them.
 
     --steps typed without --minutes turns the clock off: such a run is the same on every machine, bit for bit.
     """
@@ -299,13 +300,16 @@ def start_distributed():
     return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
 
 
-def average_gradients(model):
-    """Average the gradients over all processes, in one message; these models are too small to hide more behind."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def average_gradients(parameters):
+    """Average the gradients over all processes, in one message: these models are too small to hide more behind."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    for g, mean in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients]), strict=True):
-        g.copy_(mean.view_as(g))
+    means = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def agree(values, device):
@@ -507,14 +511,11 @@ class Run:
         """`image`: a PIL picture; figures/<name>.png always holds the newest."""
         if self.folder:
             write_atomically(self.folder / "figures" / f"{name}.png", lambda p: image.save(p, format="PNG"))
-            self.writer.add_image(
-                name,
-                torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3),
-                step,
-                dataformats="HWC",
-            )
+            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
-    def save(self, state):
+    def save(self, model, optimizer, step, elapsed):
+        """All that the loop changes. Random states are no part of it: see `random_generator`."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
         if self.folder:
             write_atomically(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
 

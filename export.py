@@ -14,6 +14,7 @@ B, N and M are free. A graph that differs from PyTorch by more than TOLERANCE, a
 with, is reported, the exit code is 1, and an export folder written before is left as it was.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -39,10 +40,19 @@ CHECKED_SIZES = ({"batch": 1, "slots": 1}, {"batch": 5, "slots": 7})
 # ---------------------------------------------------------------- Graphs
 
 
+def part(model, *names):
+    """A copy of the model that keeps only the named parts, so that a graph's file holds no weights it does not use."""
+    model = copy.deepcopy(model)
+    for name, _ in list(model.named_children()):
+        if name not in names:
+            setattr(model, name, None)
+    return model
+
+
 class EncoderGraph(nn.Module):
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = part(model, "encoder", "background")
         self.outputs = ["mu", "logvar", "cell", "kl", "kl_map"] + ["background"] * (model.background is not None)
 
     def forward(self, image):
@@ -55,7 +65,7 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = part(model, "slot_decoder", "to_layer")
 
     def forward(self, z, cell):
         return self.model.decode(z, cell)
@@ -66,7 +76,7 @@ class ComposerGraph(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = part(model, "to_image")
 
     def forward(self, layer, background=None):
         return self.model.compose(layer, background)

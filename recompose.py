@@ -23,7 +23,7 @@ SHIPPED_MODEL = Path(__file__).parent / "models" / "clevr"
 
 
 def read_picture(path):
-    """Any still picture -> RGB. Raises click.UsageError for what is no picture, damaged, animated or not 8 or 16 bit."""
+    """Any still picture of 8 or 16 bits -> RGB; raises click.UsageError for all else, damaged files included."""
     try:
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1:
@@ -243,7 +243,8 @@ def save(picture, path):
     multiple=True,
     callback=parse_slots,
     metavar="K,K",
-    help="Slots to keep: once for every input, or once each, in their order.  [default: all]",
+    show_default="all",
+    help="Slots to keep: once for every input, or once each, in the inputs' order.",
 )
 @click.option(
     "--model",
@@ -257,7 +258,7 @@ def save(picture, path):
     "--out",
     type=click.Path(path_type=Path),
     default="recomposed.png",
-    help="The picture; the figure is OUT_figure.png.",
+    help="The picture to write; the figure is written beside it, as NAME_figure.png.",
 )
 def main(inputs, slots, folder, out):
     """Recompose pictures from the slots of INPUT...

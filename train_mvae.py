@@ -118,7 +118,7 @@ class Sprites:
         count = torch.randint(low, high + 1, (n, 1), generator=generator, device=self.device)
         scene = {
             "present": torch.arange(high, device=self.device) < count,
-            "rgb": hsv_to_rgb(*(uniform(low, 1, (n, high), generator) for low in (0.0, 0.5, 0.6))),
+            "rgb": hsv_to_rgb(*(uniform(least, 1, (n, high), generator) for least in (0.0, 0.5, 0.6))),
         }
         if self.library is not None:
             shape = torch.randint(len(self.library), (n, high), generator=generator, device=self.device)
@@ -285,7 +285,7 @@ class ClevrRenderer:
 
         Objects are drawn at twice the size, the ground, which is smooth, at the size itself.
         """
-        n, side = len(scene["camera"]), 2 * self.size
+        side = 2 * self.size
         frame = camera_frame(scene["camera"])
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         depth, label = self.nearest(scene, frame, centre, side)  # (n, side^2) each
@@ -697,8 +697,28 @@ def negative_elbo(image, mean, encoding, beta, sigma, kl_cells):
     return reconstruction + beta * kl, terms
 
 
+def update(forward, optimizer, image, noise, beta, lr, options):
+    """One step of Adam on the negative ELBO; returns every term and value used. Not taken where one is not finite."""
+    with autocast(image.device, options["precision"]):
+        encoding, _, mean = forward(image, noise)
+    loss, terms = negative_elbo(image, mean, encoding, beta, options["sigma"], options["kl_cells"])
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+    values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item()}
+    if math.isfinite(sum(values.values())):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return values | {"loss/negative_elbo": loss.item(), "schedule/beta": beta, "schedule/lr": lr}
+
+
 # ---------------------------------------------------------------- Evaluation
 
+HELD_OUT = 320  # scenes scored, as in the literature; and pairs of scenes recomposed
+PAIRS = 64
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 
@@ -743,11 +763,15 @@ def adjusted_rand_index(predicted, true):
 
 
 def overlaps(segment, label, n_slots):
-    """Pixels every object (row) shares with every slot (column), and their sizes: (K, N), (K,), (N,)."""
-    objects = label.unique()
-    masks = label.flatten() == objects[objects > 0][:, None]  # (K, P)
+    """Pixels every object (row) shares with every slot (column), their sizes, the objects' labels.
+
+    segment (H, W), label (H, W) -> (K, N), (K,), (N,), (K,); objects smaller than SMALLEST are left out.
+    """
+    values, sizes = label.unique(return_counts=True)
+    objects = values[(values > 0) & (sizes >= SMALLEST * label.numel())]
+    masks = label.flatten() == objects[:, None]  # (K, P)
     slots = segment.flatten() == torch.arange(1, n_slots + 1, device=segment.device)[:, None]  # (N, P)
-    return masks.double() @ slots.double().T, masks.sum(1), slots.sum(1)
+    return masks.double() @ slots.double().T, masks.sum(1), slots.sum(1), objects
 
 
 def match(shared, objects, slots):
@@ -767,13 +791,13 @@ def segmentation_scores(responsibility, label):
     n_slots = len(responsibility) - 1
     foreground = label > 0
     ari = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
-    shared, objects, slots = overlaps(responsibility.argmax(0), label, n_slots)
+    shared, objects, slots, _ = overlaps(responsibility.argmax(0), label, n_slots)
     rows, columns, iou = match(shared, objects, slots)
     active = slots >= SMALLEST * label.numel()
     claimed = shared[:, active].argmax(0)[shared[:, active].sum(0) > 0.5 * slots[active]]
     return {
         "ari_fg": ari,
-        "miou": iou[rows, columns].sum() / len(objects),
+        "miou": iou[rows, columns].sum() / max(1, len(objects)),
         "slot_count_error": abs(int(active.sum()) - len(objects)),
         "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum())),
     }
@@ -803,15 +827,14 @@ def slots_of(model, image, label, wanted):
     segment = responsibilities(model, layer, encoding.background).argmax(1)
     chosen = []
     for b in range(len(image)):
-        rows, columns, _ = match(*overlaps(segment[b], label[b], model.n_slots))
-        present = label[b].unique()
-        numbers = present[present > 0][rows] - 1
-        chosen.append(layer[b, columns[wanted[b, numbers].cpu().numpy()]])
+        shared, objects, slots, labels = overlaps(segment[b], label[b], model.n_slots)
+        rows, columns, _ = match(shared, objects, slots)
+        chosen.append(layer[b, columns[wanted[b, labels[rows] - 1].cpu().numpy()]])
     return encoding, layer, chosen
 
 
 @torch.no_grad()
-def score_recomposition(model, data, n=64):
+def score_recomposition(model, data, n):
     """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction.
 
     Both are PSNRs on object pixels, so that their difference is the price of recomposing.
@@ -862,7 +885,7 @@ def evaluate(model, data, images, labels, sigma):
     if scenes:
         metrics |= {name: float(np.mean([s[name] for s in scenes])) for name in scenes[0]}
     if hasattr(data, "pairs"):
-        metrics |= score_recomposition(model, data)
+        metrics |= score_recomposition(model, data, PAIRS)
     return metrics
 
 
@@ -917,14 +940,9 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": dict(
-        size=32, cells=16, suppress=5, n_slots=4, op="alpha", background="picture", objects="3", sigma=0.1, batch=32,
-        minutes=15.0,
-    ),
-    "clevr": dict(
-        size=64, cells=16, suppress=5, n_slots=6, op="alpha", background="latent", objects="3-6", sigma=0.05, beta=5.0,
-        batch=16, minutes=20.0,
-    ),
+    "sprites": {"size": 32, "objects": "3", "n_slots": 4, "sigma": 0.1, "batch": 32, "minutes": 15.0},
+    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
+              "batch": 16, "minutes": 20.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
@@ -958,16 +976,22 @@ CLIP = (
 )
 
 
-def parse_objects(context, parameter, value):
-    """ "3-6" -> (3, 6), "4" -> (4, 4); raises click.BadParameter."""
-    try:
-        low, _, high = value.partition("-")
-        low, high = int(low), int(high or low)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no number or range of numbers such as 3-6") from error
-    if not 1 <= low <= high <= 10:
-        raise click.BadParameter(f"{value!r}: expected 1 to 10 objects, the smaller number first")
-    return low, high
+class ObjectCount(click.ParamType):
+    """A number of objects or a range of it: "4" -> (4, 4), "3-6" -> (3, 6)."""
+
+    name = "count"
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):  # a pair, as config.json has it
+            return tuple(value)
+        try:
+            low, _, high = value.partition("-")
+            low, high = int(low), int(high or low)
+        except ValueError:
+            self.fail(f"{value!r} is no number or range of numbers such as 3-6", param, ctx)
+        if not 1 <= low <= high <= 10:
+            self.fail(f"{value!r}: expected 1 to 10 objects, the smaller number first", param, ctx)
+        return low, high
 
 
 def check_options(options):
@@ -1001,7 +1025,7 @@ def headline(metrics):
 # What is learnt from
 @click.option("--dataset", type=click.Choice(list(PRESETS)), default="sprites")
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of the pictures.")
-@click.option("--objects", callback=parse_objects, default="3-6", help="Objects in a scene: a number or a range.")
+@click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
 # The model
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
@@ -1013,14 +1037,15 @@ def headline(metrics):
     "--background",
     type=click.Choice(["none", "picture", "latent"]),
     default="picture",
-    help="What lies behind the slots: nothing, one learned picture, or that shaded by latents.",
+    help="Behind the slots: nothing, one learned picture, or that picture shaded by latents.",
 )
 @click.option("--kl-cells", type=click.Choice(["all", "selected"]), default="all", help="Cells whose KL is charged.")
+@click.option("--suppress", type=click.IntRange(1), default=5, help="Window whose highest cell alone counts; 1: off.")
 @click.option(
-    "--suppress", type=click.IntRange(1), default=5, help="Window in which only the highest cell counts; 1: off."
-)
-@click.option(
-    "--coords", type=click.Choice(["relative", "absolute"]), default="relative", help="What the decoder is told."
+    "--coords",
+    type=click.Choice(["relative", "absolute"]),
+    default="relative",
+    help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
 @click.option(
     "--locality",
@@ -1028,9 +1053,7 @@ def headline(metrics):
     default=0.4,
     help="Reach of a slot's mask with --op alpha, in half picture widths; 0: no bound.",
 )
-@click.option(
-    "--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Standard deviation of the likelihood."
-)
+@click.option("--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Likelihood's standard deviation.")
 # The run
 @training_options
 @click.pass_context
@@ -1053,100 +1076,73 @@ def main(context, **options):
     device = pick_device(options["device"], local_rank)
 
     # 2. Data.
-    size, sigma, batch = options["size"], options["sigma"], options["batch"]
-    data = load_data(*(options[k] for k in ("dataset", "data_root", "download", "size", "objects", "seed")), device)
-    images, labels = data.held_out(320)
-    state = load_checkpoint(options["resume"], device) if options["resume"] else None
-    folder = options["resume"] or options["out"] or new_folder(run_name(options))
-    say = click.echo if rank == 0 else lambda *_: None
-    say(f"data: {data.source}; device: {device}; run folder: {folder}")
+    names = ("dataset", "data_root", "download", "size", "objects", "seed")
+    data = load_data(*(options[name] for name in names), device)
+    images, labels = data.held_out(HELD_OUT)
 
-    # 3. Build -> initialise from the data, or from the checkpoint -> to the device.
+    # 3. Build, initialise from the data, move to the device; go on from the checkpoint where there is one.
     torch.manual_seed(options["seed"])
     model = MVAE(**{name: options[name] for name in MODEL_OPTIONS})
     model.start_from(data.batch(0, 0, 256, 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
-    if state:
+    step, elapsed = 0, 0.0
+    if options["resume"]:
+        state = load_checkpoint(options["resume"], device)
         load_state(model, state["model"], "the checkpoint")
         load_state(optimizer, state["optimizer"], "the checkpoint's optimiser state")
+        step, elapsed = state["step"], state["elapsed"]
     forward = torch.compile(model) if options["compile_model"] else model
-    step = state["step"] if state else 0
-    clock = Clock(options["steps"], options["minutes"], state["elapsed"] if state else 0.0)
 
     # 4. Run folder.
-    config = {
-        "script": Path(__file__).stem,
-        "options": options,
-        "data": {"name": options["dataset"], "source": data.source, "crop": data.crop},
-    }
+    folder = options["resume"] or options["out"] or new_folder(run_name(options))
     run = Run(folder, rank)
-    run.write_config(config | {"processes": world, "versions": versions(), "command": " ".join(sys.argv)})
-    parameters = sum(p.numel() for p in model.parameters())
-    say(
-        f"{parameters:,} parameters; {options['n_slots']} slots of {options['d']} latents; {world} x {batch} pictures a step"
-    )
+    about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
+    config = {"script": Path(__file__).stem, "command": " ".join(sys.argv), "processes": world, "versions": versions()}
+    run.write_config(config | {"data": about, "options": options})
+    if rank == 0:
+        click.echo(f"data: {data.source}; device: {device}; run folder: {folder}")
+        click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} x {options['batch']} a step")
 
-    # 5. Train: evaluate, draw and save every tenth of the run and at its end, a checkpoint every two minutes besides.
+    # 5. Train: evaluate, draw and save every tenth of the run and at its end; a checkpoint every two minutes besides.
+    clock = Clock(options["steps"], options["minutes"], elapsed)
     tenth, saved = int(10 * clock.progress(step)), clock.elapsed
+    first, total = rank * options["batch"], world * options["batch"]
     with stop_signals() as stop, ProgressBar(rank) as bar:
         while True:
-            progress, stopping = agree([clock.progress(step), stop.received], device)
+            progress, stopping = agree((clock.progress(step), stop.received), device)
             last, due = progress >= 1, int(10 * progress) > tenth
-            if rank == 0 and (last or due or (step & (step - 1) == 0 and not stopping)):
+            if rank == 0 and (last or due or step.bit_count() == 1):  # at 1, 2, 4, ... too: something to see at once
                 run.figure("decomposition", decomposition_figure(model, images[:6]), step)
                 run.figure("recomposition", recomposition_figure(model, images[:8]), step)
             if rank == 0 and (last or due):
-                metrics = evaluate(model, data, images, labels, sigma)
+                metrics = evaluate(model, data, images, labels, options["sigma"])
                 run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
                 run.metrics(metrics | {"step": step, "minutes": clock.elapsed / 60, "data": data.source})
-                bar.write(f"{progress:4.0%} step {step} {clock.elapsed / 60:.1f} min: {headline(metrics)}")
+                bar.write(f"{progress:4.0%} step {step}, {clock.elapsed / 60:.1f} min: {headline(metrics)}")
             if last or due or stopping or clock.elapsed - saved > 120:
-                run.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                        "elapsed": clock.elapsed,
-                    }
-                )
+                run.save(model, optimizer, step, clock.elapsed)
                 tenth, saved = int(10 * progress), clock.elapsed
             if last or stopping:
                 break
 
             beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(progress, step, options["lr"])
-            image = data.batch(step, rank * batch, (rank + 1) * batch, world * batch)
-            noise = torch.randn(
-                world * batch, model.noise_size, generator=random_generator("noise", options["seed"], step)
-            )[rank * batch : (rank + 1) * batch].to(device)  # fmt: skip
-            with autocast(device, options["precision"]):
-                encoding, _, mean = forward(image, noise)
-            loss, terms = negative_elbo(image, mean, encoding, beta, sigma, options["kl_cells"])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if world > 1:
-                average_gradients(model)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            values = {name: term.item() for name, term in terms.items()}
-            if not math.isfinite(sum(values.values())) or not math.isfinite(norm):
-                raise click.ClickException(
-                    f"step {step}: not finite: {values}, gradient norm {norm}; {folder} keeps the last checkpoint"
-                )
-            optimizer.step()
+            lr = learning_rate_at(progress, step, options["lr"])
+            image = data.batch(step, first, first + options["batch"], total)
+            generator = random_generator("noise", options["seed"], step)
+            noise = torch.randn(total, model.noise_size, generator=generator)[first : first + options["batch"]]
+            values = update(forward, optimizer, image, noise.to(device), beta, lr, options)
+            if not math.isfinite(sum(values.values())):
+                raise click.ClickException(f"step {step} is not finite: {values}; {folder} keeps the last checkpoint")
             step += 1
-
-            values |= {"loss/negative_elbo": values["loss/reconstruction"] + values["loss/kl"], "schedule/beta": beta}
-            values |= {"schedule/lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
             if step % 20 == 0:
                 run.scalars(values, step)
             bar.advance(progress, step, values)
     run.close()
-    if stopping and not last:
-        say(f"stopped at step {step}; go on with: python train_mvae.py --resume {folder}")
-    else:
-        say(f"done: {folder}/figures, {folder}/metrics.json; next: python export.py {folder}")
+    if rank == 0 and not last:
+        click.echo(f"stopped at step {step}; go on with: python train_mvae.py --resume {folder}")
+    elif rank == 0:
+        click.echo(f"done: {folder}/metrics.json and {folder}/figures; next: python export.py {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

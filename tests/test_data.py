@@ -1,0 +1,229 @@
+"""Built-in data against geometry worked out another way; folders as users have them."""
+
+import itertools
+import json
+import math
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_mvae
+from common import random_generator
+from train_mvae import CUBE, CYLINDER, SPHERE, ClevrFolder, ClevrRenderer, Pool, Sprites
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    return Sprites(32, (2, 4), seed=0, device=torch.device("cpu"))
+
+
+def test_sprites_show_each_object_in_its_colour_on_black(sprites):
+    scene = sprites.draw(16, random_generator("test"))
+    image, label = sprites.render(scene)
+    assert image.shape == (16, 3, 32, 32)
+    assert label.shape == (16, 32, 32)
+    for b, k in itertools.product(range(16), range(5)):
+        inner = torch.ones(32, 32, dtype=torch.bool)
+        for shift in itertools.product((-1, 0, 1), repeat=2):  # away from its edges, where colours mix
+            inner &= label[b].roll(shift, (0, 1)) == k
+        colour = torch.zeros(3) if k == 0 else scene["rgb"][b, k - 1]
+        torch.testing.assert_close(image[b, :, inner], colour[:, None].expand(3, int(inner.sum())))
+
+
+def test_sprites_have_as_many_objects_as_asked(sprites):
+    scene = sprites.draw(200, random_generator("test"))
+    counts = scene["present"].sum(1)
+    assert set(counts.tolist()) == {2, 3, 4}
+    _, label = sprites.render(scene)
+    seen = torch.tensor([len(x.unique()) - 1 for x in label])
+    assert (seen <= counts).all()
+    assert (seen == counts).float().mean() > 0.95  # next to none is hidden
+
+
+def test_sprite_centres_keep_their_distance(sprites):
+    centre = sprites.draw(100, random_generator("test"))["centre"]
+    gaps = (centre[:, :, None] - centre[:, None]).norm(dim=-1) + 9 * torch.eye(4)
+    assert (gaps.amin((1, 2)) > 0.3).float().mean() > 0.99
+
+
+def test_processes_share_one_global_batch(sprites):
+    whole = sprites.batch(7, 0, 8, 8)
+    assert torch.equal(torch.cat([sprites.batch(7, 0, 4, 8), sprites.batch(7, 4, 8, 8)]), whole)
+    assert not torch.equal(sprites.batch(8, 0, 8, 8), whole)
+
+
+def test_dsprites_shapes_come_from_the_archive(tmp_path):
+    shapes = np.zeros((5, 64, 64), np.uint8)
+    for i in range(5):
+        shapes[i, 10 * i : 10 * i + 8, 20:40] = 1
+    np.savez_compressed(tmp_path / "dsprites_ndarray.npz", imgs=shapes)
+    data = Sprites(32, (1, 1), 0, torch.device("cpu"), tmp_path)
+    scene = data.draw(10, random_generator("test"))
+    image, label = data.render(scene)
+    for b in range(10):
+        expected = torch.from_numpy(shapes[scene["shape"][b, 0], ::2, ::2]).long()
+        assert torch.equal(label[b], expected)
+        assert torch.equal(image[b].amax(0) > 0, expected > 0)
+    with pytest.raises(click.UsageError, match="no dsprites"):
+        Sprites(32, (1, 1), 0, torch.device("cpu"), tmp_path / "elsewhere")
+
+
+# ---------------------------------------------------------------- The renderer
+
+
+def scene_of(shape, half, xy=(0.3, -0.8), angle=0.7):
+    """One object under the mean camera."""
+    return {
+        "present": torch.tensor([[True]]),
+        "shape": torch.tensor([[shape]]),
+        "half": torch.tensor([[half]]),
+        "xy": torch.tensor([[xy]]),
+        "angle": torch.tensor([[angle]]),
+        "rgb": torch.tensor([[[0.8, 0.1, 0.1]]]),
+        "metal": torch.tensor([[False]]),
+        "camera": torch.tensor([train_mvae.CAMERA]),
+        "lamps": torch.tensor([train_mvae.LAMPS]),
+    }
+
+
+def inside(shape, half, point):
+    """Whether points (..., 3) of the object's frame lie in it."""
+    if shape == SPHERE:
+        return point.norm(dim=-1) < half
+    if shape == CYLINDER:
+        return (point[..., :2].norm(dim=-1) < half) & (point[..., 2].abs() < half)
+    return point.abs().amax(-1) < half
+
+
+@pytest.mark.parametrize("shape", [SPHERE, CYLINDER, CUBE])
+@pytest.mark.parametrize("half", [0.35, 0.7])
+def test_outlines_are_those_of_marching_along_the_rays(shape, half):
+    scene = scene_of(shape, half)
+    _, label = ClevrRenderer(32, (1, 1), torch.device("cpu")).render(scene)
+    camera = scene["camera"][0]
+    forward = -camera / camera.norm()
+    right = torch.linalg.cross(forward, torch.tensor([0.0, 0.0, 1.0]))
+    right = right / right.norm()
+    up = torch.linalg.cross(right, forward)
+    v, u = 0.3 * train_mvae.position_grid(64, 64)[:, ::2, ::2]  # the first of every pixel's four samples
+    ray = forward + (u[..., None] * right - (v[..., None] + 1 / 64) * up) * 32 / 35
+    t = torch.linspace(6, 16, 4001)[:, None, None, None]
+    point = camera + t * ray - torch.tensor([*scene["xy"][0, 0], half])
+    c, s = math.cos(0.7), math.sin(0.7)
+    x, y, z = point.unbind(-1)
+    turned = torch.stack([c * x + s * y, c * y - s * x, z], dim=-1)
+    marched = inside(shape, half, turned).any(0)
+    assert marched.sum() > 10
+    assert (marched != (label[0] == 1)).sum() <= 1  # a grazing ray may fall between two marching steps
+
+
+def test_the_nearer_object_hides_the_farther():
+    near, far = scene_of(SPHERE, 0.7, xy=(1.0, -0.9)), scene_of(SPHERE, 0.7, xy=(-0.4, 0.4))
+    renderer = ClevrRenderer(32, (2, 2), torch.device("cpu"))
+    alone = [renderer.render(s)[1][0] > 0 for s in (near, far)]
+    _, label = renderer.render(train_mvae.joined(far, near))
+    shared = alone[0] & alone[1]
+    assert shared.sum() > 10
+    assert (label[0][shared] == 2).all()
+    assert torch.equal(label[0] > 0, alone[0] | alone[1])
+
+
+def test_scenes_repeat_by_seed_and_keep_clevrs_distances():
+    renderer = ClevrRenderer(32, (3, 6), torch.device("cpu"))
+    a, b = (renderer.draw(50, random_generator("scenes")) for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert set(a["present"].sum(1).tolist()) == {3, 4, 5, 6}
+    radius = torch.where(a["shape"] == CUBE, a["half"] / train_mvae.CUBE_HALF, a["half"])
+    gaps = (a["xy"][:, :, None] - a["xy"][:, None]).norm(dim=-1) - radius[:, :, None] - radius[:, None]
+    gaps = gaps + 9 * torch.eye(6)
+    assert (gaps.amin((1, 2)) > 0.249).float().mean() > 0.9
+    image, label = renderer.render(a)
+    assert torch.equal(image, renderer.render(b)[0])
+    assert image.min() >= 0 and image.max() <= 1 and image.isfinite().all()
+    assert label.amax() <= 6
+
+
+def test_a_lamp_casts_a_shadow_and_only_near_the_object():
+    renderer = ClevrRenderer(32, (1, 1), torch.device("cpu"))
+    scene = scene_of(SPHERE, 0.7)
+    lit, label = renderer.render(scene)
+    empty, _ = renderer.render(scene | {"present": torch.tensor([[False]])})
+    darker = (empty - lit)[0].mean(0) * (label[0] == 0)
+    assert darker.max() > 0.05
+    assert darker[:4].abs().max() < 0.02
+
+
+# ---------------------------------------------------------------- Pools and folders
+
+
+def test_a_pool_makes_every_picture_once_and_epochs_are_complete():
+    made = []
+
+    def make(first, last):
+        made.append((first, last))
+        values = torch.arange(first, last, dtype=torch.uint8)
+        return values[:, None, None, None].expand(-1, 3, 4, 4)
+
+    pool = Pool(150, 4, seed=0, device=torch.device("cpu"), make=make)
+    epochs = [[], [], []]
+    for step in range(45):  # 45 batches of 10 are three epochs of 150
+        epochs[step // 15] += (pool.batch(step, 0, 10, 10)[:, 0, 0, 0] * 255).round().int().tolist()
+    assert sorted(made) == [(0, 64), (64, 128), (128, 150)]
+    assert all(sorted(e) == list(range(150)) for e in epochs)
+    assert epochs[1] != epochs[0] and epochs[1] != epochs[2]
+    halves = [pool.batch(20, a, a + 5, 10) for a in (0, 5)]
+    assert torch.equal(torch.cat(halves), pool.batch(20, 0, 10, 10))
+
+
+def write_clevr(root, masks=True, sizes=((480, 320), (320, 240))):
+    """A folder in CLEVR's layout: the picture's crop is white, all else black; scene i has i + 2 objects."""
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        scenes = []
+        for i, (width, height) in enumerate(sizes):
+            picture = np.zeros((height, width, 4), np.uint8)
+            top, side = round(height / 2 + width / 64 - 0.3 * width), round(0.6 * width)
+            picture[top : top + side, round(0.2 * width) : round(0.2 * width) + side] = 255
+            name = f"CLEVR_{split}_{i:06d}.png"
+            Image.fromarray(picture).save(root / "images" / split / name)
+            scenes.append({"image_filename": name, "objects": [{}] * (i + 2)})
+            if masks:
+                (root / "masks" / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture[..., 0] // 255 * (i + 1)).save(root / "masks" / split / name)
+        (root / "scenes").mkdir(exist_ok=True)
+        (root / "scenes" / f"CLEVR_{split}_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    return root
+
+
+def test_the_official_folder_is_cropped_by_the_rule_and_filtered_by_objects(tmp_path):
+    root = write_clevr(tmp_path / "CLEVR_v1.0")
+    data = ClevrFolder(tmp_path, 16, (2, 3), 0, torch.device("cpu"))  # found below the folder named
+    assert torch.equal(data.batch(0, 0, 2, 2), torch.ones(2, 3, 16, 16))
+    images, labels = data.held_out(320)
+    assert len(images) == 2
+    assert [int(x) for x in labels.flatten(1).float().mean(1)] == [1, 2]
+    assert len(ClevrFolder(root, 16, (3, 6), 0, torch.device("cpu")).val) == 1
+
+
+def test_a_folder_without_masks_has_no_labels(tmp_path):
+    write_clevr(tmp_path, masks=False)
+    assert ClevrFolder(tmp_path, 16, (2, 3), 0, torch.device("cpu")).held_out(1)[1] is None
+
+
+def test_wrong_folders_say_what_was_looked_for(tmp_path):
+    device = torch.device("cpu")
+    with pytest.raises(click.UsageError, match="images/train"):
+        ClevrFolder(tmp_path, 16, (2, 3), 0, device)
+    root = write_clevr(tmp_path / "data")
+    with pytest.raises(click.UsageError, match="no PNG of a scene"):
+        ClevrFolder(root, 16, (9, 10), 0, device)
+    (root / "scenes" / "CLEVR_val_scenes.json").write_text("{half a fi")
+    with pytest.raises(click.UsageError, match="damaged"):
+        ClevrFolder(root, 16, (2, 3), 0, device)
+    with pytest.raises(click.UsageError, match="no such folder"):
+        train_mvae.load_data("clevr", tmp_path / "nowhere", False, 16, (2, 3), 0, device)
+    with pytest.raises(click.UsageError, match="--download"):
+        train_mvae.load_data("sprites", None, True, 16, (2, 3), 0, device)

@@ -1,0 +1,121 @@
+"""Exported graphs against the PyTorch model: the same cells, numbers and pictures, at other sizes than traced with."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+
+import export
+from common import random_generator
+
+
+def model_and_inputs(run, batch, slots):
+    model, config = export.load_model(run)
+    return model, export.example_inputs(model, config["options"]["size"], batch, slots, seed=42)
+
+
+def flat(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@pytest.fixture(params=["clevr_run", "sprites_run"])
+def any_run(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(1, 1), (3, 9)])
+@torch.no_grad()
+def test_pytorch_torchscript_and_onnxruntime_agree(any_run, batch, slots):
+    run = any_run
+    model, inputs = model_and_inputs(run, batch, slots)
+    graphs = {
+        "encoder": export.EncoderGraph(model),
+        "decoder": export.DecoderGraph(model),
+        "composer": export.ComposerGraph(model),
+    }
+    for name, graph in graphs.items():
+        expected = [e.numpy() for e in flat(graph(*inputs[name].values()))]
+        for actual in (
+            export.run_onnx(run / "export" / f"{name}.onnx", inputs[name]),
+            export.run_torchscript(run / "export" / f"{name}.pt", inputs[name]),
+        ):
+            for output, e, a in zip(graph.outputs, expected, actual, strict=True):
+                np.testing.assert_allclose(a, e, atol=1e-4, rtol=0, err_msg=f"{name} {output}")
+                if output == "cell":
+                    np.testing.assert_array_equal(a, e)
+
+
+def test_names_axes_and_metadata_are_those_of_the_contract(clevr_run):
+    sessions = {
+        n: onnxruntime.InferenceSession(clevr_run / "export" / f"{n}.onnx") for n in ("encoder", "decoder", "composer")
+    }
+    names = {n: ([i.name for i in s.get_inputs()], [o.name for o in s.get_outputs()]) for n, s in sessions.items()}
+    assert names == {
+        "encoder": (["image"], ["mu", "logvar", "cell", "kl", "kl_map", "background"]),
+        "decoder": (["z", "cell"], ["layer"]),
+        "composer": (["layer", "background"], ["image"]),
+    }
+    for name, session in sessions.items():
+        for tensor in session.get_inputs():
+            assert isinstance(tensor.shape[0], str), "the batch must be free"
+            assert tensor.name in ("image", "background") or isinstance(tensor.shape[1], str), "the slots must be free"
+        model = onnx.load(clevr_run / "export" / f"{name}.onnx")
+        assert {o.version for o in model.opset_import if not o.domain} == {export.OPSET}
+    written = json.loads((clevr_run / "export" / "model.json").read_text())
+    inside = json.loads(sessions["decoder"].get_modelmeta().custom_metadata_map["model"])
+    assert written == inside
+    assert (inside["kind"], inside["N"], inside["D"], inside["op"], inside["size"]) == ("mvae-image", 3, 4, "alpha", 64)
+    assert inside["data_source"] == "built-in CLEVR-like renderer"
+
+
+def test_a_graph_holds_only_the_weights_it_uses(clevr_run):
+    sizes = {n: (clevr_run / "export" / f"{n}.pt").stat().st_size for n in ("encoder", "decoder", "composer")}
+    assert sizes["composer"] < 40_000
+    assert sizes["composer"] < sizes["encoder"] and sizes["composer"] < sizes["decoder"]
+
+
+def test_a_mismatch_is_an_error_and_leaves_the_old_export(clevr_run, tmp_path, monkeypatch):
+    real = export.run_onnx
+    monkeypatch.setattr(export, "run_onnx", lambda path, inputs: [o + 1e-3 for o in real(path, inputs)])
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "encoder.onnx").write_text("old")
+    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out)])
+    assert result.exit_code == 1
+    assert "DIFFERS" in result.output and "nothing was written" in result.output
+    assert (out / "encoder.onnx").read_text() == "old"
+    assert len(list(out.iterdir())) == 1
+
+
+@torch.no_grad()
+def test_other_cells_count_as_a_difference():
+    class Graph:
+        outputs = ("mu", "cell")
+
+    cell = torch.tensor([[[0.5, 0.25]]])
+    mu = torch.rand(1, 1, 4, generator=random_generator("mu"))
+    assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy())) == 0
+    assert export.largest_difference(Graph, (mu, cell), (mu.numpy() + 0.5, cell.numpy())) == pytest.approx(0.5)
+    assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy() + 1e-6)) == float("inf")
+    assert export.largest_difference(Graph, (mu, cell), (mu.numpy() * np.nan, cell.numpy())) == float("inf")
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path, clevr_run):
+    result = CliRunner().invoke(export.main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no config.json" in result.output
+    config = json.loads((clevr_run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"script": "train_other"}))
+    result = CliRunner().invoke(export.main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "expected a run of train_mvae.py" in result.output
+    wrong = {**config, "options": {**config["options"], "d": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    (tmp_path / "checkpoint.pt").write_bytes((clevr_run / "checkpoint.pt").read_bytes())
+    result = CliRunner().invoke(export.main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert "does not fit" in result.output

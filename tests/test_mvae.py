@@ -1,0 +1,396 @@
+"""The model, its objective, its scores, and the training script from start to resume."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import TINY, train
+
+import train_mvae
+from common import OPS, gaussian_log_likelihood, random_generator
+from train_mvae import MVAE
+
+SCRIPT = Path(train_mvae.__file__)
+
+
+def build(**changes):
+    options = {
+        "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
+        "suppress": 3, "coords": "relative", "background": "latent", "locality": 0.4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = MVAE(**options | changes)
+    model.start_from(torch.full((3, 32, 32), 0.3))
+    return model
+
+
+def pictures(n=2):
+    return torch.rand(n, 3, 32, 32, generator=random_generator("pictures"))
+
+
+def noise_for(model, n=2):
+    return torch.randn(n, model.noise_size, generator=random_generator("noise"))
+
+
+# ---------------------------------------------------------------- Model
+
+COMBINATIONS = [
+    c for c in itertools.product(OPS, ("data", "feature"), ("none", "latent")) if c[::2] != ("alpha", "none")
+]
+
+
+@pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
+def test_every_parameter_gets_a_gradient(op, compose_at, background):
+    model = build(op=op, compose_at=compose_at, background=background)
+    encoding, layer, mean = model(pictures(4), noise_for(model, 4))
+    assert mean.shape == (4, 3, 32, 32)
+    assert layer.shape[:2] == (4, 3)
+    assert encoding.mu.shape == encoding.logvar.shape == (4, 3, 4)
+    loss, _ = train_mvae.negative_elbo(pictures(4), mean, encoding, 1.0, 0.1, "all")
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+def test_slots_are_the_cells_of_highest_kl_in_falling_order():
+    model = build()
+    encoding = model.encode(pictures())
+    assert (encoding.kl[:, :-1] >= encoding.kl[:, 1:]).all()
+    torch.testing.assert_close(encoding.kl[:, 0], encoding.kl_map.flatten(1).amax(1))
+    column = ((encoding.cell[..., 1] + 1) * 4 - 0.5).round().long()
+    row = ((encoding.cell[..., 0] + 1) * 4 - 0.5).round().long()
+    torch.testing.assert_close(encoding.kl_map.flatten(1).gather(1, row * 8 + column), encoding.kl)
+
+
+def test_a_slot_is_decoded_the_same_whatever_the_others_are():
+    model = build()
+    z, cell = torch.randn(1, 3, 4), torch.rand(1, 3, 2)
+    together = model.decode(z, cell)
+    torch.testing.assert_close(model.decode(z[:, 1:2], cell[:, 1:2])[:, 0], together[:, 1])
+
+
+def test_locality_is_a_gaussian_around_the_cell():
+    model, free = build(), build(locality=0)
+    z, cell = torch.randn(1, 1, 4), torch.tensor([[[0.25, -0.5]]])
+    fall = free.decode(z, cell)[0, 0, -1] - model.decode(z, cell)[0, 0, -1]
+    y, x = train_mvae.position_grid(32, 32)
+    torch.testing.assert_close(fall, ((y - 0.25) ** 2 + (x + 0.5) ** 2) / (2 * 0.4**2))
+
+
+def test_the_model_starts_from_the_mean_picture():
+    mean = torch.rand(3, 32, 32, generator=random_generator("mean"))
+    model = build(op="sum")
+    model.start_from(mean)
+    encoding, _, image = model(pictures(), torch.zeros(2, model.noise_size))
+    assert (image - mean).abs().mean() < 0.15
+    assert encoding.kl_map.mean() < 20
+
+
+def test_negative_elbo_by_hand():
+    model = build()
+    image = pictures()
+    encoding, _, mean = model(image, noise_for(model))
+    for cells in ("all", "selected"):
+        loss, terms = train_mvae.negative_elbo(image, mean, encoding, 2.5, 0.2, cells)
+        slots = encoding.kl_map.sum((1, 2)) if cells == "all" else encoding.kl.sum(1)
+        expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * (slots + encoding.kl_background)
+        torch.testing.assert_close(loss, expected.mean())
+        torch.testing.assert_close(terms["loss/kl"], (slots + encoding.kl_background).mean())
+
+
+def test_selected_cells_alone_are_charged_when_asked():
+    model = build()
+    encoding, _, mean = model(pictures(), noise_for(model))
+    charged = [train_mvae.negative_elbo(pictures(), mean, encoding, 1.0, 0.1, c)[1] for c in ("all", "selected")]
+    assert charged[0]["loss/kl"] > 3 * charged[1]["loss/kl"]
+
+
+# ---------------------------------------------------------------- Scores
+
+
+def rand_index_by_pairs(a, b):
+    """Adjusted Rand index from its definition, over all pairs of points."""
+    n = len(a)
+    same_a = [a[i] == a[j] for i in range(n) for j in range(i)]
+    same_b = [b[i] == b[j] for i in range(n) for j in range(i)]
+    together, in_a, in_b = sum(x and y for x, y in zip(same_a, same_b, strict=True)), sum(same_a), sum(same_b)
+    expected = in_a * in_b / len(same_a)
+    return (together - expected) / ((in_a + in_b) / 2 - expected)
+
+
+def test_adjusted_rand_index_is_that_of_counting_pairs():
+    generator = random_generator("ari")
+    for groups in (2, 3, 6):
+        a = torch.randint(groups, (40,), generator=generator)
+        b = torch.where(torch.rand(40, generator=generator) < 0.6, a, torch.randint(5, (40,), generator=generator))
+        assert train_mvae.adjusted_rand_index(a, b) == pytest.approx(rand_index_by_pairs(a.tolist(), b.tolist()))
+    assert train_mvae.adjusted_rand_index(a, (a + 3) % 6) == 1.0  # names do not matter
+    assert train_mvae.adjusted_rand_index(torch.zeros(9, dtype=torch.long), torch.zeros(9, dtype=torch.long)) == 1.0
+
+
+def scene_with(segments, label):
+    """Scores for hard segments (H, W) with 4 slots: 0 is the background."""
+    return train_mvae.segmentation_scores(torch.eye(5)[segments].permute(2, 0, 1), label)
+
+
+def test_scores_of_perfect_split_merged_and_missing_segments():
+    label = torch.zeros(16, 16, dtype=torch.long)
+    label[:8, :8], label[10:, 10:] = 1, 2
+    renamed = torch.where(label == 1, 3, torch.where(label == 2, 1, 0))
+    perfect = scene_with(renamed, label)
+    assert perfect == {"ari_fg": 1.0, "miou": 1.0, "slot_count_error": 0, "duplicates": 0.0}
+
+    split = renamed.clone()
+    split[:4, :8] = 2  # half of object 1 goes to another slot
+    scores = scene_with(split, label)
+    assert scores["slot_count_error"] == 1
+    assert scores["duplicates"] == pytest.approx(1 / 3)
+    assert scores["miou"] == pytest.approx(0.75)
+    assert 0 < scores["ari_fg"] < 1
+
+    merged = torch.where(label > 0, 1, 0)
+    scores = scene_with(merged, label)
+    assert scores["ari_fg"] == 0.0
+    assert scores["slot_count_error"] == 1
+    assert scores["miou"] == pytest.approx(64 / 100 / 2)
+
+    missing = torch.where(label == 1, 3, 0)
+    assert scene_with(missing, label)["miou"] == 0.5
+
+
+def test_psnr_counts_only_the_pixels_asked_for():
+    truth, image, where = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.bool)
+    image[:, 0], where[0] = 0.1, True
+    assert train_mvae.psnr(image, truth, where) == pytest.approx(20)
+    assert train_mvae.psnr(image, truth, ~where) == 100  # no error at all, as far as the figure goes
+
+
+class Oracle(torch.nn.Module):
+    """Stands in for a trained model: slot k is the drawn object k alone, whatever encoder and decoder would do."""
+
+    op, compose_at, n_slots = "sum", "data", 3
+
+    def __init__(self, scenes):
+        super().__init__()
+        self.layers = {image.sum().item(): layer for image, layer in scenes}
+
+    def encode(self, image):
+        self.current = torch.stack([self.layers[i.sum().item()] for i in image])
+        return train_mvae.Encoding(self.current, None, self.current, None, None, None, None)
+
+    def decode(self, z, cell):
+        return z
+
+    def compose(self, layer, background=None):
+        return layer.sum(1)
+
+
+def test_recomposition_scores_a_perfect_model_perfectly():
+    data = train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu"))
+    a, b = data.pairs(8)
+    scenes = []
+    for scene in (a, b):
+        image, label = data.render(scene)
+        # What is seen of every object; pixels on edges mix two colours and are shared out by label.
+        scenes += [(i, torch.stack([i * (t == k + 1) for k in range(3)])) for i, t in zip(image, label, strict=True)]
+    data.pairs = lambda n: (a, b)
+    scores = train_mvae.score_recomposition(Oracle(scenes), data, n=8)
+    assert scores["reconstruction_psnr"] == 100
+    assert scores["recomposition_psnr"] > 15  # what was hidden in its own scene cannot be drawn, nor who is in front
+
+
+# ---------------------------------------------------------------- The script
+
+
+def options_of(folder):
+    return json.loads((folder / "config.json").read_text())["options"]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_a_run_folder_holds_what_the_contract_says(clevr_run):
+    assert {f.name for f in (clevr_run / "figures").iterdir()} == {"decomposition.png", "recomposition.png"}
+    metrics = json.loads((clevr_run / "metrics.json").read_text())
+    assert metrics["data"] == "built-in CLEVR-like renderer"
+    assert metrics["step"] == 3
+    assert {"mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "recomposition_psnr"} <= metrics.keys()
+    assert {f"kl_rank/{r}" for r in range(1, 6)} <= metrics.keys()
+    assert all(math.isfinite(v) for v in metrics.values() if not isinstance(v, str))
+    config = json.loads((clevr_run / "config.json").read_text())
+    assert torch.__version__.startswith(config["versions"]["torch"])
+    assert config["options"]["n_slots"] == 3
+    assert list(clevr_run.glob("events.out.tfevents.*"))
+
+
+def test_two_runs_and_a_resumed_one_are_equal_bit_for_bit(tmp_path):
+    common = ["--dataset", "sprites", *TINY]
+    for name in ("a", "b"):
+        train(*common, "--steps", 4, "--out", tmp_path / name)
+    state = interrupted_after(2, common, tmp_path / "c")
+    assert state["step"] == 2
+    train("--resume", tmp_path / "c")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(a[k], c[k]) for k in a)
+
+
+def interrupted_after(steps, args, folder):
+    """Train to 4 steps, but ask to stop, as Ctrl-C does, once `steps` are done; returns the checkpoint."""
+    real, done = train_mvae.update, []
+
+    def update(*a):
+        values = real(*a)
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return values
+
+    train_mvae.update = update
+    try:
+        result = train(*args, "--steps", 4, "--out", folder)
+    finally:
+        train_mvae.update = real
+    assert f"stopped at step {steps}" in result.output
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, SCRIPT, "--dataset", "sprites", "--minutes", "10", *TINY, "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
+    seen = ""
+    while "step 1:" not in seen:  # training has begun
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "--resume" in rest
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 1
+
+
+def test_nan_stops_the_run_with_its_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    interrupted_after(2, ["--dataset", "sprites", *TINY], tmp_path / "run")
+    before = weights(tmp_path / "run")
+    monkeypatch.setattr(train_mvae, "gaussian_log_likelihood", lambda x, *_: x.flatten(1).sum(1) * math.nan)
+    result = CliRunner().invoke(train_mvae.main, ["--resume", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "step 2 is not finite" in result.output and "loss/reconstruction" in result.output
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_training_finds_objects(tmp_path, monkeypatch):
+    """Three hundred steps on scenes of two sprites already tell the two apart."""
+    monkeypatch.setattr(train_mvae, "HELD_OUT", 64)
+    args = ["--dataset", "sprites", "--objects", 2, "--N", 2, "--op", "sum", "--background", "none", "--steps", 300]
+    train(*args, "--size", 32, "--cells", 8, "--suppress", 3, "--device", "cpu", "--out", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["mse"] < 0.015  # black pictures: 0.026
+    assert metrics["ari_fg"] > 0.7  # one slot for all: 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--dataset", "faces"], 2, "'sprites', 'clevr'"),
+        (["--N", "0"], 2, "--N"),
+        (["--N", "300", "--cells", "8"], 2, "map of 8 x 8"),
+        (["--suppress", "4"], 2, "odd"),
+        (["--channels", "12"], 2, "multiple of 8"),
+        (["--size", "40", "--cells", "16"], 2, "times the cells"),
+        (["--op", "alpha", "--background", "none"], 2, "needs a --background"),
+        (["--objects", "6-3"], 2, "smaller number first"),
+        (["--objects", "many"], 2, "no number or range"),
+        (["--data-root", "nowhere"], 2, "no such folder"),
+        (["--resume", "nowhere"], 2, "no config.json"),
+        (["--out", str(SCRIPT)], 2, "exists already"),
+    ],
+)
+def test_wrong_options_end_in_one_clear_line(args, code, message):
+    result = CliRunner().invoke(train_mvae.main, args)
+    assert result.exit_code == code
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_resume_refuses_another_model_and_a_half_written_checkpoint(sprites_run, tmp_path):
+    result = CliRunner().invoke(train_mvae.main, ["--resume", str(sprites_run), "--N", "7"])
+    assert result.exit_code == 2
+    assert "n_slots = 4, which cannot become 7" in result.output
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((sprites_run / "config.json").read_text())
+    (broken / "checkpoint.pt").write_bytes((sprites_run / "checkpoint.pt").read_bytes()[:5000])
+    result = CliRunner().invoke(train_mvae.main, ["--resume", str(broken)])
+    assert result.exit_code == 1
+    assert "damaged" in result.output
+
+
+def test_presets_are_defaults_that_the_command_line_overrides():
+    def dry(*args):
+        result = CliRunner().invoke(train_mvae.main, [*args, "--dry-run"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)
+
+    assert dry()["size"] == train_mvae.PRESETS["sprites"]["size"]
+    clevr = dry("--dataset=clevr", "--sigma", "0.2")
+    assert clevr["size"] == train_mvae.PRESETS["clevr"]["size"]
+    assert clevr["sigma"] == 0.2
+    assert dry("--dataset", "clevr", "--steps", "10")["minutes"] is None
+    assert dry("--steps", "10", "--minutes", "3")["minutes"] == 3
+    shown = CliRunner().invoke(train_mvae.main, ["--dataset", "clevr", "--help"]).output
+    assert "default: latent" in shown
+
+
+# ---------------------------------------------------------------- Several processes
+
+
+def gradients_of(rank, world, folder):
+    """The averaged gradients of one step, this process drawing its share of a batch of 32."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    torch.set_num_threads(1)
+    train_mvae.start_distributed()
+    data = train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu"))
+    model = build(background="picture")
+    optimizer = torch.optim.Adam(model.parameters())
+    share = 32 // world
+    mine = slice(rank * share, (rank + 1) * share)
+    options = {"precision": "fp32", "sigma": 0.1, "kl_cells": "all"}
+    noise = noise_for(model, 32)[mine]
+    train_mvae.CLIP = math.inf
+    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, 1.0, 0.0, options)
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{world}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_of_16_have_the_gradients_of_one_of_32(tmp_path):
+    for world in (1, 2):
+        torch.multiprocessing.spawn(gradients_of, (world, tmp_path), nprocs=world)
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    scale = max(gradient.abs().max() for gradient in one.values())
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-5 * scale, name
+
+
+def test_torchrun_trains_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29578", SCRIPT]
+    command += ["--dataset", "sprites", "--steps", "2", *TINY, "--out", tmp_path / "run"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == 2
