@@ -178,7 +178,7 @@ def compose(layer, background, op):
 
 
 class PresetCommand(click.Command):
-    """A command whose defaults come from a data set's presets, or from the run being resumed.
+    """A training command: RUN_OPTIONS added, defaults from a data set's presets or from the run being resumed.
 
     Precedence: what is typed, then the `config.json` of `--resume`, then `PRESETS[--dataset]`, then the decorators.
     The defaults are set before parsing, so that `--help` shows the values that will be used.
@@ -186,6 +186,7 @@ class PresetCommand(click.Command):
 
     def __init__(self, *args, presets, **kwargs):
         super().__init__(*args, **kwargs)
+        self.params += RUN_OPTIONS
         self.presets = presets
         unknown = {key for preset in presets.values() for key in preset} - {p.name for p in self.params}
         if unknown:
@@ -201,6 +202,17 @@ class PresetCommand(click.Command):
             ctx.default_map = dict(self.presets.get(dataset, {}))
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx, formatter):
+        """The help page: what is particular to this script first, then what every training script has."""
+        sections = {"Data and model": [], "Run": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                sections["Run" if parameter in RUN_OPTIONS else "Data and model"].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
     @staticmethod
     def _peek(args, name):
         """The value typed for an option, before the real parser runs."""
@@ -212,33 +224,28 @@ class PresetCommand(click.Command):
         return None
 
 
-def training_options(command):
-    """The options of every training script."""
-    options = [
-        click.option("--data-root", type=click.Path(path_type=Path), help="Folder of the data set on disk."),
-        click.option("--download", is_flag=True, help="Fetch the official data set into --data-root first."),
-        click.option("--steps", type=click.IntRange(1), help="Updates; given alone, the clock plays no part."),
-        click.option(
-            "--minutes", type=click.FloatRange(0, min_open=True), help="Time; with --steps, the first to end."
-        ),
-        click.option("--batch", type=click.IntRange(1), default=32, help="Examples a step in every process."),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3, help="Adam's peak learning rate."),
-        click.option("--beta", type=click.FloatRange(0), default=1.0, help="Final weight of the KL."),
-        click.option("--beta-from", type=click.FloatRange(0), default=0.0, help="Weight of the KL at the start."),
-        click.option("--warmup", type=click.FloatRange(0, 1), default=0.5, help="Share of the run that beta rises."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
-        click.option(
-            "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 on CUDA."
-        ),
-        click.option("--compile/--no-compile", "compile_model", default=False, help="torch.compile the model."),
-        click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one below runs/."),
-        click.option("--resume", type=click.Path(path_type=Path), help="Run folder to go on with."),
-        click.option("--dry-run", is_flag=True, help="Print the options that would be used, and stop."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+POSITIVE = click.FloatRange(0, min_open=True)
+FOLDER = click.Path(path_type=Path)
+RUN_OPTIONS = [
+    click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),
+    click.Option(["--download"], is_flag=True, help="Fetch the official data set into --data-root first."),
+    click.Option(["--steps"], type=click.IntRange(1), help="Updates; given alone, the clock plays no part."),
+    click.Option(["--minutes"], type=POSITIVE, help="Time; with --steps, whichever ends first."),
+    click.Option(["--batch"], type=click.IntRange(1), default=32, help="Examples a step in every process."),
+    click.Option(["--lr"], type=POSITIVE, default=2e-3, help="Adam's peak learning rate."),
+    click.Option(["--beta"], type=click.FloatRange(0), default=1.0, help="Final weight of the KL."),
+    click.Option(["--beta-from"], type=click.FloatRange(0), default=0.0, help="Weight of the KL at the start."),
+    click.Option(["--warmup"], type=click.FloatRange(0, 1), default=0.6, help="Share of the run that beta rises."),
+    click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
+    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
+    click.Option(
+        ["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 on CUDA."
+    ),
+    click.Option(["--compile/--no-compile", "compile_model"], default=False, help="torch.compile the model."),
+    click.Option(["--out"], type=FOLDER, help="Run folder; by default a new one below runs/."),
+    click.Option(["--resume"], type=FOLDER, help="Run folder to go on with."),
+    click.Option(["--dry-run"], is_flag=True, help="Print the options that would be used, and stop."),
+]
 
 
 def settle_run(context, options, resumable):

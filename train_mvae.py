@@ -55,7 +55,6 @@ from common import (
     settle_run,
     start_distributed,
     stop_signals,
-    training_options,
     versions,
 )
 from recompose import contact_sheet, kl_tile, load_picture, to_uint8
@@ -542,11 +541,16 @@ class Encoding(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Picture -> a posterior of D latents in every cell of a map, and pooled features of the whole."""
+    """Picture -> a posterior of D latents in every cell of a map, and pooled features of the whole.
 
-    def __init__(self, size, cells, d, channels):
+    Told no position, it treats an object the same wherever it stands, and flat ground does not outrank objects. It
+    is told where the decoder needs to know (`coords="absolute"`).
+    """
+
+    def __init__(self, size, cells, d, channels, told_position):
         super().__init__()
-        layers = [nn.Conv2d(5, channels, 5, stride=2, padding=2)]  # RGB and the position
+        self.told_position = told_position
+        layers = [nn.Conv2d(5 if told_position else 3, channels, 5, stride=2, padding=2)]
         for _ in range(int(math.log2(size // cells)) - 1):
             layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True) for _ in range(3)]
@@ -556,8 +560,9 @@ class Encoder(nn.Module):
 
     def forward(self, image):
         """image (B, 3, H, W) -> mu and logvar, each (B, D, H_l, W_l), and features (B, channels)."""
-        grid = self.grid.expand(image.shape[0], -1, -1, -1)
-        h = self.trunk(torch.cat([image, grid], dim=1))
+        if self.told_position:
+            image = torch.cat([image, self.grid.expand(image.shape[0], -1, -1, -1)], dim=1)
+        h = self.trunk(image)
         mu, logvar = self.head(h).float().chunk(2, dim=1)
         return mu, logvar + LOGVAR_START, h.float().mean((2, 3))
 
@@ -591,19 +596,19 @@ class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
-    are combined and decoded on together. op "alpha": softmax masks over slots and background, a slot's mask falling
-    off with the distance from its cell as a Gaussian of standard deviation `locality` (half picture widths; 0: none).
+    are combined and decoded on together. op "alpha": softmax masks over slots and background. `reach`: how far from
+    its cell a slot can be drawn, in half picture widths; 0 for no bound.
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, locality
+        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, reach
     ):  # fmt: skip
         super().__init__()
         self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
-        self.suppress, self.locality, self.cells = suppress, locality, cells
+        self.suppress, self.reach, self.cells = suppress, reach, cells
         side = size // UPSCALE
         parts = 3 if compose_at == "data" else channels
-        self.encoder = Encoder(size, cells, d, channels)
+        self.encoder = Encoder(size, cells, d, channels, told_position=coords == "absolute")
         self.slot_decoder = BroadcastDecoder(d, channels, (side, side), blocks=2, coords=coords)
         out = (parts + (op == "alpha")) * (UPSCALE**2 if compose_at == "data" else 1)
         self.to_layer = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
@@ -660,10 +665,23 @@ class MVAE(nn.Module):
         """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
         h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
         layer = self.to_layer(h).float().unflatten(0, z.shape[:2])
-        if self.op != "alpha" or self.locality == 0:
-            return layer
+        return self.fade(layer, cell) if self.reach else layer
+
+    def fade(self, layer, cell):
+        """Beyond `reach` of its cell a slot turns into what its operator passes over: layer -> layer.
+
+        Without this edge a slot may be drawn at any distance from its cell. All slots then settle on one common
+        offset, and objects near the border on that side are left without a cell (docs/mvae-log.md).
+        """
         squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        return torch.cat([layer[:, :, :-1], layer[:, :, -1:] - squared / (2 * self.locality**2)], dim=2)
+        fall = ((squared / self.reach**2) ** 4).clamp(max=30)  # next to nothing within, 1 at the reach, 30 soon after
+        if self.op == "alpha":
+            return torch.cat([layer[:, :, :-1], layer[:, :, -1:] - fall], dim=2)
+        if self.op == "max":
+            return layer - fall
+        if self.op == "min":
+            return layer + fall
+        return layer * torch.exp(-fall)
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, 3, H, W)."""
@@ -803,6 +821,18 @@ def segmentation_scores(responsibility, label):
     }
 
 
+def cell_offsets(responsibility, cell):
+    """Distances of cells from the middle of what their slots own, in half picture widths: -> (number of active slots,).
+
+    responsibility (B, N + 1, H, W), cell (B, N, 2); slots that own less than SMALLEST of the picture are left out.
+    """
+    grid = position_grid(*responsibility.shape[2:]).to(cell.device)
+    owned = F.one_hot(responsibility.argmax(1), responsibility.shape[1])[..., 1:].permute(0, 3, 1, 2)  # (B, N, H, W)
+    area = owned.sum((2, 3))
+    middle = torch.einsum("bnhw,chw->bnc", owned.float(), grid) / area.clamp(min=1)[..., None]
+    return (middle - cell).norm(dim=-1)[area >= SMALLEST * owned[0, 0].numel()]
+
+
 def psnr(image, truth, where):
     """Peak signal-to-noise ratio in dB on the pixels `where` (H, W) of pictures (3, H, W)."""
     error = (image.clamp(0, 1) - truth).square()[:, where].mean()
@@ -860,7 +890,7 @@ def score_recomposition(model, data, n):
 @torch.no_grad()
 def evaluate(model, data, images, labels, sigma):
     """Scores on held-out pictures, z = mu: MSE, likelihood, KL by rank; with labels ARI-FG and its companions."""
-    sums, scenes = {}, []
+    sums, scenes, offsets = {}, [], []
     for i in range(0, len(images), BLOCK):
         image = images[i : i + BLOCK]
         encoding = model.encode(image)
@@ -879,11 +909,14 @@ def evaluate(model, data, images, labels, sigma):
             sums[name] = sums.get(name, 0) + value.sum().item()
         if labels is not None:
             owned = responsibilities(model, layer, encoding.background)
+            offsets += cell_offsets(owned, encoding.cell).tolist()
             lit = [(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True) if (t > 0).any()]
             scenes += [segmentation_scores(r, t) for r, t in lit]
     metrics = {name: total / len(images) for name, total in sums.items()}
     if scenes:
         metrics |= {name: float(np.mean([s[name] for s in scenes])) for name in scenes[0]}
+    if offsets:
+        metrics["cell_offset"] = float(np.mean(offsets))
     if hasattr(data, "pairs"):
         metrics |= score_recomposition(model, data, PAIRS)
     return metrics
@@ -940,7 +973,8 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "n_slots": 4, "sigma": 0.1, "batch": 32, "minutes": 15.0},
+    "sprites": {"size": 32, "objects": "3", "n_slots": 4, "d": 24, "cells": 8, "suppress": 3, "op": "sum",
+                "background": "none", "sigma": 0.1, "minutes": 15.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
               "batch": 16, "minutes": 20.0},
 }  # fmt: skip
@@ -956,7 +990,7 @@ MODEL_OPTIONS = (
     "suppress",
     "coords",
     "background",
-    "locality",
+    "reach",
 )
 # What a resumed run may change; the rest made its weights.
 RESUMABLE = {
@@ -1017,16 +1051,14 @@ def run_name(options):
 
 def headline(metrics):
     """The scores a person watches, in one line."""
-    names = ("mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "recomposition_psnr")
+    names = ("mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "cell_offset", "recomposition_psnr")
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 
 @click.command(cls=PresetCommand, presets=PRESETS, context_settings={"show_default": True})
-# What is learnt from
 @click.option("--dataset", type=click.Choice(list(PRESETS)), default="sprites")
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of the pictures.")
 @click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
-# The model
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
 @click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
@@ -1048,14 +1080,9 @@ def headline(metrics):
     help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
 @click.option(
-    "--locality",
-    type=click.FloatRange(0),
-    default=0.4,
-    help="Reach of a slot's mask with --op alpha, in half picture widths; 0: no bound.",
+    "--reach", type=click.FloatRange(0), default=0.5, help="How far from its cell a slot is drawn; 0: no bound."
 )
 @click.option("--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Likelihood's standard deviation.")
-# The run
-@training_options
 @click.pass_context
 def main(context, **options):
     """Train a Multi-Entity VAE.

@@ -24,7 +24,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "suppress": 3, "coords": "relative", "background": "latent", "locality": 0.4,
+        "suppress": 3, "coords": "relative", "background": "latent", "reach": 0.5,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -77,12 +77,20 @@ def test_a_slot_is_decoded_the_same_whatever_the_others_are():
     torch.testing.assert_close(model.decode(z[:, 1:2], cell[:, 1:2])[:, 0], together[:, 1])
 
 
-def test_locality_is_a_gaussian_around_the_cell():
-    model, free = build(), build(locality=0)
+@pytest.mark.parametrize("op", OPS)
+def test_a_slot_is_drawn_within_reach_of_its_cell(op):
+    """Beyond it, composing the slot with the background changes nothing; near the cell the layer is as decoded."""
+    model, free = build(op=op, reach=0.4), build(op=op, reach=0)
     z, cell = torch.randn(1, 1, 4), torch.tensor([[[0.25, -0.5]]])
-    fall = free.decode(z, cell)[0, 0, -1] - model.decode(z, cell)[0, 0, -1]
     y, x = train_mvae.position_grid(32, 32)
-    torch.testing.assert_close(fall, ((y - 0.25) ** 2 + (x + 0.5) ** 2) / (2 * 0.4**2))
+    distance = ((y - 0.25) ** 2 + (x + 0.5) ** 2).sqrt()
+    layer, unbound = model.decode(z, cell), free.decode(z, cell)
+    torch.testing.assert_close(layer[..., distance < 0.1], unbound[..., distance < 0.1], atol=1e-3, rtol=1e-3)
+    background = torch.rand(1, 3, 32, 32, generator=random_generator("background"))
+    image = model.compose(layer, background)
+    expected = background / 2 if op == "mean" else background
+    torch.testing.assert_close(image[..., distance > 0.7], expected[..., distance > 0.7], atol=1e-4, rtol=0)
+    assert (image - expected)[..., distance < 0.3].abs().max() > 0.01
 
 
 def test_the_model_starts_from_the_mean_picture():
@@ -166,6 +174,14 @@ def test_scores_of_perfect_split_merged_and_missing_segments():
     assert scene_with(missing, label)["miou"] == 0.5
 
 
+def test_cell_offset_is_the_distance_from_the_middle_of_a_segment():
+    owned = torch.zeros(1, 3, 16, 16)
+    owned[:, 0] = 0.5
+    owned[:, 1, :4, 4:8] = 1.0  # middle at (-0.75, -0.25)
+    cell = torch.tensor([[[-0.75, 0.0], [0.0, 0.0]]])  # the second slot owns nothing
+    assert train_mvae.cell_offsets(owned, cell).tolist() == [0.25]
+
+
 def test_psnr_counts_only_the_pixels_asked_for():
     truth, image, where = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.bool)
     image[:, 0], where[0] = 0.1, True
@@ -223,7 +239,16 @@ def test_a_run_folder_holds_what_the_contract_says(clevr_run):
     metrics = json.loads((clevr_run / "metrics.json").read_text())
     assert metrics["data"] == "built-in CLEVR-like renderer"
     assert metrics["step"] == 3
-    assert {"mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "recomposition_psnr"} <= metrics.keys()
+    assert {
+        "mse",
+        "kl",
+        "ari_fg",
+        "miou",
+        "slot_count_error",
+        "duplicates",
+        "cell_offset",
+        "recomposition_psnr",
+    } <= metrics.keys()
     assert {f"kl_rank/{r}" for r in range(1, 6)} <= metrics.keys()
     assert all(math.isfinite(v) for v in metrics.values() if not isinstance(v, str))
     config = json.loads((clevr_run / "config.json").read_text())
