@@ -525,6 +525,7 @@ def load_data(dataset, data_root, download, size, objects, seed, device):
 UPSCALE = 4  # slots are decoded at a quarter of the picture's size and unfolded to it by sub-pixel convolution
 BACKGROUND_GRID = 8  # the background's latent moves a smooth picture of 8 x 8 knots: light and shade, but no objects
 BACKGROUND_D = 8
+NOTHING = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 
@@ -674,14 +675,14 @@ class MVAE(nn.Module):
         offset, and objects near the border on that side are left without a cell (docs/mvae-log.md).
         """
         squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        fall = ((squared / self.reach**2) ** 4).clamp(max=30)  # next to nothing within, 1 at the reach, 30 soon after
+        window = torch.exp(-((squared / self.reach**2) ** 4))
         if self.op == "alpha":
-            return torch.cat([layer[:, :, :-1], layer[:, :, -1:] - fall], dim=2)
+            return torch.cat([layer[:, :, :-1], window * (layer[:, :, -1:] + NOTHING) - NOTHING], dim=2)
         if self.op == "max":
-            return layer - fall
+            return window * (layer + NOTHING) - NOTHING
         if self.op == "min":
-            return layer + fall
-        return layer * torch.exp(-fall)
+            return window * (layer - NOTHING) + NOTHING
+        return window * layer
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, 3, H, W)."""
@@ -1080,7 +1081,7 @@ def headline(metrics):
     help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
 @click.option(
-    "--reach", type=click.FloatRange(0), default=0.5, help="How far from its cell a slot is drawn; 0: no bound."
+    "--reach", type=click.FloatRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound."
 )
 @click.option("--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context

@@ -24,7 +24,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "suppress": 3, "coords": "relative", "background": "latent", "reach": 0.5,
+        "suppress": 3, "coords": "relative", "background": "latent", "reach": 0.6,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -89,7 +89,7 @@ def test_a_slot_is_drawn_within_reach_of_its_cell(op):
     background = torch.rand(1, 3, 32, 32, generator=random_generator("background"))
     image = model.compose(layer, background)
     expected = background / 2 if op == "mean" else background
-    torch.testing.assert_close(image[..., distance > 0.7], expected[..., distance > 0.7], atol=1e-4, rtol=0)
+    torch.testing.assert_close(image[..., distance > 0.7], expected[..., distance > 0.7], atol=2e-4, rtol=0)
     assert (image - expected)[..., distance < 0.3].abs().max() > 0.01
 
 
@@ -388,6 +388,7 @@ def gradients_of(rank, world, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # so that the order of summation does not show
     train_mvae.start_distributed()
     data = train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu"))
     model = build(background="picture")
