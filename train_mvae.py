@@ -236,13 +236,17 @@ def hit_distance(shape, half, origin, ray):
     return torch.where(near < far, near, torch.inf)
 
 
+def eighth_power(x):
+    """x^8 by squaring, which is several times faster than `pow`."""
+    return x.square().square().square()
+
+
 def surface_normal(point, shape, half, angle):
     """Normal at a point of an object's surface, its edges slightly rounded: point (P, 3), the rest (P,) -> (P, 3)."""
     q = turn(point, angle) / half[:, None]
-    power = q.abs() ** 24
-    rim = q[:, :2].norm(dim=-1, keepdim=True)
-    cylinder = torch.cat([q[:, :2] * rim**23, q[:, 2:].sign() * power[:, 2:]], dim=-1)
-    cube = q.sign() * power
+    cube = q * eighth_power(q).square()  # of the largest coordinate alone, but near an edge
+    rim = eighth_power(q[:, :2].norm(dim=-1, keepdim=True)).square()
+    cylinder = torch.cat([q[:, :2] * rim, cube[:, 2:]], dim=-1)
     normal = torch.where(shape[:, None] == SPHERE, q, torch.where(shape[:, None] == CYLINDER, cylinder, cube))
     return turn(F.normalize(normal, dim=-1), -angle)
 
@@ -282,18 +286,18 @@ class ClevrRenderer:
     def render(self, scene):
         """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
 
-        Objects are drawn at twice the size, the ground, which is smooth, at the size itself.
+        Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         """
         side = 2 * self.size
         frame = camera_frame(scene["camera"])
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         depth, label = self.nearest(scene, frame, centre, side)  # (n, side^2) each
 
-        rays = crop_rays(self.size, self.device) @ frame  # (n, size^2, 3), world frame
+        rays = crop_rays(self.size // 2, self.device) @ frame  # (n, size^2 / 4, 3), world frame
         distance = scene["camera"][:, None, 2:] / -rays[..., 2:]
         ground = self.shade_ground(scene["camera"][:, None] + distance * rays, centre, scene)
-        ground = ground.transpose(1, 2).unflatten(2, (self.size, self.size))  # (n, 3, size, size)
-        light = F.interpolate(ground, scale_factor=2, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
+        ground = ground.transpose(1, 2).unflatten(2, (self.size // 2, self.size // 2))  # (n, 3, size / 2, size / 2)
+        light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
 
         i, pixel = torch.nonzero(label, as_tuple=True)
         ray = torch.einsum("pj,pjk->pk", crop_rays(side, self.device)[pixel], frame[i])
@@ -376,11 +380,14 @@ class ClevrRenderer:
         ambient = AMBIENT * (1.25 + 0.75 * normal[:, 2]) * (0.5 + 0.5 * (point[:, 2] / RADII[0]).clamp(0, 1))
         diffuse = ambient[:, None] + 0.9 * lambert @ power
         gloss = (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
-        rubber = 0.9 * rgb * diffuse + 0.08 * (gloss**8 / squared) @ power
+        rubber = rgb * diffuse + 0.05 * (eighth_power(gloss) / squared) @ power
 
         to_ground = point[:, 2] / (-mirrored[:, 2]).clamp(min=1e-2)  # a mirror shows the lit ground, or the dark room
-        room = torch.where(mirrored[:, 2] < 0, 0.25 * torch.exp(-to_ground / 4), 0.05)
-        metal = rgb * (room[:, None] + 0.12 * diffuse) + (0.3 + 0.7 * rgb) * 3.5 * (gloss**24 / squared) @ power
+        room = torch.where(mirrored[:, 2] < 0, 0.18 * torch.exp(-to_ground / 2), 0.04)
+        metal = (
+            rgb * (room[:, None] + 0.25 * diffuse)
+            + (0.15 + 0.85 * rgb) * 6 * (eighth_power(gloss).square() / squared) @ power
+        )
         return torch.where(scene["metal"][i, k, None], metal, rubber)
 
 
@@ -675,7 +682,7 @@ class MVAE(nn.Module):
         offset, and objects near the border on that side are left without a cell (docs/mvae-log.md).
         """
         squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        window = torch.exp(-((squared / self.reach**2) ** 4))
+        window = torch.exp(-(squared / self.reach**2).square().square())  # 1 - 2e-4 at a third of the reach, 0.37 at it
         if self.op == "alpha":
             return torch.cat([layer[:, :, :-1], window * (layer[:, :, -1:] + NOTHING) - NOTHING], dim=2)
         if self.op == "max":

@@ -5,11 +5,14 @@ python -m tests.benchmarks.renderer
 
 import statistics
 import time
+from pathlib import Path
 
+import click
 import torch
 
 import train_mvae
 from common import random_generator
+from recompose import contact_sheet
 
 ROUNDS = 5
 
@@ -25,7 +28,25 @@ def scenes_a_second(draw, scenes):
     return scenes / statistics.median(seconds)
 
 
-def main():
+def draw_figure(data_root, path, columns=8):
+    """Two rows of pictures from a CLEVR folder over two rows of built-in scenes."""
+    settings = 64, (3, 6), 0, torch.device("cpu")
+    rows = []
+    for data in (train_mvae.ClevrFolder(data_root, *settings), train_mvae.BuiltInClevr(*settings)):
+        images, _ = data.held_out(2 * columns)
+        tiles = [(train_mvae.picture(image), "", False) for image in images]
+        tiles[0] = (tiles[0][0], data.source, False)
+        rows += [tiles[:columns], tiles[columns:]]
+    contact_sheet(rows).save(path)
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(path_type=Path, exists=True))
+@click.option("--figure", type=click.Path(path_type=Path))
+def main(data_root, figure):
+    if figure:
+        draw_figure(data_root, figure)
+        return
     device = torch.device("cpu")
     options = train_mvae.main.make_context("", ["--dataset", "clevr"]).params
     renderer = train_mvae.ClevrRenderer(options["size"], options["objects"], device)
