@@ -981,8 +981,7 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "n_slots": 4, "d": 24, "cells": 8, "suppress": 3, "op": "sum",
-                "background": "none", "sigma": 0.1, "minutes": 15.0},
+    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "minutes": 15.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
               "batch": 16, "minutes": 20.0},
 }  # fmt: skip
