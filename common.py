@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -403,9 +404,8 @@ class ProgressBar:
 
 
 def learning_rate_at(progress, step, lr):
-    """Linear rise over the first 100 steps, constant to half of the run, then a half cosine down to 5 %."""
-    decay = max(0.0, 2 * progress - 1)
-    return lr * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * decay)))
+    """Linear rise over the first 100 steps, and a half cosine down to 5 % over the whole run."""
+    return lr * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 # ---------------------------------------------------------------- Run folder
@@ -432,7 +432,7 @@ def load_config(folder):
         raise click.UsageError(f"{folder} is no run folder: it holds no config.json")
     try:
         config = json.loads(path.read_text())
-        config["options"], config["script"]
+        config["options"], config["script"], config["commands"]
     except (ValueError, KeyError, TypeError) as error:
         raise click.UsageError(f"{path} is damaged or not written by a training script here") from error
     return config
@@ -457,6 +457,12 @@ def load_state(module, state, what):
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise click.ClickException(f"{what} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def typed_command():
+    """The command as typed, without the folders of this machine: absolute paths are cut to their names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
 def versions():

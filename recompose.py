@@ -75,7 +75,7 @@ def load_picture(path, size, crop, nearest=False):
 # ---------------------------------------------------------------- Drawing
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # inferno
-TILE, GAP, LINE = 128, 6, 18
+TILE, GAP, LINE = 128, 10, 18
 ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
 
 
@@ -103,13 +103,24 @@ def kl_tile(kl_map, cell, chosen):
     font = ImageFont.load_default(10)
     for k, (y, x) in enumerate((cell + 1) / 2 * TILE):
         box = (x - 7, y - 7, x + 7, y + 7)
-        draw.ellipse(box, fill=ACCENT if k in chosen else None, outline=PAPER)
+        draw.ellipse(box, fill=ACCENT if k in chosen else INK, outline=PAPER)
         draw.text((x, y), str(k), fill=PAPER, font=font, anchor="mm")
     return tile
 
 
+def shorten(text, font, width):
+    """The text, or as much of its end as fits into so many pixels, after an ellipsis."""
+    short = text
+    while font.getlength(short) > width:
+        short = f"…{short.lstrip('…')[1:]}"
+    return short
+
+
 def contact_sheet(rows):
-    """Rows of (tile, caption, framed) -> one PIL picture; a tile is a PIL picture or uint8 (H, W, 3)."""
+    """Rows of (tile, caption, framed) -> one PIL picture; a tile is a PIL picture or uint8 (H, W, 3).
+
+    A caption is cut to its tile's width, but for the last of a row.
+    """
     width = max(map(len, rows)) * (TILE + GAP) + GAP
     sheet = Image.new("RGB", (width, len(rows) * (TILE + LINE + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -117,6 +128,7 @@ def contact_sheet(rows):
     for r, row in enumerate(rows):
         for c, (tile, caption, framed) in enumerate(row):
             x, y = GAP + c * (TILE + GAP), GAP + r * (TILE + LINE + GAP)
+            caption = caption if c == len(row) - 1 else shorten(caption, font, TILE)
             draw.text((x, y + 1), caption, fill=ACCENT if framed else INK, font=font)
             if framed:
                 draw.rectangle((x - 3, y + LINE - 3, x + TILE + 2, y + LINE + TILE + 2), outline=ACCENT, width=3)
@@ -211,7 +223,7 @@ def explain(model, pictures, names, encoded, layer, chosen, result):
             alone = model.compose(layer[b : b + 1, k : k + 1], background)[0]
             row.append((to_uint8(alone), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen[b]))
         rows.append(row)
-    return contact_sheet([*rows, [(to_uint8(result), "recomposition", True)]])
+    return contact_sheet([*rows, [(to_uint8(result), "recomposition of the framed slots", True)]])
 
 
 def check_output(out, inputs):

@@ -12,7 +12,6 @@ their commands: docs/mvae.md.
 
 import json
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from common import (
     gaussian_log_likelihood,
     learning_rate_at,
     load_checkpoint,
+    load_config,
     load_state,
     new_folder,
     pick_device,
@@ -55,6 +55,7 @@ from common import (
     settle_run,
     start_distributed,
     stop_signals,
+    typed_command,
     versions,
 )
 from recompose import contact_sheet, kl_tile, load_picture, to_uint8
@@ -981,9 +982,9 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "minutes": 15.0},
+    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "minutes": 10.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
-              "batch": 16, "minutes": 20.0},
+              "batch": 16, "minutes": 15.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
@@ -1132,7 +1133,8 @@ def main(context, **options):
     folder = options["resume"] or options["out"] or new_folder(run_name(options))
     run = Run(folder, rank)
     about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
-    config = {"script": Path(__file__).stem, "command": " ".join(sys.argv), "processes": world, "versions": versions()}
+    commands = [*(load_config(folder)["commands"] if options["resume"] else []), typed_command()]
+    config = {"script": Path(__file__).stem, "commands": commands, "processes": world, "versions": versions()}
     run.write_config(config | {"data": about, "options": options})
     if rank == 0:
         click.echo(f"data: {data.source}; device: {device}; run folder: {folder}")

@@ -46,7 +46,8 @@ def test_beta_rises_from_its_start_to_its_end_and_stays():
 
 def test_learning_rate_starts_small_and_ends_at_a_twentieth():
     assert common.learning_rate_at(0.0, 0, 1.0) == pytest.approx(0.01)
-    assert common.learning_rate_at(0.5, 99, 1.0) == 1.0
+    assert common.learning_rate_at(0.0, 99, 1.0) == 1.0
+    assert common.learning_rate_at(0.5, 5000, 1.0) == pytest.approx(0.525)
     assert common.learning_rate_at(1.0, 10**6, 1.0) == pytest.approx(0.05)
 
 

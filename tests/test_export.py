@@ -100,6 +100,9 @@ def test_other_cells_count_as_a_difference():
     mu = torch.rand(1, 1, 4, generator=random_generator("mu"))
     assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy())) == 0
     assert export.largest_difference(Graph, (mu, cell), (mu.numpy() + 0.5, cell.numpy())) == pytest.approx(0.5)
+    assert export.largest_difference(
+        Graph, (100 * mu / mu.max(), cell), (100 * (mu / mu.max()).numpy() + 1, cell.numpy())
+    ) == pytest.approx(0.01)
     assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy() + 1e-6)) == float("inf")
     assert export.largest_difference(Graph, (mu, cell), (mu.numpy() * np.nan, cell.numpy())) == float("inf")
 

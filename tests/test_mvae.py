@@ -264,6 +264,7 @@ def test_two_runs_and_a_resumed_one_are_equal_bit_for_bit(tmp_path):
     state = interrupted_after(2, common, tmp_path / "c")
     assert state["step"] == 2
     train("--resume", tmp_path / "c")
+    assert len(json.loads((tmp_path / "c" / "config.json").read_text())["commands"]) == 2
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert all(torch.equal(a[k], c[k]) for k in a)
