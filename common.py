@@ -225,7 +225,17 @@ class PresetCommand(click.Command):
         return None
 
 
-POSITIVE = click.FloatRange(0, min_open=True)
+class FiniteRange(click.FloatRange):
+    """A float within a range that is a number: neither NaN nor infinite."""
+
+    def convert(self, value, param, ctx):
+        value = super().convert(value, param, ctx)
+        if not math.isfinite(value):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return value
+
+
+POSITIVE = FiniteRange(0, min_open=True)
 FOLDER = click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),
@@ -234,9 +244,9 @@ RUN_OPTIONS = [
     click.Option(["--minutes"], type=POSITIVE, help="Time; with --steps, whichever ends first."),
     click.Option(["--batch"], type=click.IntRange(1), default=32, help="Examples a step in every process."),
     click.Option(["--lr"], type=POSITIVE, default=2e-3, help="Adam's peak learning rate."),
-    click.Option(["--beta"], type=click.FloatRange(0), default=1.0, help="Final weight of the KL."),
-    click.Option(["--beta-from"], type=click.FloatRange(0), default=0.0, help="Weight of the KL at the start."),
-    click.Option(["--warmup"], type=click.FloatRange(0, 1), default=0.6, help="Share of the run that beta rises."),
+    click.Option(["--beta"], type=FiniteRange(0), default=1.0, help="Final weight of the KL."),
+    click.Option(["--beta-from"], type=FiniteRange(0), default=0.0, help="Weight of the KL at the start."),
+    click.Option(["--warmup"], type=FiniteRange(0, 1), default=0.6, help="Share of the run that beta rises."),
     click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
     click.Option(
@@ -249,7 +259,7 @@ RUN_OPTIONS = [
 ]
 
 
-def settle_run(context, options, resumable):
+def settle_run(context, options, resumable, script):
     """Complete the run's options in place; raises click.UsageError where they, or the run resumed, contradict them.
 
     --steps typed without --minutes turns the clock off: such a run is the same on every machine, bit for bit.
@@ -260,12 +270,13 @@ def settle_run(context, options, resumable):
     if not options["steps"] and not options["minutes"]:
         raise click.UsageError("one of --steps and --minutes is needed")
     if options["resume"]:
-        saved = load_config(options["resume"])["options"]
+        config = load_config(options["resume"])
+        if config["script"] != script:
+            raise click.UsageError(f"--resume: {options['resume']} is a run of {config['script']}.py")
         for name in sorted(typed - resumable):
-            if json.loads(json.dumps(options[name], default=str)) != saved[name]:
-                raise click.UsageError(
-                    f"--resume: the run has {name} = {saved[name]}, which cannot become {options[name]}"
-                )
+            before = config["options"].get(name)
+            if json.loads(json.dumps(options[name], default=str)) != before:
+                raise click.UsageError(f"--resume: the run has {name} = {before}, which cannot become {options[name]}")
         if "out" in typed:
             raise click.UsageError("--resume goes on in its own folder; leave --out out")
     elif options["out"] and options["out"].exists() and (options["out"].is_file() or any(options["out"].iterdir())):
@@ -284,14 +295,19 @@ def random_generator(*key, device="cpu"):
     return torch.Generator(device=device).manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
 
 
-def pick_device(name, local_rank=0):
-    """The torch device for `--device`; raises click.UsageError where there is no such device."""
+def pick_device(name):
+    """The torch device for `--device`, under torchrun this process's own; click.UsageError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if not available[name]():
         raise click.UsageError(f"--device {name}: this machine (or this build of PyTorch) has none")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        raise click.UsageError(f"process {number} has no GPU of its own: there are {torch.cuda.device_count()}")
+    return torch.device(name, number)
 
 
 def autocast(device, precision):
@@ -300,12 +316,12 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-def start_distributed():
-    """Join the group `torchrun` started: (rank, number of processes, local rank); (0, 1, 0) outside one."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, 0
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+def start_distributed(device):
+    """Join the group that `torchrun` started: (rank, number of processes); (0, 1) outside one."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 def average_gradients(parameters):
@@ -331,15 +347,19 @@ def agree(values, device):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within this context Ctrl-C and SIGTERM set `.received` instead of ending the process; a second one ends it."""
+    """Within this context Ctrl-C and SIGTERM set `.received` instead of ending the process.
+
+    Ctrl-C again after five seconds ends it; sooner ones are echoes, of which torchrun sends several.
+    """
 
     class Stop:
         received = False
+        since = math.inf
 
     def handler(number, frame):
-        if Stop.received:
+        if number == signal.SIGINT and time.monotonic() - Stop.since > 5:
             raise KeyboardInterrupt
-        Stop.received = True
+        Stop.received, Stop.since = True, min(Stop.since, time.monotonic())
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -367,14 +387,13 @@ class Clock:
 
 
 class ProgressBar:
-    """A bar with share done, time left, rate and loss terms on a terminal; elsewhere a plain line every 30 seconds."""
+    """Share done, time left, rate and loss terms: a bar on a terminal, elsewhere a plain line every 30 seconds."""
 
     def __init__(self, rank):
-        form = "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
-        self.plain = not sys.stderr.isatty()
-        self.quiet = rank > 0
+        self.quiet, self.plain = rank > 0, not sys.stderr.isatty()
+        form = "{percentage:3.0f}%|{bar:20}|{postfix}"
         self.bar = tqdm(total=1000, bar_format=form, disable=self.quiet or self.plain)
-        self.first = self.spoke = None
+        self.first, self.spoke = None, -math.inf
 
     def __enter__(self):
         return self
@@ -389,18 +408,18 @@ class ProgressBar:
     def advance(self, progress, step, values):
         now = time.monotonic()
         self.first = self.first or (now, step, progress)
-        if self.quiet or (self.plain and self.spoke and now - self.spoke < 30):
+        if self.quiet or now - self.spoke < (30 if self.plain else 0.2):
             return
+        self.spoke = now
         seconds, steps, share = (a - b for a, b in zip((now, step, progress), self.first, strict=True))
-        terms = [f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items()]
-        text = ", ".join([f"{steps / max(seconds, 1e-9):.1f} steps/s", *terms])
+        terms = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
+        left = f"{(1 - progress) * seconds / share / 60:.1f} min left, " if share > 0 else ""
+        text = f"step {step}, {left}{steps / max(seconds, 1e-9):.1f} steps/s, {terms}"
         if self.plain:
-            left = f"{(1 - progress) * seconds / share / 60:.1f} min left, " if share > 0 else ""
-            tqdm.write(f"{progress:4.0%} step {step}: {left}{text}")
-            self.spoke = now
+            tqdm.write(f"{progress:4.0%} {text}")
         else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(int(1000 * progress) - self.bar.n)
+            self.bar.n = int(1000 * progress)
+            self.bar.set_postfix_str(text)
 
 
 def learning_rate_at(progress, step, lr):
@@ -422,19 +441,21 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str) + "\n"))
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"))
 
 
 def load_config(folder):
-    """The `config.json` of a run folder; raises click.UsageError where there is none."""
+    """The `config.json` of a run folder; raises click.UsageError where there is none, or another program's."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise click.UsageError(f"{folder} is no run folder: it holds no config.json")
     try:
         config = json.loads(path.read_text())
-        config["options"], config["script"], config["commands"]
+        kinds = {"script": str, "options": dict, "data": dict, "history": list}
+        if not all(isinstance(config[name], kind) for name, kind in kinds.items()):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise click.UsageError(f"{path} is damaged or not written by a training script here") from error
+        raise click.UsageError(f"{path} is damaged or was not written by a training script here") from error
     return config
 
 
@@ -445,7 +466,9 @@ def load_checkpoint(folder, device):
         raise click.ClickException(f"{folder} holds no checkpoint.pt: the run stopped before its first one")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        state["model"], state["optimizer"], state["step"], state["elapsed"]
+        kinds = {"model": dict, "optimizer": dict, "step": int, "elapsed": float}
+        if not all(isinstance(state[name], kind) for name, kind in kinds.items()):
+            raise ValueError
     except Exception as error:  # torch.load raises many kinds on a damaged file
         raise click.ClickException(f"{path} is damaged or was not written by a training script here") from error
     return state
@@ -455,7 +478,7 @@ def load_state(module, state, what):
     """`module.load_state_dict(state)`; raises click.ClickException where the two do not fit."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise click.ClickException(f"{what} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
@@ -529,8 +552,15 @@ class Run:
     def save(self, model, optimizer, step, elapsed):
         """All that the loop changes. Random states are no part of it: see `random_generator`."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
-        if self.folder:
+        if not self.folder:
+            return
+        try:
             write_atomically(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+            text = str(error).splitlines()[0]
+            raise click.ClickException(
+                f"step {step}: no checkpoint can be written ({text}); the last is kept"
+            ) from error
 
     def close(self):
         if self.writer:

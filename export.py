@@ -172,13 +172,17 @@ def check(name, graph, path, run, cases):
 
 
 def load_model(folder):
-    """The model of a run folder in evaluation mode, and its config."""
+    """The model of a run folder, its config, and the step of its checkpoint."""
     config = load_config(folder)
     if config["script"] != "train_mvae":
         raise click.UsageError(f"{folder} was written by {config['script']}.py; expected a run of train_mvae.py")
-    model = MVAE(**{name: config["options"][name] for name in MODEL_OPTIONS})
-    load_state(model, load_checkpoint(folder, "cpu")["model"], f"{folder}/checkpoint.pt")
-    return model.eval(), config
+    try:
+        model = MVAE(**{name: config["options"][name] for name in MODEL_OPTIONS})
+    except (KeyError, TypeError) as error:
+        raise click.ClickException(f"{folder}/config.json is of another version: {error}") from error
+    state = load_checkpoint(folder, "cpu")
+    load_state(model, state["model"], f"{folder}/checkpoint.pt")
+    return model.eval(), config, state["step"]
 
 
 def describe(config, checkpoint_step):
@@ -197,9 +201,9 @@ def describe(config, checkpoint_step):
         "compose": options["compose_at"],
         "cells": options["cells"],
         "background": options["background"],
-        "trained_by": config["commands"],
         "steps": checkpoint_step,
-        "versions": {"trained": config["versions"], "exported": versions()},
+        "trained": config["history"],
+        "exported": versions(),
     }
 
 
@@ -211,15 +215,18 @@ def describe(config, checkpoint_step):
 def main(run_dir, out, torchscript):
     """Export the model of RUN_DIR and compare every graph with it."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    model, config = load_model(run_dir)
-    step = load_checkpoint(run_dir, "cpu")["step"]
+    model, config, step = load_model(run_dir)
     info, out = describe(config, step), out or run_dir / "export"
     size = config["options"]["size"]
-    examples = example_inputs(model, size, EXPORTED_SIZES["batch"], EXPORTED_SIZES["slots"], seed=0)
+    examples = example_inputs(model, size, **EXPORTED_SIZES, seed=0)
     cases = [example_inputs(model, size, **sizes, seed=i + 1) for i, sizes in enumerate(CHECKED_SIZES)]
-
-    with tempfile.TemporaryDirectory() as temporary:
-        made, agreed = Path(temporary), True
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".partial", dir=out))
+    except OSError as error:
+        raise click.UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+    try:
+        agreed = True
         for name, graph in (
             ("encoder", EncoderGraph(model)),
             ("decoder", DecoderGraph(model)),
@@ -234,12 +241,14 @@ def main(run_dir, out, torchscript):
         if not agreed:
             raise click.ClickException(f"an exported graph differs by more than {TOLERANCE:g}; nothing was written")
         (made / "model.json").write_text(json.dumps(info, indent=2) + "\n")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for file in sorted(made.iterdir()):
-                shutil.copyfile(file, out / file.name)
-        except OSError as error:
-            raise click.ClickException(f"--out {out} cannot be written: {error.strerror}") from error
+        for stale in out.glob("*.pt"):  # of an export before, when this one has none
+            stale.unlink()
+        for file in sorted(made.iterdir()):
+            file.replace(out / file.name)
+    except OSError as error:
+        raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     click.echo(f"written: {out}")
 
 

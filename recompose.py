@@ -9,7 +9,9 @@ slot decoded alone, the recomposition. The models are folders that `export.py` w
 imported: this file and a model folder can be taken elsewhere. The drawing functions serve the training scripts too.
 """
 
+import contextlib
 import json
+import struct
 from pathlib import Path
 
 import click
@@ -32,7 +34,10 @@ def read_picture(path):
                 )
             picture.load()
             if picture.mode.startswith("I"):  # 16 bits a pixel, which PIL's own conversion would clip to white
-                return Image.fromarray((np.asarray(picture, np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+                values = np.asarray(picture, np.float64)
+                if values.min() < 0 or values.max() > 65535:
+                    raise click.UsageError(f"{path}: a picture of 32 bits a pixel; expected 8 or 16 a channel")
+                return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
             if picture.mode == "F":
                 raise click.UsageError(f"{path}: a floating-point picture; expected 8 or 16 bits a channel")
             if picture.has_transparency_data:
@@ -43,7 +48,7 @@ def read_picture(path):
         raise click.UsageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise click.UsageError(f"{path}: not a picture (PNG, JPEG, ... expected)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise click.UsageError(f"{path}: damaged or unreadable picture ({error})") from error
 
 
@@ -66,10 +71,10 @@ def square(picture, crop, where):
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
-def load_picture(path, size, crop, nearest=False):
-    """A picture file -> uint8 (size, size, 3), cropped by `square`; `nearest` keeps the values, as masks need."""
+def load_picture(path, size, crop):
+    """A picture file -> uint8 (size, size, 3), cropped by `square`."""
     picture = square(read_picture(path), crop, path)
-    return np.asarray(picture.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------- Drawing
@@ -145,7 +150,7 @@ class Model:
     def __init__(self, folder):
         import onnxruntime  # here, so that `--help` and bad arguments answer at once
 
-        self.sessions = {}
+        self.sessions, described = {}, []
         for name in GRAPHS:
             path = Path(folder) / f"{name}.onnx"
             if not path.is_file():
@@ -154,13 +159,16 @@ class Model:
                 self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
                 raise click.UsageError(f"{path}: not a readable ONNX graph ({str(error).splitlines()[0]})") from error
+            described.append(self.sessions[name].get_modelmeta().custom_metadata_map.get("model"))
+        if None in described or len(set(described)) > 1:
+            raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py")
         try:
-            self.info = json.loads(self.sessions["encoder"].get_modelmeta().custom_metadata_map["model"])
-            self.size, self.crop, self.n_slots = self.info["size"], self.info["crop"], self.info["N"]
-        except (KeyError, ValueError) as error:
-            raise click.UsageError(f"--model {folder}: encoder.onnx was not written by export.py") from error
-        if self.info["kind"] != "mvae-image":
-            raise click.UsageError(f"--model {folder}: a model of kind {self.info['kind']!r}; expected 'mvae-image'")
+            info = json.loads(described[0])
+            self.kind, self.size, self.crop, self.n_slots = (info[name] for name in ("kind", "size", "crop", "N"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise click.UsageError(f"--model {folder}: its graphs were not written by export.py") from error
+        if self.kind != "mvae-image":
+            raise click.UsageError(f"--model {folder}: a model of kind {self.kind!r}; expected 'mvae-image'")
 
     def run(self, graph, **inputs):
         session = self.sessions[graph]
@@ -226,14 +234,14 @@ def explain(model, pictures, names, encoded, layer, chosen, result):
     return contact_sheet([*rows, [(to_uint8(result), "recomposition of the framed slots", True)]])
 
 
-def check_output(out, inputs):
-    """Raise click.UsageError where `out` cannot be written, before any work is done."""
-    if out.suffix.lower() != ".png":
-        raise click.UsageError(f"--out {out}: expected a name that ends in .png")
-    if out.is_dir() or not out.parent.is_dir():
-        raise click.UsageError(f"--out {out}: {'a folder' if out.is_dir() else 'its folder does not exist'}")
-    if out.resolve() in [path.resolve() for path in inputs]:
-        raise click.UsageError(f"--out {out} would overwrite an input")
+def check_output(path, inputs):
+    """Raise click.UsageError where `path` cannot be written or is an input, before any work is done."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise click.UsageError(
+            f"--out: {path} {'is a folder' if path.is_dir() else 'is in a folder that does not exist'}"
+        )
+    if path.resolve() in [other.resolve() for other in inputs]:
+        raise click.UsageError(f"--out: {path} would overwrite an input")
 
 
 def save(picture, path):
@@ -243,9 +251,9 @@ def save(picture, path):
         picture.save(partial, format="PNG")
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @click.command(context_settings={"show_default": True})
@@ -279,7 +287,11 @@ def main(inputs, slots, folder, out):
     python recompose.py a.png b.png --slots 0,2
     python recompose.py a.png b.png --slots 0,2 --slots 1 --out mixed.png
     """
-    check_output(out, inputs)
+    if out.suffix.lower() != ".png":
+        raise click.UsageError(f"--out {out}: expected a name that ends in .png")
+    beside = out.with_name(f"{out.stem}_figure.png")
+    for path in (out, beside):
+        check_output(path, inputs)
 
     # 1. Read the model and the inputs.
     model = Model(folder)
@@ -297,7 +309,6 @@ def main(inputs, slots, folder, out):
 
     # 4. Write the picture, and the figure that explains it.
     figure = explain(model, pictures, [path.name for path in inputs], encoded, layer, chosen, result)
-    beside = out.with_name(f"{out.stem}_figure.png")
     save(Image.fromarray(to_uint8(result)), out)
     save(figure, beside)
     click.echo(f"{out}: {taken.shape[1]} slots of {len(inputs)} pictures; {beside} explains it")

@@ -21,13 +21,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from common import (
     OPS,
+    POSITIVE,
     BroadcastDecoder,
     Clock,
+    FiniteRange,
     PresetCommand,
     ProgressBar,
     ResBlock,
@@ -58,7 +61,7 @@ from common import (
     typed_command,
     versions,
 )
-from recompose import contact_sheet, kl_tile, load_picture, to_uint8
+from recompose import contact_sheet, kl_tile, load_picture, square, to_uint8
 
 # ---------------------------------------------------------------- Data: built-in sprites
 
@@ -109,25 +112,30 @@ class Sprites:
                 )
             if size not in (32, 64):
                 raise click.UsageError(f"--size {size}: dSprites are 64 pixels wide; expected 32 or 64")
-            with np.load(files[0]) as archive:
-                self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
+            try:
+                with np.load(files[0]) as archive:
+                    self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise click.UsageError(f"{files[0]}: damaged, or without the array 'imgs' of dSprites") from error
             self.source = f"dSprites shapes ({files[0].name})"
 
-    def draw(self, n, generator):
+    def draw(self, n, generator, lots=1):
+        """n scenes; with `lots` > 1 of so many times the objects, each lot a scene of its own and all of them one."""
         low, high = self.objects
-        count = torch.randint(low, high + 1, (n, 1), generator=generator, device=self.device)
+        k = lots * high
+        count = torch.randint(low, high + 1, (n, lots), generator=generator, device=self.device)
         scene = {
-            "present": torch.arange(high, device=self.device) < count,
-            "rgb": hsv_to_rgb(*(uniform(least, 1, (n, high), generator) for least in (0.0, 0.5, 0.6))),
+            "present": (torch.arange(high, device=self.device) < count[..., None]).flatten(1),  # (n, K)
+            "rgb": hsv_to_rgb(*(uniform(least, 1, (n, k), generator) for least in (0.0, 0.5, 0.6))),
         }
         if self.library is not None:
-            shape = torch.randint(len(self.library), (n, high), generator=generator, device=self.device)
+            shape = torch.randint(len(self.library), (n, k), generator=generator, device=self.device)
             return scene | {"shape": shape}
         return scene | {
-            "shape": torch.randint(3, (n, high), generator=generator, device=self.device),
-            "centre": place_apart(n, high, 0.75, torch.full((n, high, high), 0.3, device=self.device), generator),
-            "radius": uniform(0.22, 0.38, (n, high), generator),
-            "angle": uniform(0, 2 * math.pi, (n, high), generator),
+            "shape": torch.randint(3, (n, k), generator=generator, device=self.device),
+            "centre": place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator),
+            "radius": uniform(0.22, 0.38, (n, k), generator),
+            "angle": uniform(0, 2 * math.pi, (n, k), generator),
         }
 
     def outlines(self, scene, side):
@@ -171,9 +179,8 @@ class Sprites:
         return self.render(self.draw(n, random_generator("held-out sprites", device=self.device)))
 
     def pairs(self, n):
-        """Two lots of n scenes whose objects can be drawn together: (scenes, scenes)."""
-        generator = random_generator("sprite pairs", device=self.device)
-        return self.draw(n, generator), self.draw(n, generator)
+        """n scenes of two lots of objects, the first half of them and the second."""
+        return self.draw(n, random_generator("sprite pairs", device=self.device), lots=2)
 
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
@@ -261,24 +268,25 @@ class ClevrRenderer:
     def __init__(self, size, objects, device):
         self.size, self.objects, self.device = size, objects, device
 
-    def draw(self, n, generator):
+    def draw(self, n, generator, lots=1):
+        """n scenes; with `lots` > 1 of so many times the objects, each lot a scene of its own and all of them one."""
         low, high = self.objects
-        device = self.device
-        radius = torch.tensor(RADII, device=device)[torch.randint(2, (n, high), generator=generator, device=device)]
-        shape = torch.randint(3, (n, high), generator=generator, device=device)
-        colour = torch.randint(len(COLOURS), (n, high), generator=generator, device=device)
-        count = torch.randint(low, high + 1, (n, 1), generator=generator, device=device)
+        k, device = lots * high, self.device
+        radius = torch.tensor(RADII, device=device)[torch.randint(2, (n, k), generator=generator, device=device)]
+        shape = torch.randint(3, (n, k), generator=generator, device=device)
+        colour = torch.randint(len(COLOURS), (n, k), generator=generator, device=device)
+        count = torch.randint(low, high + 1, (n, lots), generator=generator, device=device)
         clearance = radius[:, :, None] + radius[:, None] + 0.25  # CLEVR's rule
         camera = torch.tensor(CAMERA, device=device) + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
         lamps = torch.tensor(LAMPS, device=device) + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
         return {
-            "present": torch.arange(high, device=device) < count,
+            "present": (torch.arange(high, device=device) < count[..., None]).flatten(1),  # (n, K)
             "shape": shape,
             "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius),
-            "xy": place_apart(n, high, 3.0, clearance, generator),
-            "angle": uniform(0, 2 * math.pi, (n, high), generator),
+            "xy": place_apart(n, k, 3.0, clearance, generator),
+            "angle": uniform(0, 2 * math.pi, (n, k), generator),
             "rgb": torch.tensor(COLOURS, device=device)[colour] / 255,
-            "metal": torch.rand((n, high), generator=generator, device=device) < 0.5,
+            "metal": torch.rand((n, k), generator=generator, device=device) < 0.5,
             "camera": camera,
             "lamps": lamps,
         }
@@ -448,10 +456,8 @@ class BuiltInClevr(Pool):
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def pairs(self, n):
-        """Two lots of n scenes under the same cameras and lamps: (scenes, scenes)."""
-        generator = random_generator("clevr pairs", device=self.device)
-        a, b = self.renderer.draw(n, generator), self.renderer.draw(n, generator)
-        return a, b | {"camera": a["camera"], "lamps": a["lamps"]}
+        """n scenes of two lots of objects, the first half of them and the second, under one camera and lamps."""
+        return self.renderer.draw(n, random_generator("clevr pairs", device=self.device), lots=2)
 
     def render(self, scene):
         return self.renderer.render(scene)
@@ -484,15 +490,15 @@ class ClevrFolder(Pool):
     def files(self, split):
         files = sorted((self.root / "images" / split).glob("*.png"))
         annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
+        low, high = self.objects
         if annotation.is_file():
             try:
                 counts = {s["image_filename"]: len(s["objects"]) for s in json.loads(annotation.read_text())["scenes"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise click.UsageError(f"{annotation} is damaged or is no CLEVR scene file") from error
-            low, high = self.objects
             files = [f for f in files if low <= counts.get(f.name, low) <= high]
         if not files:
-            raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {self.objects} objects")
+            raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {low} to {high} objects")
         return files
 
     def read(self, files):
@@ -505,10 +511,36 @@ class ClevrFolder(Pool):
         files = self.val[:n]
         images = self.read(files).to(self.device).float() / 255
         masks = [self.root / "masks" / "val" / f.name for f in files]
-        if not all(m.is_file() for m in masks):
+        missing = [m for m in masks if not m.is_file()]
+        if missing:
+            click.echo(f"{missing[0]} is not there: no scores of segmentation, which need a mask for every picture")
             return images, None
-        labels = [load_picture(m, self.size, self.crop, nearest=True)[..., 0] for m in masks]
-        return images, torch.from_numpy(np.stack(labels)).long().to(self.device)
+        return images, torch.from_numpy(np.stack([self.read_mask(m) for m in masks])).long().to(self.device)
+
+    def read_mask(self, path):
+        """A mask -> the object's number in every pixel, 0 for the background: (size, size)."""
+        try:
+            with Image.open(path) as mask:
+                mask.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
+        if mask.mode not in ("L", "P"):
+            raise click.UsageError(
+                f"{path}: expected a mask of 8 bits a pixel that number the objects, not {mask.mode}"
+            )
+        return np.asarray(square(mask, self.crop, path).resize((self.size, self.size), Image.Resampling.NEAREST))
+
+
+def fetch_clevr(data_root):
+    """Download and unpack CLEVR v1.0 (18 GB) through torchvision, unless it is there."""
+    from torchvision.datasets import CLEVRClassification
+
+    if dist.is_initialized():
+        raise click.UsageError("--download: fetch the data in a single process first, then start several")
+    try:
+        CLEVRClassification(data_root, download=True)
+    except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
+        raise click.ClickException(f"CLEVR v1.0 could not be fetched into {data_root}: {error}") from error
 
 
 def load_data(dataset, data_root, download, size, objects, seed, device):
@@ -516,9 +548,7 @@ def load_data(dataset, data_root, download, size, objects, seed, device):
     if download and (dataset != "clevr" or not data_root):
         raise click.UsageError("--download fetches CLEVR v1.0 (18 GB); it needs --dataset clevr and --data-root")
     if download:
-        from torchvision.datasets import CLEVRClassification
-
-        CLEVRClassification(data_root, download=True)
+        fetch_clevr(data_root)
     if data_root and not data_root.is_dir():
         raise click.UsageError(f"--data-root {data_root}: no such folder")
     if dataset == "sprites":
@@ -707,28 +737,58 @@ class MVAE(nn.Module):
 # ---------------------------------------------------------------- Objective
 
 
-def negative_elbo(image, mean, encoding, beta, sigma, kl_cells):
-    """Negative ELBO in nats per picture, and its terms: Gaussian likelihood, KL of the cells and of the background.
+def presence(layer, background, op):
+    """How much a slot draws in every pixel: layer (B, N, C, h, w) -> (B, N, h, w)."""
+    if op == "alpha":
+        return alpha_masks(layer)[:, 1:, 0]
+    if op == "max":
+        return (layer - background[:, None]).clamp(min=0).mean(2)
+    if op == "min":
+        return (background[:, None] - layer).clamp(min=0).mean(2)
+    return layer.abs().mean(2)
 
-    kl_cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" (the sum of
-    Nash et al. 2017, eq. 4) charges the slots alone.
+
+def distance_from_cells(presence, cell):
+    """Squared distance of the slots' centres of mass from their cells, summed over slots: (B,), in half widths squared.
+
+    presence (B, N, h, w), cell (B, N, 2); a slot that draws little counts little.
     """
-    reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
-    charged = encoding.kl_map.flatten(1) if kl_cells == "all" else encoding.kl
+    grid = position_grid(*presence.shape[2:]).to(cell.device)
+    mass = presence.sum((2, 3))
+    drawn = mass / (mass + SMALLEST * presence[0, 0].numel())
+    centre = torch.einsum("bnhw,chw->bnc", presence, grid) / mass.clamp(min=1e-6)[..., None]
+    return (drawn * (centre - cell).square().sum(2)).sum(1)
+
+
+def objective(image, mean, layer, encoding, beta, options):
+    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of slots off their cells; and the terms.
+
+    --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" (the sum of
+    Nash et al. 2017, eq. 4) charges the slots alone. --anchor: with relative coordinates a common offset of all slots
+    from their cells costs nothing, and an object's corner is easier to find than its middle. Offsets would grow, and
+    objects near the border, or large ones, fall to the wrong cells or to several (docs/mvae-log.md).
+    """
+    reconstruction = -gaussian_log_likelihood(image, mean, options["sigma"]).mean()
+    charged = encoding.kl_map.flatten(1) if options["kl_cells"] == "all" else encoding.kl
     kl = (charged.sum(1) + encoding.kl_background).mean()
+    offset = distance_from_cells(presence(layer, encoding.background, options["op"]), encoding.cell).mean()
     terms = {
         "loss/reconstruction": reconstruction,
         "loss/kl": kl,
         "loss/kl_background": encoding.kl_background.mean(),
+        "loss/offset": offset,
     }
-    return reconstruction + beta * kl, terms
+    return reconstruction + beta * kl + options["anchor"] * offset, terms
 
 
 def update(forward, optimizer, image, noise, beta, lr, options):
-    """One step of Adam on the negative ELBO; returns every term and value used. Not taken where one is not finite."""
+    """One step of Adam; returns the terms, of this process's share, and the values used.
+
+    The step is not taken where a term or the gradient is not finite.
+    """
     with autocast(image.device, options["precision"]):
-        encoding, _, mean = forward(image, noise)
-    loss, terms = negative_elbo(image, mean, encoding, beta, options["sigma"], options["kl_cells"])
+        encoding, layer, mean = forward(image, noise)
+    loss, terms = objective(image, mean, layer, encoding, beta, options)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -739,7 +799,8 @@ def update(forward, optimizer, image, noise, beta, lr, options):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    return values | {"loss/negative_elbo": loss.item(), "schedule/beta": beta, "schedule/lr": lr}
+    negative_elbo = values["loss/reconstruction"] + values["loss/kl"]  # the objective weighs the KL by beta besides
+    return values | {"loss/negative_elbo": negative_elbo, "schedule/beta": beta, "schedule/lr": lr}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -750,26 +811,27 @@ VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour,
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 
 
-def blank(model, background, like):
-    """The picture without slots: the background decoded alone, or what layers of zeros give."""
-    if background is None:
-        return model.compose(torch.zeros_like(like[:, :1]))
+def nothing(model, layer):
+    """A layer that draws nothing, such as any slot is out of reach of its cell: (B, N, C, h, w) -> (B, 1, C, h, w)."""
+    empty = torch.zeros_like(layer[:, :1])
     if model.op == "alpha":
-        return model.to_image(background).float()
-    return model.compose(like[:, :0], background)
+        empty[:, :, -1] = -NOTHING
+    elif model.op in ("max", "min"):
+        empty += NOTHING if model.op == "min" else -NOTHING
+    return empty
 
 
 def responsibilities(model, layer, background):
     """How much every component owns every pixel: (B, N + 1, H, W), the background first.
 
     With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
-    makes to the picture without slots, the background's share being VISIBLE.
+    makes to the picture of a layer that draws nothing, the background's share being VISIBLE.
     """
     if model.op == "alpha":
         masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
         scale = UPSCALE if model.compose_at == "feature" else 1
         return F.interpolate(masks, scale_factor=scale, mode="bilinear") if scale > 1 else masks
-    empty = blank(model, background, layer)
+    empty = model.compose(nothing(model, layer), background)
     alone = [model.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])]
     change = torch.stack([(image - empty).abs().mean(1) for image in alone], dim=1)
     return torch.cat([torch.full_like(change[:, :1], VISIBLE), change], dim=1)
@@ -813,18 +875,22 @@ def segmentation_scores(responsibility, label):
 
     ARI-FG compares, on true object pixels, the slot with the largest responsibility. The others use the segments, in
     which the background takes part. A slot holds an object when its segment fills SMALLEST of the picture; slots that
-    share most of their segment with one and the same object are duplicates but for one.
+    share most of their segment with one and the same object are duplicates but for one. A scene without an object of
+    at least SMALLEST has no scores: {}.
     """
     n_slots = len(responsibility) - 1
     foreground = label > 0
+    shared, objects, slots, labels = overlaps(responsibility.argmax(0), label, n_slots)
+    if len(labels) == 0:
+        return {}
     ari = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
-    shared, objects, slots, _ = overlaps(responsibility.argmax(0), label, n_slots)
     rows, columns, iou = match(shared, objects, slots)
     active = slots >= SMALLEST * label.numel()
-    claimed = shared[:, active].argmax(0)[shared[:, active].sum(0) > 0.5 * slots[active]]
+    most, owner = shared[:, active].max(0)
+    claimed = owner[most > 0.5 * slots[active]]
     return {
         "ari_fg": ari,
-        "miou": iou[rows, columns].sum() / max(1, len(objects)),
+        "miou": iou[rows, columns].sum() / len(objects),
         "slot_count_error": abs(int(active.sum()) - len(objects)),
         "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum())),
     }
@@ -848,52 +914,52 @@ def psnr(image, truth, where):
     return float(-10 * torch.log10(error.clamp(min=1e-10)))
 
 
-def keep(scene, wanted):
-    """The scene with only the objects `wanted` (n, K) of it."""
+def showing(scene, wanted):
+    """The scene with only the objects `wanted` (K,) of its (n, K)."""
     return scene | {"present": scene["present"] & wanted}
 
 
-def joined(a, b):
-    """The scene that shows the objects of both, under the camera and lamps of `a`."""
-    shared = {name: a[name] for name in ("camera", "lamps") if name in a}
-    return {name: torch.cat([a[name], b[name]], dim=1) for name in a if name not in shared} | shared
-
-
 def slots_of(model, image, label, wanted):
-    """Encode, and find for every picture the layers of the slots matched to the objects `wanted` (n, K)."""
+    """Encode, and find for every picture the layers of the slots matched to the objects `wanted` (K,)."""
     encoding = model.encode(image)
     layer = model.decode(encoding.mu, encoding.cell)
     segment = responsibilities(model, layer, encoding.background).argmax(1)
     chosen = []
     for b in range(len(image)):
         shared, objects, slots, labels = overlaps(segment[b], label[b], model.n_slots)
-        rows, columns, _ = match(shared, objects, slots)
-        chosen.append(layer[b, columns[wanted[b, labels[rows] - 1].cpu().numpy()]])
+        rows, columns, iou = match(shared, objects, slots)
+        taken = wanted[labels[rows] - 1].cpu().numpy() & (iou[rows, columns] > 0)
+        chosen.append(layer[b, columns[taken]])
     return encoding, layer, chosen
 
 
 @torch.no_grad()
 def score_recomposition(model, data, n):
-    """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction.
+    """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction of A.
 
-    Both are PSNRs on object pixels, so that their difference is the price of recomposing.
+    Both are PSNRs on object pixels, so that their difference is the price of recomposing. A and B are placed as one
+    scene: their objects do not run into each other when drawn together.
     """
-    a, b = data.pairs(n)
-    index = torch.arange(a["present"].shape[1], device=a["present"].device)
-    wanted_a, wanted_b = (index % 2 == 0).expand(n, -1), (index % 2 == 1).expand(n, -1)
-    truth, true_label = data.render(joined(keep(a, wanted_a), keep(b, wanted_b)))
-    (image, label), (image_b, label_b) = data.render(a), data.render(b)
-    encoding, layer, from_a = slots_of(model, image, label, wanted_a)
-    _, _, from_b = slots_of(model, image_b, label_b, wanted_b)
+    both = data.pairs(n)
+    index = torch.arange(both["present"].shape[1], device=both["present"].device)
+    in_a, half = index < len(index) // 2, index % 2 == 0
+    truth, true_label = data.render(showing(both, half))
+    image, label = data.render(showing(both, in_a))
+    encoding, layer, from_a = slots_of(model, image, label, half)
+    _, _, from_b = slots_of(model, *data.render(showing(both, ~in_a)), half)
     plain = model.compose(layer, encoding.background)
-    scores = {"recomposition_psnr": [], "reconstruction_psnr": []}
+    recomposed, reconstructed = [], []
     for k in range(n):
+        if not (true_label[k] > 0).any() or not (label[k] > 0).any():
+            continue
         background = None if encoding.background is None else encoding.background[k : k + 1]
-        taken = torch.cat([from_a[k], from_b[k]])[None]
-        mixed = model.compose(taken, background) if taken.shape[1] else blank(model, background, layer[k : k + 1])
-        scores["recomposition_psnr"].append(psnr(mixed[0], truth[k], true_label[k] > 0))
-        scores["reconstruction_psnr"].append(psnr(plain[k], image[k], label[k] > 0))
-    return {name: float(np.mean(values)) for name, values in scores.items()}
+        parts = torch.cat([from_a[k], from_b[k]])[None]  # (1, M, C, h, w)
+        parts = parts if parts.shape[1] else nothing(model, layer[k : k + 1])
+        recomposed.append(psnr(model.compose(parts, background)[0], truth[k], true_label[k] > 0))
+        reconstructed.append(psnr(plain[k], image[k], label[k] > 0))
+    if not recomposed:
+        return {}
+    return {"recomposition_psnr": float(np.mean(recomposed)), "reconstruction_psnr": float(np.mean(reconstructed))}
 
 
 @torch.no_grad()
@@ -919,11 +985,12 @@ def evaluate(model, data, images, labels, sigma):
         if labels is not None:
             owned = responsibilities(model, layer, encoding.background)
             offsets += cell_offsets(owned, encoding.cell).tolist()
-            lit = [(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True) if (t > 0).any()]
-            scenes += [segmentation_scores(r, t) for r, t in lit]
+            scored = (segmentation_scores(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True))
+            scenes += [scores for scores in scored if scores]
     metrics = {name: total / len(images) for name, total in sums.items()}
     if scenes:
         metrics |= {name: float(np.mean([s[name] for s in scenes])) for name in scenes[0]}
+        metrics["scenes_scored"] = len(scenes)
     if offsets:
         metrics["cell_offset"] = float(np.mean(offsets))
     if hasattr(data, "pairs"):
@@ -982,8 +1049,9 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "minutes": 10.0},
-    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
+    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "anchor": 0.0,
+                "minutes": 10.0},
+    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 8.0,
               "batch": 16, "minutes": 15.0},
 }  # fmt: skip
 
@@ -1024,12 +1092,13 @@ class ObjectCount(click.ParamType):
     name = "count"
 
     def convert(self, value, param, ctx):
-        if not isinstance(value, str):  # a pair, as config.json has it
-            return tuple(value)
         try:
-            low, _, high = value.partition("-")
-            low, high = int(low), int(high or low)
-        except ValueError:
+            if isinstance(value, str):
+                low, _, high = value.partition("-")
+                low, high = int(low), int(high or low)
+            else:  # a pair, as config.json has it
+                low, high = value
+        except (ValueError, TypeError):
             self.fail(f"{value!r} is no number or range of numbers such as 3-6", param, ctx)
         if not 1 <= low <= high <= 10:
             self.fail(f"{value!r}: expected 1 to 10 objects, the smaller number first", param, ctx)
@@ -1049,8 +1118,8 @@ def check_options(options):
         raise click.UsageError(f"--suppress {options['suppress']}: a window has an odd number of cells, 1 for none")
     if options["channels"] % 8:
         raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
-    if options["op"] == "alpha" and options["background"] == "none":
-        raise click.UsageError("--op alpha needs a --background: its masks are shared between the slots and that")
+    if options["op"] in ("alpha", "max", "min") and options["background"] == "none":
+        raise click.UsageError(f"--op {options['op']} needs a --background to show where no slot draws anything")
 
 
 def run_name(options):
@@ -1087,10 +1156,11 @@ def headline(metrics):
     default="relative",
     help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
+@click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
 @click.option(
-    "--reach", type=click.FloatRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound."
+    "--anchor", type=FiniteRange(0), default=1000.0, help="Price of a slot's distance from its cell; 0: free."
 )
-@click.option("--sigma", type=click.FloatRange(0, min_open=True), default=0.1, help="Likelihood's standard deviation.")
+@click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
     """Train a Multi-Entity VAE.
@@ -1102,13 +1172,14 @@ def main(context, **options):
     python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 60
     """
     # 1. Options.
-    settle_run(context, options, RESUMABLE)
+    script = Path(__file__).stem
+    settle_run(context, options, RESUMABLE, script)
     check_options(options)
     if options["dry_run"]:
         click.echo(json.dumps(options, indent=2, default=str))
         return
-    rank, world, local_rank = start_distributed()
-    device = pick_device(options["device"], local_rank)
+    device = pick_device(options["device"])
+    rank, world = start_distributed(device)
 
     # 2. Data.
     names = ("dataset", "data_root", "download", "size", "objects", "seed")
@@ -1121,8 +1192,13 @@ def main(context, **options):
     model.start_from(data.batch(0, 0, 256, 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
-    step, elapsed = 0, 0.0
+    step, elapsed, history = 0, 0.0, []
     if options["resume"]:
+        config = load_config(options["resume"])
+        history = config["history"]
+        if config["data"]["source"] != data.source or history[-1]["processes"] != world:
+            was = f"{config['data']['source']} in {history[-1]['processes']} process(es)"
+            raise click.UsageError(f"--resume: the run was trained on {was}; now it would be {data.source} in {world}")
         state = load_checkpoint(options["resume"], device)
         load_state(model, state["model"], "the checkpoint")
         load_state(optimizer, state["optimizer"], "the checkpoint's optimiser state")
@@ -1133,9 +1209,9 @@ def main(context, **options):
     folder = options["resume"] or options["out"] or new_folder(run_name(options))
     run = Run(folder, rank)
     about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
-    commands = [*(load_config(folder)["commands"] if options["resume"] else []), typed_command()]
-    config = {"script": Path(__file__).stem, "commands": commands, "processes": world, "versions": versions()}
-    run.write_config(config | {"data": about, "options": options})
+    history = [*history, {"command": typed_command(), "processes": world, "versions": versions()}]
+    kept = {name: value for name, value in options.items() if name not in ("resume", "out", "dry_run")}
+    run.write_config({"script": script, "data": about, "options": kept, "history": history})
     if rank == 0:
         click.echo(f"data: {data.source}; device: {device}; run folder: {folder}")
         click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} x {options['batch']} a step")
@@ -1148,6 +1224,9 @@ def main(context, **options):
         while True:
             progress, stopping = agree((clock.progress(step), stop.received), device)
             last, due = progress >= 1, int(10 * progress) > tenth
+            if last or due or stopping or clock.elapsed - saved > 120:
+                run.save(model, optimizer, step, clock.elapsed)
+                saved = clock.elapsed
             if rank == 0 and (last or due or step.bit_count() == 1):  # at 1, 2, 4, ... too: something to see at once
                 run.figure("decomposition", decomposition_figure(model, images[:6]), step)
                 run.figure("recomposition", recomposition_figure(model, images[:8]), step)
@@ -1156,15 +1235,17 @@ def main(context, **options):
                 run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
                 run.metrics(metrics | {"step": step, "minutes": clock.elapsed / 60, "data": data.source})
                 bar.write(f"{progress:4.0%} step {step}, {clock.elapsed / 60:.1f} min: {headline(metrics)}")
-            if last or due or stopping or clock.elapsed - saved > 120:
-                run.save(model, optimizer, step, clock.elapsed)
-                tenth, saved = int(10 * progress), clock.elapsed
+            tenth = int(10 * progress)
             if last or stopping:
                 break
 
             beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
             lr = learning_rate_at(progress, step, options["lr"])
-            image = data.batch(step, first, first + options["batch"], total)
+            try:
+                image = data.batch(step, first, first + options["batch"], total)
+            except click.ClickException as error:  # a damaged file
+                run.save(model, optimizer, step, clock.elapsed)
+                raise click.ClickException(f"step {step}, saved: {error.message}") from error
             generator = random_generator("noise", options["seed"], step)
             noise = torch.randn(total, model.noise_size, generator=generator)[first : first + options["batch"]]
             values = update(forward, optimizer, image, noise.to(device), beta, lr, options)

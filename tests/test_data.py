@@ -69,6 +69,9 @@ def test_dsprites_shapes_come_from_the_archive(tmp_path):
         assert torch.equal(image[b].amax(0) > 0, expected > 0)
     with pytest.raises(click.UsageError, match="no dsprites"):
         Sprites(32, (1, 1), 0, torch.device("cpu"), tmp_path / "elsewhere")
+    (tmp_path / "dsprites_ndarray.npz").write_text("half a file")
+    with pytest.raises(click.UsageError, match="damaged"):
+        Sprites(32, (1, 1), 0, torch.device("cpu"), tmp_path)
 
 
 # ---------------------------------------------------------------- The renderer
@@ -124,10 +127,12 @@ def test_the_nearer_object_hides_the_farther():
     near, far = scene_of(SPHERE, 0.7, xy=(1.0, -0.9)), scene_of(SPHERE, 0.7, xy=(-0.4, 0.4))
     renderer = ClevrRenderer(32, (2, 2), torch.device("cpu"))
     alone = [renderer.render(s)[1][0] > 0 for s in (near, far)]
-    _, label = renderer.render(train_mvae.joined(far, near))
-    shared = alone[0] & alone[1]
-    assert shared.sum() > 10
-    assert (label[0][shared] == 2).all()
+    shared = {name: far[name] for name in ("camera", "lamps")}
+    both = {name: torch.cat([far[name], near[name]], dim=1) for name in far if name not in shared} | shared
+    _, label = renderer.render(both)
+    overlap = alone[0] & alone[1]
+    assert overlap.sum() > 10
+    assert (label[0][overlap] == 2).all()
     assert torch.equal(label[0] > 0, alone[0] | alone[1])
 
 
@@ -208,9 +213,38 @@ def test_the_official_folder_is_cropped_by_the_rule_and_filtered_by_objects(tmp_
     assert len(ClevrFolder(root, 16, (3, 6), 0, torch.device("cpu")).val) == 1
 
 
-def test_a_folder_without_masks_has_no_labels(tmp_path):
+def test_a_folder_without_masks_has_no_labels_and_says_so(tmp_path, capsys):
     write_clevr(tmp_path, masks=False)
     assert ClevrFolder(tmp_path, 16, (2, 3), 0, torch.device("cpu")).held_out(1)[1] is None
+    assert "no scores of segmentation" in capsys.readouterr().out
+
+
+def test_masks_are_numbers_not_colours(tmp_path):
+    data = ClevrFolder(write_clevr(tmp_path), 16, (2, 3), 0, torch.device("cpu"))
+    path = tmp_path / "masks" / "val" / "CLEVR_val_000001.png"
+    numbers = Image.open(path)
+    palette = numbers.convert("P")
+    palette.putdata(list(numbers.get_flattened_data()))
+    palette.putpalette([0, 0, 0, 255, 0, 0, 9, 9, 9] * 10)
+    palette.save(path)
+    assert data.held_out(2)[1][1].unique().tolist() == [2]
+    numbers.convert("RGB").save(path)
+    with pytest.raises(click.UsageError, match="8 bits a pixel"):
+        data.held_out(2)
+
+
+def test_pairs_are_two_scenes_that_fit_into_one():
+    renderer = ClevrRenderer(32, (3, 6), torch.device("cpu"))
+    both = renderer.draw(50, random_generator("pairs"), lots=2)
+    assert both["present"].shape == (50, 12)
+    for lot in (slice(0, 6), slice(6, 12)):
+        assert set(both["present"][:, lot].sum(1).tolist()) == {3, 4, 5, 6}
+    first, second = both["xy"][:, :6], both["xy"][:, 6:]
+    touching = (first[:, :, None] - second[:, None]).norm(dim=-1) < both["half"][:, :6, None] + both["half"][
+        :, None, 6:
+    ]
+    at_hand = both["present"][:, :6, None] & both["present"][:, None, 6:]
+    assert (touching & at_hand).any((1, 2)).float().mean() < 0.1
 
 
 def test_wrong_folders_say_what_was_looked_for(tmp_path):

@@ -14,7 +14,7 @@ from common import random_generator
 
 
 def model_and_inputs(run, batch, slots):
-    model, config = export.load_model(run)
+    model, config, _ = export.load_model(run)
     return model, export.example_inputs(model, config["options"]["size"], batch, slots, seed=42)
 
 
@@ -89,6 +89,18 @@ def test_a_mismatch_is_an_error_and_leaves_the_old_export(clevr_run, tmp_path, m
     assert "DIFFERS" in result.output and "nothing was written" in result.output
     assert (out / "encoder.onnx").read_text() == "old"
     assert len(list(out.iterdir())) == 1
+
+
+def test_a_later_export_leaves_nothing_of_the_one_before(clevr_run, tmp_path):
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "encoder.pt").write_text("of another model")
+    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out), "--no-torchscript"])
+    assert result.exit_code == 0, result.output
+    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "composer.onnx", "model.json"}
+    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out / "model.json")])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS_FOUND)
 def test_a_documented_command_parses(script, arguments, monkeypatch):
-    monkeypatch.setattr(common, "load_config", lambda folder: {"options": {}, "script": "", "commands": []})
+    monkeypatch.setattr(common, "load_config", lambda folder: {"options": {}})
     COMMANDS[script].make_context(script, list(arguments))
 
 

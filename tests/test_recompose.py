@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -52,7 +53,7 @@ def test_recomposition_is_what_pytorch_makes(clevr_run, inputs, tmp_path):
     args = ["--slots", "0,2", "--slots", "1", "--model", clevr_run / "export", "--out", out]
     result = run(inputs / "a.png", inputs / "b.png", *args)
     assert result.exit_code == 0, result.output
-    model, _ = export.load_model(clevr_run)
+    model, _, _ = export.load_model(clevr_run)
     pictures = np.stack([recompose.load_picture(inputs / n, 64, "clevr") for n in ("a.png", "b.png")])
     encoding = model.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
     layer = model.decode(encoding.mu, encoding.cell)
@@ -176,6 +177,7 @@ def test_files_that_are_no_still_pictures_are_refused(clevr_run, inputs, tmp_pat
     frames = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     Image.new("F", (64, 64)).save(tmp_path / "float.tiff")
+    Image.new("I", (64, 64), 70000).save(tmp_path / "deep.tiff")
     Image.new("RGB", (300, 100)).save(tmp_path / "wide.png")
     out = tmp_path / "out.png"
     out.write_text("from before")
@@ -185,6 +187,7 @@ def test_files_that_are_no_still_pictures_are_refused(clevr_run, inputs, tmp_pat
         ("text.png", "not a picture"),
         ("moving.gif", "animated"),
         ("float.tiff", "floating-point"),
+        ("deep.tiff", "32 bits"),
         ("wide.png", "crop needs a height"),
         ("missing.png", "no such file"),
         (".", "damaged or unreadable"),
@@ -225,18 +228,29 @@ def test_wrong_model_folders_are_refused(clevr_run, inputs, tmp_path):
     shutil.copy(clevr_run / "export" / "decoder.onnx", tmp_path / "m")
     foreign = torch.nn.Linear(2, 2)
     torch.onnx.export(foreign, (torch.zeros(1, 2),), tmp_path / "m" / "encoder.onnx", verbose=False)
+    refused(attempt(), "not written together")
+    for name in recompose.GRAPHS:
+        graph = onnx.load(clevr_run / "export" / f"{name}.onnx")
+        graph.metadata_props[0].value = "[1]"
+        onnx.save(graph, tmp_path / "m" / f"{name}.onnx")
     refused(attempt(), "not written by export.py")
 
 
 def test_outputs_that_cannot_be_written_are_refused_first(clevr_run, inputs, tmp_path):
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "q_figure.png").mkdir()
     shutil.copy(inputs / "b.png", tmp_path / "b.png")
     before = (tmp_path / "b.png").read_bytes()
     for out, message in (
-        (tmp_path / "folder.png", "a folder"),
+        (tmp_path / "folder.png", "is a folder"),
         (tmp_path / "none" / "out.png", "does not exist"),
         (tmp_path / "out.jpg", "ends in .png"),
         (tmp_path / "b.png", "would overwrite an input"),
+        (tmp_path / "q.png", "is a folder"),  # where its figure would stand
     ):
         refused(run(tmp_path / "b.png", "--model", clevr_run / "export", "--out", out), message)
     assert (tmp_path / "b.png").read_bytes() == before
+    shutil.copy(inputs / "b.png", tmp_path / "c_figure.png")
+    result = run(tmp_path / "c_figure.png", "--model", clevr_run / "export", "--out", tmp_path / "c.png")
+    refused(result, "would overwrite an input")
+    assert (tmp_path / "c_figure.png").read_bytes() == before
