@@ -761,10 +761,12 @@ def distance_from_cells(presence, cell):
 
 
 def objective(image, mean, layer, encoding, beta, options):
-    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of slots off their cells; and the terms.
+    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of slots off their cells.
 
     --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" (the sum of
-    Nash et al. 2017, eq. 4) charges the slots alone. --anchor: with relative coordinates a common offset of all slots
+    Nash et al. 2017, eq. 4) charges the slots alone. Returned with all terms.
+
+    --anchor: with relative coordinates a common offset of all slots
     from their cells costs nothing, and an object's corner is easier to find than its middle. Offsets would grow, and
     objects near the border, or large ones, fall to the wrong cells or to several (docs/mvae-log.md).
     """
@@ -1051,7 +1053,7 @@ def recomposition_figure(model, images):
 PRESETS = {
     "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "anchor": 0.0,
                 "minutes": 10.0},
-    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 8.0,
+    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0, "warmup": 0.2,
               "batch": 16, "minutes": 15.0},
 }  # fmt: skip
 
@@ -1157,9 +1159,7 @@ def headline(metrics):
     help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
 @click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
-@click.option(
-    "--anchor", type=FiniteRange(0), default=1000.0, help="Price of a slot's distance from its cell; 0: free."
-)
+@click.option("--anchor", type=FiniteRange(0), default=200.0, help="Price of a slot's distance from its cell; 0: free.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):

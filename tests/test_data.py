@@ -184,7 +184,7 @@ def test_a_pool_makes_every_picture_once_and_epochs_are_complete():
 
 
 def write_clevr(root, masks=True, sizes=((480, 320), (320, 240))):
-    """A folder in CLEVR's layout: the picture's crop is white, all else black; scene i has i + 2 objects."""
+    """A folder in CLEVR's layout: the picture's crop is white, all else black; scene i has i + 2 objects, at most 5."""
     for split in ("train", "val"):
         (root / "images" / split).mkdir(parents=True)
         scenes = []
@@ -194,10 +194,10 @@ def write_clevr(root, masks=True, sizes=((480, 320), (320, 240))):
             picture[top : top + side, round(0.2 * width) : round(0.2 * width) + side] = 255
             name = f"CLEVR_{split}_{i:06d}.png"
             Image.fromarray(picture).save(root / "images" / split / name)
-            scenes.append({"image_filename": name, "objects": [{}] * (i + 2)})
+            scenes.append({"image_filename": name, "objects": [{}] * min(i + 2, 5)})
             if masks:
                 (root / "masks" / split).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture[..., 0] // 255 * (i + 1)).save(root / "masks" / split / name)
+                Image.fromarray(picture[..., 0] // 255 * min(i + 1, 4)).save(root / "masks" / split / name)
         (root / "scenes").mkdir(exist_ok=True)
         (root / "scenes" / f"CLEVR_{split}_scenes.json").write_text(json.dumps({"scenes": scenes}))
     return root

@@ -33,6 +33,9 @@ def build(**changes):
     return model
 
 
+PRICES = {"op": "alpha", "sigma": 0.1, "kl_cells": "all", "anchor": 100.0, "precision": "fp32"}
+
+
 def pictures(n=2):
     return torch.rand(n, 3, 32, 32, generator=random_generator("pictures"))
 
@@ -54,7 +57,7 @@ def test_every_parameter_gets_a_gradient(op, compose_at, background):
     assert mean.shape == (4, 3, 32, 32)
     assert layer.shape[:2] == (4, 3)
     assert encoding.mu.shape == encoding.logvar.shape == (4, 3, 4)
-    loss, _ = train_mvae.objective(pictures(4), mean, encoding, 1.0, 0.1, "all")
+    loss, _ = train_mvae.objective(pictures(4), mean, layer, encoding, 1.0, PRICES | {"op": op})
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -105,20 +108,28 @@ def test_the_model_starts_from_the_mean_picture():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, _, mean = model(image, noise_for(model))
+    encoding, layer, mean = model(image, noise_for(model))
+    offset = train_mvae.distance_from_cells(train_mvae.presence(layer, None, "alpha"), encoding.cell)
     for cells in ("all", "selected"):
-        loss, terms = train_mvae.objective(image, mean, encoding, 2.5, 0.2, cells)
+        options = {"sigma": 0.2, "kl_cells": cells, "anchor": 70.0, "op": "alpha"}
+        loss, terms = train_mvae.objective(image, mean, layer, encoding, 2.5, options)
         slots = encoding.kl_map.sum((1, 2)) if cells == "all" else encoding.kl.sum(1)
-        expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * (slots + encoding.kl_background)
+        kl = slots + encoding.kl_background
+        expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * kl + 70 * offset
         torch.testing.assert_close(loss, expected.mean())
-        torch.testing.assert_close(terms["loss/kl"], (slots + encoding.kl_background).mean())
+        torch.testing.assert_close(terms["loss/kl"], kl.mean())
 
 
-def test_selected_cells_alone_are_charged_when_asked():
-    model = build()
-    encoding, _, mean = model(pictures(), noise_for(model))
-    charged = [train_mvae.objective(pictures(), mean, encoding, 1.0, 0.1, c)[1] for c in ("all", "selected")]
-    assert charged[0]["loss/kl"] > 3 * charged[1]["loss/kl"]
+def test_distance_from_cells_is_that_of_the_centre_of_mass():
+    drawn = torch.zeros(1, 3, 16, 16)
+    drawn[0, 0, 4:8, 8:12] = 1.0  # its middle at (-0.25, 0.25)
+    drawn[0, 1, 4:8, 8:12] = 1e-4  # the same, but next to nothing
+    cell = torch.tensor([[[-0.25, 0.25], [0.5, 0.5], [0.0, 0.0]]])  # the third slot draws nothing
+    assert train_mvae.distance_from_cells(drawn, cell).item() == pytest.approx(0, abs=2e-3)
+    cell[0, 0] = torch.tensor([-0.25, -0.25])
+    drawn[0, 1] = 0
+    weight = 16 / (16 + train_mvae.SMALLEST * 256)
+    assert train_mvae.distance_from_cells(drawn, cell).item() == pytest.approx(0.25 * weight)
 
 
 # ---------------------------------------------------------------- Scores
@@ -460,10 +471,9 @@ def gradients_of(rank, world, folder):
     optimizer = torch.optim.Adam(model.parameters())
     share = 32 // world
     mine = slice(rank * share, (rank + 1) * share)
-    options = {"precision": "fp32", "sigma": 0.1, "kl_cells": "all"}
     noise = noise_for(model, 32)[mine]
     train_mvae.CLIP = math.inf
-    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, 1.0, 0.0, options)
+    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, 1.0, 0.0, PRICES)
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{world}.pt")
     torch.distributed.destroy_process_group()
