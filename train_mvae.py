@@ -1053,8 +1053,8 @@ def recomposition_figure(model, images):
 PRESETS = {
     "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "anchor": 0.0,
                 "minutes": 10.0},
-    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0, "warmup": 0.2,
-              "batch": 16, "minutes": 15.0},
+    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 5.0,
+              "warmup": 0.2, "batch": 16, "minutes": 15.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
