@@ -33,6 +33,7 @@ def build(**changes):
     return model
 
 
+EVERY = torch.full((4,), 3)  # all slots of four pictures are shown
 PRICES = {"op": "alpha", "sigma": 0.1, "kl_cells": "all", "anchor": 100.0, "precision": "fp32"}
 
 
@@ -53,7 +54,7 @@ COMBINATIONS += [(o, c, "none") for o in ("sum", "mean") for c in ("data", "feat
 @pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
 def test_every_parameter_gets_a_gradient(op, compose_at, background):
     model = build(op=op, compose_at=compose_at, background=background)
-    encoding, layer, mean = model(pictures(4), noise_for(model, 4))
+    encoding, layer, mean = model(pictures(4), noise_for(model, 4), EVERY)
     assert mean.shape == (4, 3, 32, 32)
     assert layer.shape[:2] == (4, 3)
     assert encoding.mu.shape == encoding.logvar.shape == (4, 3, 4)
@@ -100,7 +101,7 @@ def test_the_model_starts_from_the_mean_picture():
     mean = torch.rand(3, 32, 32, generator=random_generator("mean"))
     model = build(op="sum")
     model.start_from(mean)
-    encoding, _, image = model(pictures(), torch.zeros(2, model.noise_size))
+    encoding, _, image = model(pictures(), torch.zeros(2, model.noise_size), EVERY[:2])
     assert (image - mean).abs().mean() < 0.15
     assert encoding.kl_map.mean() < 20
 
@@ -108,7 +109,7 @@ def test_the_model_starts_from_the_mean_picture():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, layer, mean = model(image, noise_for(model))
+    encoding, layer, mean = model(image, noise_for(model), EVERY[:2])
     offset = train_mvae.distance_from_cells(train_mvae.presence(layer, None, "alpha"), encoding.cell)
     for cells in ("all", "selected"):
         options = {"sigma": 0.2, "kl_cells": cells, "anchor": 70.0, "op": "alpha"}
@@ -471,9 +472,9 @@ def gradients_of(rank, world, folder):
     optimizer = torch.optim.Adam(model.parameters())
     share = 32 // world
     mine = slice(rank * share, (rank + 1) * share)
-    noise = noise_for(model, 32)[mine]
+    noise, shown = noise_for(model, 32)[mine], torch.arange(32)[mine] % 3 + 1
     train_mvae.CLIP = math.inf
-    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, 1.0, 0.0, PRICES)
+    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, shown, 1.0, 0.0, PRICES)
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{world}.pt")
     torch.distributed.destroy_process_group()
