@@ -97,6 +97,22 @@ def test_a_slot_is_drawn_within_reach_of_its_cell(op):
     assert (image - expected)[..., distance < 0.3].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("op", ["sum", "max", "min", "alpha"])
+def test_a_picture_of_the_first_slots_is_composed_of_them_alone(op):
+    model = build(op=op)
+    encoding, layer, image = model(pictures(), noise_for(model), torch.tensor([1, 2]))
+    for b, shown in enumerate((1, 2)):
+        expected = model.compose(layer[b : b + 1, :shown], encoding.background[b : b + 1])
+        torch.testing.assert_close(image[b : b + 1], expected, atol=2e-4, rtol=0)
+
+
+def test_nested_pictures_show_every_number_of_slots_alike():
+    shown = train_mvae.shown_slots(4, 0.5, random_generator("shown"), 40_000)
+    share = torch.bincount(shown, minlength=5) / 40_000
+    torch.testing.assert_close(share, torch.tensor([0, 0.125, 0.125, 0.125, 0.625]), atol=0.01, rtol=0)
+    assert (train_mvae.shown_slots(4, 0.0, random_generator("shown"), 1000) == 4).all()
+
+
 def test_the_model_starts_from_the_mean_picture():
     mean = torch.rand(3, 32, 32, generator=random_generator("mean"))
     model = build(op="sum")
