@@ -1069,7 +1069,7 @@ PRESETS = {
     "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "anchor": 0.0,
                 "nested": 0.0, "minutes": 10.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 8.0,
-              "warmup": 0.4, "batch": 16, "minutes": 12.0},
+              "warmup": 0.4, "batch": 16, "minutes": 5.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
