@@ -1,0 +1,24 @@
+"""The benchmarks still run; what they measure is asserted nowhere."""
+
+from click.testing import CliRunner
+from test_data import write_clevr
+
+from tests.benchmarks import recompose, renderer
+
+
+def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(renderer, "ROUNDS", 1)
+    result = CliRunner().invoke(renderer.main, [])
+    assert result.exit_code == 0, result.exception
+    assert "drawn for each" in result.output
+    write_clevr(tmp_path / "CLEVR_v1.0", sizes=[(320, 240)] * 4)
+    args = ["--data-root", str(tmp_path), "--figure", str(tmp_path / "figure.png")]
+    result = CliRunner().invoke(renderer.main, args)
+    assert result.exit_code == 0, result.exception
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_recomposition_is_timed_beside_import_torch(monkeypatch, capsys):
+    monkeypatch.setattr(recompose, "ROUNDS", 1)
+    recompose.main()
+    assert "of the time" in capsys.readouterr().out
