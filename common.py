@@ -121,7 +121,7 @@ class BroadcastDecoder(nn.Module):
 
 
 def select_cells(kl_map, n, window):
-    """The `n` cells with the highest KL to the prior, in falling order (Nash et al. 2017, section 3).
+    """The `n` cells with the highest KL to the prior, in falling order (Nash et al. 2017).
 
     One object lifts the KL of neighbouring cells too. A cell that is not the highest of the `window` x `window`
     cells around it therefore ranks behind all cells that are; `window` = 1 selects by KL alone.
@@ -155,7 +155,7 @@ def alpha_masks(layer):
 
 
 def compose(layer, background, op):
-    """Combine layers by an operator that learns nothing (Nash et al. 2017, section 3): -> (B, C, h, w).
+    """Combine layers by an operator that learns nothing (Nash et al. 2017): -> (B, C, h, w).
 
     layer (B, M, C, h, w), with op "alpha" (B, M, C + 1, h, w); background (B, C, h, w) takes part as one more layer,
     and may be None with every op but "alpha".

@@ -777,12 +777,10 @@ def distance_from_cells(presence, cell):
 def objective(image, mean, layer, encoding, beta, options):
     """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of slots off their cells.
 
-    --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" (the sum of
-    Nash et al. 2017, eq. 4) charges the slots alone. Returned with all terms.
-
-    --anchor: with relative coordinates a common offset of all slots
-    from their cells costs nothing, and an object's corner is easier to find than its middle. Offsets would grow, and
-    objects near the border, or large ones, fall to the wrong cells or to several (docs/mvae-log.md).
+    --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" charges the
+    slots alone. --anchor: with relative coordinates a common offset of all slots from their cells costs nothing, and an
+    object's corner is easier to find than its middle. Offsets would grow, and objects near the border, or large ones,
+    fall to the wrong cells or to several (docs/mvae-log.md). Returns the loss and its terms.
     """
     reconstruction = -gaussian_log_likelihood(image, mean, options["sigma"]).mean()
     charged = encoding.kl_map.flatten(1) if options["kl_cells"] == "all" else encoding.kl

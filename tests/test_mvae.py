@@ -348,16 +348,20 @@ def interrupted_after(steps, args, folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def wait_for_first_step(process):
+    seen = ""
+    while "step 1," not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, SCRIPT, "--dataset", "sprites", "--minutes", "10", *TINY, "--out", tmp_path / "run"]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
-    seen = ""
-    while "step 1," not in seen:  # training has begun
-        line = process.stdout.readline()
-        assert line, seen
-        seen += line
+    wait_for_first_step(process)
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0
@@ -513,11 +517,7 @@ def test_torchrun_stopped_by_ctrl_c_saves(tmp_path):
     """torchrun sends its processes SIGINT and, at once, SIGTERM."""
     command = torchrun(29579, "--minutes", 10, "--out", tmp_path / "run")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-    seen = ""
-    while "step 1," not in seen:  # training has begun
-        line = process.stdout.readline()
-        assert line, seen
-        seen += line
+    wait_for_first_step(process)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert "stopped at step" in rest
