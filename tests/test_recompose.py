@@ -226,7 +226,7 @@ def test_wrong_model_folders_are_refused(clevr_run, inputs, tmp_path):
     (tmp_path / "m" / "decoder.onnx").unlink()
     refused(attempt(), "no decoder.onnx")
     shutil.copy(clevr_run / "export" / "decoder.onnx", tmp_path / "m")
-    foreign = torch.nn.Linear(2, 2)
+    foreign = torch.nn.Linear(2, 2).eval()
     torch.onnx.export(foreign, (torch.zeros(1, 2),), tmp_path / "m" / "encoder.onnx", verbose=False)
     refused(attempt(), "not written together")
     for name in recompose.GRAPHS:
