@@ -594,7 +594,8 @@ class Encoder(nn.Module):
         layers += [ResBlock(channels, norm=True) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
-        self.register_buffer("grid", position_grid(size, size), persistent=False)
+        if told_position:
+            self.register_buffer("grid", position_grid(size, size), persistent=False)
 
     def forward(self, image):
         """image (B, 3, H, W) -> mu and logvar, each (B, D, H_l, W_l), and features (B, channels)."""

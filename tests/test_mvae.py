@@ -74,6 +74,15 @@ def test_slots_are_the_cells_of_highest_kl_in_falling_order():
     torch.testing.assert_close(encoding.kl_map.flatten(1).gather(1, row * 8 + column), encoding.kl)
 
 
+def test_with_absolute_coordinates_encoder_and_decoder_know_the_place():
+    model = build(coords="absolute", reach=0)
+    z, cell = torch.randn(1, 2, 4), torch.tensor([[[0.0, 0.0], [0.5, 0.5]]])
+    assert torch.equal(model.decode(z, cell), model.decode(z, cell.flip(1)))
+    flat = model.encoder(torch.full((1, 3, 32, 32), 0.5))[0][0, :, 3:5, 3:5]  # away from the border's padding
+    assert flat.std((1, 2)).max() > 1e-3
+    assert model.encode(pictures()).mu.shape == (2, 3, 4)
+
+
 def test_a_slot_is_decoded_the_same_whatever_the_others_are():
     model = build()
     z, cell = torch.randn(1, 3, 4), torch.rand(1, 3, 2)
