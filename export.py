@@ -3,12 +3,17 @@
     python export.py runs/mvae-clevr-alpha-N6-seed0              # writes runs/.../export/
     python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript
 
-| graph    | inputs                                    | outputs                                                      |
-|----------|-------------------------------------------|--------------------------------------------------------------|
-| encoder  | image (B, 3, H, W) in [0, 1]              | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),             |
-|          |                                           | kl_map (B, H_l, W_l), background where the model has one     |
-| decoder  | z (B, N, D), cell (B, N, 2)               | layer (B, N, ...)                                            |
-| composer | layer (B, M, ...), background if there is | image (B, 3, H, W)                                           |
+| a run of train_vae_mnist                                                                                        |
+|----------|-------------------------------------------|----------------------------------------------------------|
+| encoder  | image (B, 1, 28, 28) in [0, 1]            | mu, logvar (B, D), kl (B,)                               |
+| decoder  | z (B, D)                                  | image (B, 1, 28, 28): the pixels' probabilities          |
+
+| a run of train_mvae                                                                                             |
+|----------|-------------------------------------------|----------------------------------------------------------|
+| encoder  | image (B, 3, H, W) in [0, 1]              | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),         |
+|          |                                           | kl_map (B, H_l, W_l), background where the model has one |
+| decoder  | z (B, N, D), cell (B, N, 2)               | layer (B, N, ...)                                        |
+| composer | layer (B, M, ...), background if there is | image (B, 3, H, W)                                       |
 
 B, N and M are free. A graph that differs from PyTorch by more than TOLERANCE, at sizes other than it was exported
 with, is reported, the exit code is 1, and an export folder written before is left as it was.
@@ -29,11 +34,18 @@ import onnxruntime
 import torch
 from torch import nn
 
-from common import load_checkpoint, load_config, load_state, random_generator, versions
-from train_mvae import MODEL_OPTIONS, MVAE
+import train_mvae
+import train_vae_mnist
+from common import gaussian_kl, load_checkpoint, load_config, load_state, random_generator, versions
+from train_mvae import MVAE
+from train_vae_mnist import SIDE, VAE
 
 OPSET = 18
 TOLERANCE = 1e-4
+MODELS = {
+    "train_vae_mnist": (VAE, train_vae_mnist.MODEL_OPTIONS),
+    "train_mvae": (MVAE, train_mvae.MODEL_OPTIONS),
+}
 EXPORTED_SIZES = {"batch": 2, "slots": 3}  # sizes the graphs are traced with; "slots" is N or M
 CHECKED_SIZES = ({"batch": 1, "slots": 1}, {"batch": 5, "slots": 7})
 
@@ -47,6 +59,29 @@ def part(model, *names):
         if name not in names:
             setattr(model, name, None)
     return model
+
+
+class VAEEncoderGraph(nn.Module):
+    outputs = ("mu", "logvar", "kl")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = part(model, "encoder")
+
+    def forward(self, image):
+        mu, logvar = self.model.encode(image.flatten(1))
+        return mu, logvar, gaussian_kl(mu, logvar).sum(1)
+
+
+class VAEDecoderGraph(nn.Module):
+    outputs = ("image",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = part(model, "decoder")
+
+    def forward(self, z):
+        return self.model.decode(z).sigmoid().unflatten(1, (1, SIDE, SIDE))
 
 
 class EncoderGraph(nn.Module):
@@ -82,9 +117,18 @@ class ComposerGraph(nn.Module):
         return self.model.compose(layer, background)
 
 
+def graphs_of(model):
+    if isinstance(model, VAE):
+        return {"encoder": VAEEncoderGraph(model), "decoder": VAEDecoderGraph(model)}
+    return {"encoder": EncoderGraph(model), "decoder": DecoderGraph(model), "composer": ComposerGraph(model)}
+
+
 def example_inputs(model, size, batch, slots, seed):
     """Random inputs of every graph: {graph: {input: tensor}}. Pictures hold blobs, so that cells differ in KL."""
     generator = random_generator("export", seed)
+    if isinstance(model, VAE):
+        image = torch.rand(batch, 1, size, size, generator=generator)
+        return {"encoder": {"image": image}, "decoder": {"z": torch.randn(batch, model.d, generator=generator)}}
     coarse = torch.rand(batch, 3, 8, 8, generator=generator)
     image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
     z = torch.randn(batch, slots, model.d, generator=generator)
@@ -96,9 +140,10 @@ def example_inputs(model, size, batch, slots, seed):
 
 
 def free_axes(inputs):
-    """Which axes of the inputs stay free: the batch, and the slots of all but pictures and backgrounds."""
+    """Which axes of the inputs stay free: the batch, and the slots of slots' latents, cells and layers."""
     batch, slots = torch.export.Dim("batch"), torch.export.Dim("slots")
-    return {name: {0: batch} | ({1: slots} if name in ("z", "cell", "layer") else {}) for name in inputs}
+    per_slot = {name for name, value in inputs.items() if name in ("z", "cell", "layer") and value.ndim > 2}
+    return {name: {0: batch} | ({1: slots} if name in per_slot else {}) for name in inputs}
 
 
 # ---------------------------------------------------------------- Writing and checking
@@ -174,10 +219,12 @@ def check(name, graph, path, run, cases):
 def load_model(folder):
     """The model of a run folder, its config, and the step of its checkpoint."""
     config = load_config(folder)
-    if config["script"] != "train_mvae":
-        raise click.UsageError(f"{folder} was written by {config['script']}.py; expected a run of train_mvae.py")
+    if config["script"] not in MODELS:
+        expected = " or ".join(f"{script}.py" for script in MODELS)
+        raise click.UsageError(f"{folder} was written by {config['script']}.py; expected a run of {expected}")
+    kind, names = MODELS[config["script"]]
     try:
-        model = MVAE(**{name: config["options"][name] for name in MODEL_OPTIONS})
+        model = kind(**{name: config["options"][name] for name in names})
     except (KeyError, TypeError) as error:
         raise click.ClickException(f"{folder}/config.json is of another version: {error}") from error
     state = load_checkpoint(folder, "cpu")
@@ -188,19 +235,33 @@ def load_model(folder):
 def describe(config, checkpoint_step):
     """What a program needs to know of the model: model.json, and the metadata of every ONNX file."""
     options = config["options"]
+    if config["script"] == "train_vae_mnist":
+        about = {
+            "kind": "vae-image",
+            "size": SIDE,
+            "scaling": "grey / 255, then binarised" if options["binarize"] != "none" else "grey / 255",
+            "D": options["d"],
+            "arch": options["arch"],
+            "binarize": options["binarize"],
+        }
+    else:
+        about = {
+            "kind": "mvae-image",
+            "crop": config["data"]["crop"],
+            "size": options["size"],
+            "scaling": "colours / 255",
+            "N": options["n_slots"],
+            "D": options["d"],
+            "op": options["op"],
+            "compose": options["compose_at"],
+            "cells": options["cells"],
+            "background": options["background"],
+        }
     return {
-        "kind": "mvae-image",
+        "kind": about.pop("kind"),
         "dataset": config["data"]["name"],
         "data_source": config["data"]["source"],
-        "crop": config["data"]["crop"],
-        "size": options["size"],
-        "scaling": "colours / 255",
-        "N": options["n_slots"],
-        "D": options["d"],
-        "op": options["op"],
-        "compose": options["compose_at"],
-        "cells": options["cells"],
-        "background": options["background"],
+        **about,
         "steps": checkpoint_step,
         "trained": config["history"],
         "exported": versions(),
@@ -217,7 +278,7 @@ def main(run_dir, out, torchscript):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model, config, step = load_model(run_dir)
     info, out = describe(config, step), out or run_dir / "export"
-    size = config["options"]["size"]
+    size = info["size"]
     examples = example_inputs(model, size, **EXPORTED_SIZES, seed=0)
     cases = [example_inputs(model, size, **sizes, seed=i + 1) for i, sizes in enumerate(CHECKED_SIZES)]
     try:
@@ -227,11 +288,7 @@ def main(run_dir, out, torchscript):
         raise click.UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     try:
         agreed = True
-        for name, graph in (
-            ("encoder", EncoderGraph(model)),
-            ("decoder", DecoderGraph(model)),
-            ("composer", ComposerGraph(model)),
-        ):
+        for name, graph in graphs_of(model).items():
             inputs = [case[name] for case in cases]
             write_onnx(graph, examples[name], made / f"{name}.onnx", info)
             agreed &= check(name, graph, made / f"{name}.onnx", run_onnx, inputs)

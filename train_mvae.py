@@ -28,27 +28,19 @@ from common import (
     OPS,
     POSITIVE,
     BroadcastDecoder,
-    Clock,
     FiniteRange,
     PresetCommand,
-    ProgressBar,
     ResBlock,
-    Run,
-    agree,
     alpha_masks,
     autocast,
-    average_gradients,
     beta_at,
     centres,
     compose,
+    descend,
     gather_cells,
     gaussian_kl,
     gaussian_log_likelihood,
     learning_rate_at,
-    load_checkpoint,
-    load_config,
-    load_state,
-    new_folder,
     pick_device,
     position_grid,
     random_generator,
@@ -56,9 +48,8 @@ from common import (
     select_cells,
     settle_run,
     start_distributed,
-    stop_signals,
-    typed_command,
-    versions,
+    start_run,
+    train,
 )
 from recompose import contact_sheet, kl_tile, load_picture, square, to_uint8
 
@@ -807,23 +798,10 @@ def shown_slots(n_slots, nested, generator, total):
 
 
 def update(forward, optimizer, image, noise, shown, beta, lr, options):
-    """One step of Adam; returns the terms, of this process's share, and the values used.
-
-    The step is not taken where a term or the gradient is not finite.
-    """
+    """One step of Adam; returns the terms, of this process's share, and the values used."""
     with autocast(image.device, options["precision"]):
         encoding, layer, mean = forward(image, noise, shown)
-    loss, terms = objective(image, mean, layer, encoding, beta, options)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-    values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item()}
-    if math.isfinite(sum(values.values())):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    values = descend(*objective(image, mean, layer, encoding, beta, options), optimizer, lr, CLIP)
     negative_elbo = values["loss/reconstruction"] + values["loss/kl"]  # the objective weighs the KL by beta besides
     return values | {"loss/negative_elbo": negative_elbo, "schedule/beta": beta, "schedule/lr": lr}
 
@@ -1208,76 +1186,41 @@ def main(context, **options):
     model.start_from(data.batch(0, 0, 256, 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
-    step, elapsed, history = 0, 0.0, []
-    if options["resume"]:
-        config = load_config(options["resume"])
-        history = config["history"]
-        if config["data"]["source"] != data.source or history[-1]["processes"] != world:
-            was = f"{config['data']['source']} in {history[-1]['processes']} process(es)"
-            raise click.UsageError(f"--resume: the run was trained on {was}; now it would be {data.source} in {world}")
-        state = load_checkpoint(options["resume"], device)
-        load_state(model, state["model"], "the checkpoint")
-        load_state(optimizer, state["optimizer"], "the checkpoint's optimiser state")
-        step, elapsed = state["step"], state["elapsed"]
+    about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
+    started = start_run(options, script, run_name(options), about, model, optimizer, device, rank, world)
+    run, step, elapsed = started
     forward = torch.compile(model) if options["compile_model"] else model
 
-    # 4. Run folder.
-    folder = options["resume"] or options["out"] or new_folder(run_name(options))
-    run = Run(folder, rank)
-    about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
-    history = [*history, {"command": typed_command(), "processes": world, "versions": versions()}]
-    kept = {name: value for name, value in options.items() if name not in ("resume", "out", "dry_run")}
-    run.write_config({"script": script, "data": about, "options": kept, "history": history})
-    if rank == 0:
-        click.echo(f"data: {data.source}; device: {device}; run folder: {folder}")
-        click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} x {options['batch']} a step")
-
-    # 5. Train: evaluate, draw and save every tenth of the run and at its end; a checkpoint every two minutes besides.
-    clock = Clock(options["steps"], options["minutes"], elapsed)
-    tenth, saved = int(10 * clock.progress(step)), clock.elapsed
+    # 4. Train.
     first, total = rank * options["batch"], world * options["batch"]
-    with stop_signals() as stop, ProgressBar(rank) as bar:
-        while True:
-            progress, stopping = agree((clock.progress(step), stop.received), device)
-            last, due = progress >= 1, int(10 * progress) > tenth
-            if last or due or stopping or clock.elapsed - saved > 120:
-                run.save(model, optimizer, step, clock.elapsed)
-                saved = clock.elapsed
-            if rank == 0 and (last or due or step.bit_count() == 1):  # at 1, 2, 4, ... too: something to see at once
-                run.figure("decomposition", decomposition_figure(model, images[:6]), step)
-                run.figure("recomposition", recomposition_figure(model, images[:8]), step)
-            if rank == 0 and (last or due):
-                metrics = evaluate(model, data, images, labels, options["sigma"])
-                run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
-                run.metrics(metrics | {"step": step, "minutes": clock.elapsed / 60, "data": data.source})
-                bar.write(f"{progress:4.0%} step {step}, {clock.elapsed / 60:.1f} min: {headline(metrics)}")
-            tenth = int(10 * progress)
-            if last or stopping:
-                break
+    mine = slice(first, first + options["batch"])
 
-            beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
-            lr = learning_rate_at(progress, step, options["lr"])
-            try:
-                image = data.batch(step, first, first + options["batch"], total)
-            except click.ClickException as error:  # a damaged file
-                run.save(model, optimizer, step, clock.elapsed)
-                raise click.ClickException(f"step {step}, saved: {error.message}") from error
-            generator = random_generator("noise", options["seed"], step)
-            mine = slice(first, first + options["batch"])
-            noise = torch.randn(total, model.noise_size, generator=generator)[mine].to(device)
-            shown = shown_slots(model.n_slots, options["nested"], generator, total)[mine].to(device)
-            values = update(forward, optimizer, image, noise, shown, beta, lr, options)
-            if not math.isfinite(sum(values.values())):
-                raise click.ClickException(f"step {step} is not finite: {values}; {folder} keeps the last checkpoint")
-            step += 1
-            if step % 20 == 0:
-                run.scalars(values, step)
-            bar.advance(progress, step, values)
+    def update_at(step, progress):
+        image = data.batch(step, mine.start, mine.stop, total)
+        generator = random_generator("noise", options["seed"], step)
+        noise = torch.randn(total, model.noise_size, generator=generator)[mine].to(device)
+        shown = shown_slots(model.n_slots, options["nested"], generator, total)[mine].to(device)
+        beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
+        return update(
+            forward, optimizer, image, noise, shown, beta, learning_rate_at(progress, step, options["lr"]), options
+        )
+
+    def report(step, minutes, due):
+        run.figure("decomposition", decomposition_figure(model, images[:6]), step)
+        run.figure("recomposition", recomposition_figure(model, images[:8]), step)
+        if not due:
+            return None
+        metrics = evaluate(model, data, images, labels, options["sigma"])
+        run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
+        run.metrics(metrics | {"step": step, "minutes": minutes, "data": data.source})
+        return headline(metrics)
+
+    step, _, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
     run.close()
-    if rank == 0 and not last:
-        click.echo(f"stopped at step {step}; go on with: python train_mvae.py --resume {folder}")
+    if rank == 0 and complete:
+        click.echo(f"done: {run.folder}/metrics.json and {run.folder}/figures; next: python export.py {run.folder}")
     elif rank == 0:
-        click.echo(f"done: {folder}/metrics.json and {folder}/figures; next: python export.py {folder}")
+        click.echo(f"stopped at step {step}; go on with: python train_mvae.py --resume {run.folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

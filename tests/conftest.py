@@ -1,11 +1,15 @@
 """Shared fixtures: small runs made once a session, through the real command line."""
 
+import struct
+
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 import export
 import train_mvae
+import train_vae_mnist
 
 TINY = ["--channels", "8", "--D", "4", "--cells", "8", "--batch", "4", "--device", "cpu"]
 
@@ -17,9 +21,9 @@ def small_and_steady():
     train_mvae.HELD_OUT, train_mvae.PAIRS = 8, 4
 
 
-def train(*args):
-    """Run train_mvae in this process; returns click's result, whose exit code must be 0."""
-    result = CliRunner().invoke(train_mvae.main, [str(a) for a in args])
+def train(*args, main=train_mvae.main):
+    """Run a training script in this process; returns click's result, whose exit code must be 0."""
+    result = CliRunner().invoke(main, [str(a) for a in args])
     assert result.exit_code == 0, (result.output, result.exception)
     return result
 
@@ -39,6 +43,37 @@ def sprites_run(tmp_path_factory):
     """A run of a few steps on sprites, without a background, and its export."""
     folder = tmp_path_factory.mktemp("runs") / "sprites"
     train("--dataset", "sprites", "--steps", 3, "--op", "sum", "--background", "none", *TINY, "--out", folder)
+    result = CliRunner().invoke(export.main, [str(folder)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder
+
+
+def write_digits(root, kind="MNIST", train=120, test=40):
+    """Small made-up digits in the unpacked files of MNIST: class k is a bright bar in column 2 k + 4."""
+    generator = np.random.default_rng(0)
+    raw = root / kind / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", train), ("t10k", test)):
+        labels = generator.integers(0, 10, n).astype(np.uint8)
+        images = generator.integers(0, 60, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[6:22, 2 * label + 4] = 250
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels.tobytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def vae_run(digits, tmp_path_factory):
+    """A run of a few steps of the MLP on made-up digits, and its export."""
+    folder = tmp_path_factory.mktemp("runs") / "vae"
+    args = ["--data-root", digits, "--hidden", "16,8", "--D", 3, "--batch", 20, "--steps", 12, "--device", "cpu"]
+    train(*args, "--eval-samples", 10, "--out", folder, main=train_vae_mnist.main)
     result = CliRunner().invoke(export.main, [str(folder)])
     assert result.exit_code == 0, (result.output, result.exception)
     return folder

@@ -23,9 +23,21 @@ def test_likelihoods_are_those_of_torch_summed_over_an_example():
     x, mean = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5)
     expected = td.Normal(mean, 0.3).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(common.gaussian_log_likelihood(x, mean, 0.3), expected)
-    logits, bits = torch.randn(4, 1, 6, 6), (x[:, :1, :, :1] > 0.5).float().expand(4, 1, 5, 1)
-    expected = td.Bernoulli(logits=logits[..., :5, :1]).log_prob(bits).sum((1, 2, 3))
-    torch.testing.assert_close(common.bernoulli_log_likelihood(bits, logits[..., :5, :1]), expected)
+    logits, bits = 3 * torch.randn(7, 4, 20, dtype=torch.float64), (torch.rand(4, 20) > 0.5).double()
+    expected = td.Bernoulli(logits=logits).log_prob(bits.expand(7, 4, 20)).sum(-1)
+    torch.testing.assert_close(common.bernoulli_log_likelihood(bits, logits), expected)
+
+
+def test_the_bernoulli_likelihood_neither_overflows_nor_loses_its_gradient():
+    logits = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0], requires_grad=True)
+    for bit in (0.0, 1.0):
+        value = common.bernoulli_log_likelihood(torch.full((5,), bit), logits)
+        reference = -torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, torch.full((5,), bit), reduction="sum"
+        )
+        torch.testing.assert_close(value, reference)
+        (gradient,) = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(gradient, bit - logits.detach().sigmoid(), atol=1e-7, rtol=1e-5)
 
 
 def test_reparameterize_has_the_posterior_as_its_distribution():

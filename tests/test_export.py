@@ -1,6 +1,7 @@
 """Exported graphs against the PyTorch model: the same cells, numbers and pictures, at other sizes than traced with."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,19 +11,21 @@ import torch
 from click.testing import CliRunner
 
 import export
+import recompose
+import train_vae_mnist
 from common import random_generator
 
 
 def model_and_inputs(run, batch, slots):
-    model, config, _ = export.load_model(run)
-    return model, export.example_inputs(model, config["options"]["size"], batch, slots, seed=42)
+    model, config, step = export.load_model(run)
+    return model, export.example_inputs(model, export.describe(config, step)["size"], batch, slots, seed=42)
 
 
 def flat(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-@pytest.fixture(params=["clevr_run", "sprites_run"])
+@pytest.fixture(params=["vae_run", "clevr_run", "sprites_run"])
 def any_run(request):
     return request.getfixturevalue(request.param)
 
@@ -32,12 +35,7 @@ def any_run(request):
 def test_pytorch_torchscript_and_onnxruntime_agree(any_run, batch, slots):
     run = any_run
     model, inputs = model_and_inputs(run, batch, slots)
-    graphs = {
-        "encoder": export.EncoderGraph(model),
-        "decoder": export.DecoderGraph(model),
-        "composer": export.ComposerGraph(model),
-    }
-    for name, graph in graphs.items():
+    for name, graph in export.graphs_of(model).items():
         expected = [e.numpy() for e in flat(graph(*inputs[name].values()))]
         for actual in (
             export.run_onnx(run / "export" / f"{name}.onnx", inputs[name]),
@@ -127,10 +125,35 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, clevr_run):
     (tmp_path / "config.json").write_text(json.dumps(config | {"script": "train_other"}))
     result = CliRunner().invoke(export.main, [str(tmp_path)])
     assert result.exit_code == 2
-    assert "expected a run of train_mvae.py" in result.output
+    assert "expected a run of train_vae_mnist.py or train_mvae.py" in result.output
     wrong = {**config, "options": {**config["options"], "d": 7}}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     (tmp_path / "checkpoint.pt").write_bytes((clevr_run / "checkpoint.pt").read_bytes())
     result = CliRunner().invoke(export.main, [str(tmp_path)])
     assert result.exit_code == 1
     assert "does not fit" in result.output
+
+
+def test_the_graphs_of_a_vae_encode_and_decode_digits(vae_run, digits):
+    folder = vae_run / "export"
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    data = train_vae_mnist.Digits("mnist", digits, False, "dynamic", 0, torch.device("cpu"))
+    mu, logvar, kl = encoder.run(None, {"image": data.test[:7].view(7, 1, 28, 28).numpy()})
+    assert mu.shape == logvar.shape == (7, 3) and kl.shape == (7,)
+    np.testing.assert_allclose(kl, 0.5 * (mu**2 + np.exp(logvar) - logvar - 1).sum(1), rtol=1e-4)
+    (image,) = decoder.run(None, {"z": mu})
+    assert image.shape == (7, 1, 28, 28) and image.min() >= 0 and image.max() <= 1
+    model, _, _ = export.load_model(vae_run)
+    with torch.no_grad():
+        expected = model.decode(model.encode(data.test[:7])[0]).sigmoid()
+    np.testing.assert_allclose(image.reshape(7, 784), expected.numpy(), atol=1e-5)
+    info = json.loads((folder / "model.json").read_text())
+    assert info["kind"] == "vae-image" and info["D"] == 3 and info["data_source"] == "MNIST, dynamic binarisation"
+    assert info == json.loads(decoder.get_modelmeta().custom_metadata_map["model"])
+
+
+def test_recompose_refuses_a_vae(vae_run):
+    picture = Path(export.__file__).parent / "models" / "clevr" / "a.png"
+    result = CliRunner().invoke(recompose.main, [str(picture), "--model", str(vae_run / "export")])
+    assert result.exit_code == 2
+    assert "expected the export of a train_mvae.py run" in result.output

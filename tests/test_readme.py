@@ -10,9 +10,15 @@ import common
 import export
 import recompose
 import train_mvae
+import train_vae_mnist
 
 ROOT = Path(common.__file__).parent
-COMMANDS = {"train_mvae.py": train_mvae.main, "export.py": export.main, "recompose.py": recompose.main}
+COMMANDS = {
+    "train_vae_mnist.py": train_vae_mnist.main,
+    "train_mvae.py": train_mvae.main,
+    "export.py": export.main,
+    "recompose.py": recompose.main,
+}
 SOURCES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.py")]
 
 
@@ -20,7 +26,7 @@ def documented_commands():
     """(where, script, arguments) of every line `... X.py ...` that is written to be typed."""
     for source in SOURCES:
         for line in source.read_text().splitlines():
-            found = re.match(r"\s*(?:OMP_NUM_THREADS=\d+ )?(?:python|torchrun --\S+) (\w+\.py)(.*)$", line)
+            found = re.match(r"\s*(?:[A-Z_]+=\d+ )*(?:python|torchrun --\S+) (\w+\.py)(.*)$", line)
             if found:
                 arguments = shlex.split(found[2], comments=True)
                 yield pytest.param(found[1], arguments, id=f"{source.name}: {found[1]} {' '.join(arguments)}")
