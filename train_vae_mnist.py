@@ -512,7 +512,7 @@ def sweep_figure(models, table, x):
 
 # ---------------------------------------------------------------- Command line
 
-PRESETS = {name: {"batch": 100, "lr": 1e-3, "warmup": 0.1, "minutes": 5.0} for name in DATASETS}
+PRESETS = {name: {"batch": 400, "lr": 6e-3, "warmup": 0.3, "minutes": 5.0} for name in DATASETS}
 MODEL_OPTIONS = ("arch", "d", "hidden", "channels")
 # What a resumed run may change; the rest made its weights.
 RESUMABLE = {
