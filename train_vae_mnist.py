@@ -116,10 +116,8 @@ def read_larochelle(root):
     for split, n in LAROCHELLE.items():
         if bits[split].shape != (n, PIXELS) or bits[split].max() > 1:
             raise click.UsageError(f"{root}: {split} is {bits[split].shape}, expected ({n}, {PIXELS}) of 0 and 1")
-    return {
-        split: (torch.from_numpy(bits[split]).float(), torch.from_numpy(labels[split]).long() if labels else None)
-        for split in LAROCHELLE
-    }
+    known = {split: torch.from_numpy(values).long() for split, values in labels.items()}
+    return {split: (torch.from_numpy(bits[split]).float(), known.get(split)) for split in LAROCHELLE}
 
 
 class Digits:
@@ -567,10 +565,10 @@ def load_data(options, device):
 
 
 def earlier_curve(folder, step):
-    """The points before `step` of the curve in a run folder's metrics.json; none where the file is not usable."""
+    """The points up to `step` of the curve in a run folder's metrics.json; none where the file is not usable."""
     try:
         curve = json.loads((folder / "metrics.json").read_text())["curve"]
-        return [point for point in curve if point["step"] < step]
+        return [point for point in curve if point["step"] <= step]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -606,7 +604,7 @@ def fit(options, data, device, rank, world):
 
     def report(step, minutes, due):
         point = curve_point(model, data, step, minutes, step * total)
-        curve.append(point)
+        curve[:] = [*(earlier for earlier in curve if earlier["step"] < step), point]
         run.scalars({f"test/{name}": point[name] for name in ("train_elbo", "test_elbo", "nll")}, step)
         run.metrics({"curve": curve, "data": data.source})
         if due:
