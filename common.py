@@ -252,7 +252,7 @@ RUN_OPTIONS = [
     click.Option(["--beta"], type=FiniteRange(0), default=1.0, help="Final weight of the KL."),
     click.Option(["--beta-from"], type=FiniteRange(0), default=0.0, help="Weight of the KL at the start."),
     click.Option(["--warmup"], type=FiniteRange(0, 1), default=0.6, help="Share of the run that beta rises."),
-    click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
+    click.Option(["--seed"], type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of weights, data and noise."),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
     click.Option(
         ["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 on CUDA."
@@ -591,6 +591,13 @@ class Run:
             self.writer.close()
 
 
+def run_config(options, script, data, world, history=()):
+    """The content of a run's config.json: `data` says what it saw, `history` what its earlier sessions were."""
+    kept = {name: value for name, value in options.items() if name not in ("resume", "out", "dry_run")}
+    session = {"command": typed_command(), "processes": world, "versions": versions()}
+    return {"script": script, "data": data, "options": kept, "history": [*history, session]}
+
+
 def start_run(options, script, name, data, model, optimizer, device, rank, world):
     """Open the run folder, or go on in the one of --resume: -> Run, step, seconds trained before.
 
@@ -610,9 +617,7 @@ def start_run(options, script, name, data, model, optimizer, device, rank, world
         step, elapsed = state["step"], state["elapsed"]
     folder = options["resume"] or options["out"] or new_folder(name)
     run = Run(folder, rank)
-    history = [*history, {"command": typed_command(), "processes": world, "versions": versions()}]
-    kept = {name: value for name, value in options.items() if name not in ("resume", "out", "dry_run")}
-    run.write_config({"script": script, "data": data, "options": kept, "history": history})
+    run.write_config(run_config(options, script, data, world, history))
     if rank == 0:
         click.echo(f"data: {data['source']}; device: {device}; run folder: {folder}")
         click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} x {options['batch']} a step")
@@ -623,11 +628,12 @@ def train(run, model, optimizer, options, device, rank, step, elapsed, update, r
     """Call `update` until the clock or a stop signal ends the run: -> step, minutes, whether the run is complete.
 
     update(step, progress) takes one step and returns the values to log. report(step, minutes, due) is called in
-    process 0 at steps 1, 2, 4, 8, ... (something to see at once), and with `due` set at every tenth of the run and
-    at its end, when it returns a line of scores. A checkpoint is written then, every two minutes, and on a stop.
+    process 0 with `due` set at every tenth of the run and at its end, when it returns a line of scores, and at steps
+    1, 2, 4, 8, ... (something to see at once) as long as that takes less than a twentieth of the time. A checkpoint
+    is written at every tenth, every two minutes, and on a stop.
     """
     clock = Clock(options["steps"], options["minutes"], elapsed)
-    tenth, saved = int(10 * clock.progress(step)), clock.elapsed
+    tenth, saved, reporting = int(10 * clock.progress(step)), clock.elapsed, 0.0
     with stop_signals() as stop, ProgressBar(rank) as bar:
         while True:
             progress, stopping = agree((clock.progress(step), stop.received), device)
@@ -636,8 +642,10 @@ def train(run, model, optimizer, options, device, rank, step, elapsed, update, r
             if due or stopping or clock.elapsed - saved > 120:
                 run.save(model, optimizer, step, clock.elapsed)
                 saved = clock.elapsed
-            if rank == 0 and (due or step.bit_count() == 1):
+            if rank == 0 and (due or (step.bit_count() == 1 and reporting < clock.elapsed / 20)):
+                began = clock.elapsed
                 line = report(step, clock.elapsed / 60, due)
+                reporting += clock.elapsed - began
                 if due:
                     bar.write(f"{progress:4.0%} step {step}, {clock.elapsed / 60:.1f} min: {line}")
             tenth = int(10 * progress)

@@ -222,6 +222,8 @@ def load_model(folder):
     if config["script"] not in MODELS:
         expected = " or ".join(f"{script}.py" for script in MODELS)
         raise click.UsageError(f"{folder} was written by {config['script']}.py; expected a run of {expected}")
+    if config["options"].get("sweep_beta"):
+        raise click.UsageError(f"{folder} is a sweep; name one of the runs in it, {folder}/beta-...")
     kind, names = MODELS[config["script"]]
     try:
         model = kind(**{name: config["options"][name] for name in names})

@@ -1,8 +1,8 @@
 """A VAE on MNIST (Kingma & Welling 2013), beta-VAE, and the importance weighted bound (Burda et al. 2015).
 
     python train_vae_mnist.py                                        # two tanh layers of 200, D = 50, Burda et al.
-    python train_vae_mnist.py --hidden 500 --D 20                    # one layer of 500, Kingma & Welling
-    python train_vae_mnist.py --objective iwae --k 50
+    python train_vae_mnist.py --hidden 500 --D 20 --warmup 0         # one layer of 500, Kingma & Welling
+    python train_vae_mnist.py --objective iwae --k 50 --k-from 1     # from the ELBO to 50 samples
     python train_vae_mnist.py --arch conv --D 32 --minutes 60
     python train_vae_mnist.py --sweep-beta 0,0.5,1,2,4,8
 
@@ -14,7 +14,6 @@ import gzip
 import json
 import math
 import sys
-import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,12 +47,15 @@ from common import (
     pick_device,
     random_generator,
     reparameterize,
+    run_config,
     settle_run,
     start_distributed,
     start_run,
     train,
+    write_json,
 )
 
+SCRIPT = Path(__file__).stem
 SIDE = 28
 PIXELS = SIDE * SIDE
 
@@ -74,6 +76,8 @@ def read_torchvision(dataset, root, download):
     raw = root / kind.__name__ / "raw"
     names = [Path(name).name for name, _ in kind.resources]
     unpacked = all((raw / name).with_suffix("").is_file() for name in names)
+    if not unpacked and dist.is_initialized():
+        raise click.UsageError(f"{raw}: start once in a single process, which unpacks the files, and then several")
     if not unpacked and not download:
         missing = [name for name in names if not (raw / name).is_file()]
         if missing:
@@ -85,7 +89,10 @@ def read_torchvision(dataset, root, download):
         splits = {split: kind(root, train=split == "train", download=True) for split in ("train", "test")}
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, gzip.BadGzipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise click.ClickException(f"{dataset}: no usable {', '.join(names)} in {raw} ({reason})") from error
+        hint = "remove what is unpacked there and start again" if unpacked else f"put {', '.join(names)} there"
+        raise click.ClickException(f"{dataset}: no usable files in {raw} ({reason}); {hint}") from error
+    if any(len(split.data) != len(split.targets) for split in splits.values()):
+        raise click.ClickException(f"{raw}: not as many labels as pictures; remove what is unpacked there")
     return {name: (split.data.flatten(1).float() / 255, split.targets) for name, split in splits.items()}
 
 
@@ -111,11 +118,15 @@ def read_larochelle(root):
                 f"{root}: neither binarized_mnist*.npz nor {', '.join(file.name for file in text.values())} is there; "
                 f"the latter are at {LAROCHELLE_URL}"
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except click.UsageError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise many kinds on a damaged file
         raise click.UsageError(f"{root}: damaged, or no static binarisation of MNIST ({error})") from error
     for split, n in LAROCHELLE.items():
         if bits[split].shape != (n, PIXELS) or bits[split].max() > 1:
             raise click.UsageError(f"{root}: {split} is {bits[split].shape}, expected ({n}, {PIXELS}) of 0 and 1")
+        if split in labels and labels[split].shape != (n,):
+            raise click.UsageError(f"{root}: {split} has labels of shape {labels[split].shape}, expected ({n},)")
     known = {split: torch.from_numpy(values).long() for split, values in labels.items()}
     return {split: (torch.from_numpy(bits[split]).float(), known.get(split)) for split in LAROCHELLE}
 
@@ -139,7 +150,8 @@ class Digits:
         self.train = train.to(device)
         self.train_fixed = self.binarized(train, random_generator("binarized train")).to(device)
         self.test = self.binarized(test, random_generator("binarized test")).to(device)
-        self.labels = None if train_labels is None else (train_labels.to(device), test_labels.to(device))
+        known = train_labels is not None and test_labels is not None
+        self.labels = (train_labels.to(device), test_labels.to(device)) if known else None
         self.epoch, self.order = None, None
 
     def binarized(self, grey, generator):
@@ -202,7 +214,10 @@ def conv(d, channels):
 
 
 class VAE(nn.Module):
-    """p(z) = N(0, I), p(x | z) Bernoulli in every pixel, q(z | x) a Gaussian with a diagonal covariance."""
+    """p(z) = N(0, I), p(x | z) Bernoulli in every pixel, q(z | x) a Gaussian with a diagonal covariance.
+
+    `bias` is added to what the decoder returns, so that `start_from` need not know the decoder's layers.
+    """
 
     def __init__(self, *, arch, d, hidden, channels):
         super().__init__()
@@ -239,23 +254,25 @@ def objective(model, x, noise, beta, options):
 
     "elbo": reconstruction + beta * KL, the KL in closed form, and at least `free_bits` nats charged for every latent
     (Kingma et al. 2016, appendix C.8). "iwae": the importance weighted bound of k samples (Burda et al. 2015, eq. 8),
-    where beta weighs log p(z) - log q(z | x).
+    where beta weighs log p(z) - log q(z | x); "loss/negative_bound" is the bound itself, whatever beta.
     """
     mu, logvar = model.encode(x)
     log_likelihood, log_ratio = sample_terms(model, x, mu, logvar, noise)
     kl = gaussian_kl(mu, logvar).mean(0)  # (D,)
     terms = {"loss/reconstruction": -log_likelihood.mean(), "loss/kl": kl.sum()}
     if options["objective"] == "iwae":
-        bound = (log_likelihood + beta * log_ratio).logsumexp(0) - math.log(len(noise))
-        return -bound.mean(), terms | {"loss/negative_bound": -bound.mean()}
+        at_beta, bound = (
+            (log_likelihood + weight * log_ratio).logsumexp(0).mean() - math.log(len(noise)) for weight in (beta, 1)
+        )
+        return -at_beta, terms | {"loss/negative_bound": -bound}
     loss = terms["loss/reconstruction"] + beta * kl.clamp(min=options["free_bits"]).sum()
     return loss, terms | {"loss/negative_bound": terms["loss/reconstruction"] + terms["loss/kl"]}
 
 
 def samples_at(progress, k, k_from):
-    """Samples of the importance weighted bound: from `k_from` to `k`, by equal factors in equal parts of the run.
+    """Samples of a step: from `k_from` to `k`, by equal factors in equal parts of the run.
 
-    Most of what is learnt, a cheap bound of few samples teaches as well.
+    Most of what is learnt, a cheap importance weighted bound of few samples teaches as well.
     """
     return round(k_from * (k / k_from) ** progress)
 
@@ -285,6 +302,12 @@ def encode_all(model, x):
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
+def draw(mu, logvar, *key):
+    """A draw of every posterior, the same in every run: mu, logvar (n, D) -> (n, D)."""
+    noise = torch.randn(mu.shape, generator=random_generator(*key, device=mu.device), device=mu.device)
+    return reparameterize(mu, logvar, noise)
+
+
 @torch.no_grad()
 def importance_estimates(model, x, samples, show=False):
     """Estimates of every picture's likelihood from `samples` draws of its posterior: x (n, 784) -> dict of (n,), nats.
@@ -294,7 +317,8 @@ def importance_estimates(model, x, samples, show=False):
     """
     totals = {"log_likelihood": [], "reconstruction": [], "kl": []}
     at_once = max(1, ROWS[x.device.type] // BLOCK)
-    for i, part in enumerate(tqdm(x.split(BLOCK), desc="likelihood", disable=not show, leave=False)):
+    every = 0.1 if sys.stderr.isatty() else 30
+    for i, part in enumerate(tqdm(x.split(BLOCK), desc="likelihood", disable=not show, mininterval=every)):
         mu, logvar = model.encode(part)
         log_sum, reconstruction = torch.full_like(mu[:, 0], -math.inf), torch.zeros_like(mu[:, 0])
         for first in range(0, samples, at_once):
@@ -316,9 +340,8 @@ def bound(model, x):
     total = 0.0
     for i, part in enumerate(x.split(ENCODED)):
         mu, logvar = model.encode(part)
-        noise = torch.randn(mu.shape, generator=random_generator("bound", i, device=x.device), device=x.device)
-        log_likelihood, _ = sample_terms(model, part, mu, logvar, noise[None])
-        total += (gaussian_kl(mu, logvar).sum(1) - log_likelihood[0]).sum().item()
+        log_likelihood = bernoulli_log_likelihood(part, model.decode(draw(mu, logvar, "bound", i)))
+        total += (gaussian_kl(mu, logvar).sum(1) - log_likelihood).sum().item()
     return total / len(x)
 
 
@@ -327,22 +350,24 @@ def active_units(mu):
     return int((mu.var(0) > 0.01).sum())
 
 
-def probe_accuracy(train_mu, train_labels, test_mu, test_labels):
-    """Accuracy of a logistic regression from posterior means (n, D) to labels (n,), fitted on train, read on test."""
-    mean, std = train_mu.mean(0), train_mu.std(0) + 1e-6
-    train_mu, test_mu = (train_mu - mean) / std, (test_mu - mean) / std
-    weight = torch.zeros(train_mu.shape[1], 10, device=train_mu.device, requires_grad=True)
-    bias = torch.zeros(10, device=train_mu.device, requires_grad=True)
+def probe_accuracy(train_z, train_labels, test_z, test_labels):
+    """Accuracy of a logistic regression from latents (n, D) to labels (n,), fitted on train, read on test.
+
+    To be given draws of the posteriors. Their means would also show what is lost in the noise: a latent that moves
+    by 0.01 where its posterior is 1 wide says nothing to the decoder, but all to a regression on means.
+    """
+    weight = torch.zeros(train_z.shape[1], 10, device=train_z.device, requires_grad=True)
+    bias = torch.zeros(10, device=train_z.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(train_mu @ weight + bias, train_labels) + 1e-5 * weight.square().sum()
+        value = F.cross_entropy(train_z @ weight + bias, train_labels) + 1e-5 * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return ((test_mu @ weight + bias).argmax(1) == test_labels).float().mean().item()
+    return ((test_z @ weight + bias).argmax(1) == test_labels).float().mean().item()
 
 
 def spread(x, n):
@@ -365,9 +390,9 @@ def curve_point(model, data, step, minutes, samples_seen):
 
 def evaluate(model, data, samples):
     """The numbers a run is held against the literature by, on the whole test set."""
-    estimates = importance_estimates(model, data.test, samples, show=sys.stderr.isatty())
-    metrics = {name: value.double().mean().item() for name, value in estimates.items()}
-    test_mu, _ = encode_all(model, data.test)
+    estimates = importance_estimates(model, data.test, samples, show=True)
+    metrics = {name: value.cpu().double().mean().item() for name, value in estimates.items()}
+    test = encode_all(model, data.test)
     scores = {
         "nll": -metrics["log_likelihood"],
         "nll_standard_error": estimates["log_likelihood"].std().item() / math.sqrt(len(data.test)),
@@ -375,11 +400,11 @@ def evaluate(model, data, samples):
         "elbo": -metrics["reconstruction"] - metrics["kl"],
         "reconstruction": metrics["reconstruction"],
         "kl": metrics["kl"],
-        "active_units": active_units(test_mu),
+        "active_units": active_units(test[0]),
     }
     if data.labels is not None:
-        train_mu, _ = encode_all(model, data.train_fixed)
-        scores["probe_accuracy"] = probe_accuracy(train_mu, data.labels[0], test_mu, data.labels[1])
+        drawn = [draw(*posterior, "probe") for posterior in (encode_all(model, data.train_fixed), test)]
+        scores["probe_accuracy"] = probe_accuracy(drawn[0], data.labels[0], drawn[1], data.labels[1])
     return scores
 
 
@@ -411,8 +436,7 @@ def draws(model, n):
 def reconstructions(model, x):
     """Three rows: pictures (n, 784), decoded from the posterior's mean, and from a draw of it."""
     mu, logvar = model.encode(x)
-    noise = torch.randn(mu.shape, generator=random_generator("reconstructions")).to(mu.device)
-    means = [model.decode(z).sigmoid() for z in (mu, reparameterize(mu, logvar, noise))]
+    means = [model.decode(z).sigmoid() for z in (mu, draw(mu, logvar, "reconstructions"))]
     return sheet(torch.cat([x, *means]), len(x))
 
 
@@ -454,14 +478,14 @@ def curves_figure(curve, title):
     """Bounds and likelihood against training samples seen: the axes of Kingma & Welling (2013), figure 2."""
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
+    best = max(-point["nll"] for point in curve)
+    curve = [point for point in curve if point["test_elbo"] > best - 60] or curve  # the start is of no interest
     seen = [point["samples_seen"] for point in curve]
     axes.plot(seen, [p["train_elbo"] for p in curve], color=ORANGE, linestyle="--", label="bound, train")
     axes.plot(seen, [p["test_elbo"] for p in curve], color=BLUE, label="bound, test")
     label = f"log-likelihood, {CURVE_DIGITS} of test, K = {CURVE_SAMPLES}"
     axes.plot(seen, [-p["nll"] for p in curve], color=GREEN, label=label)
     axes.set(xscale="log", xlabel="training samples seen", ylabel="nats per example", title=title)
-    best = max(-p["nll"] for p in curve)
-    axes.set_ylim(best - 70, best + 10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return plotted(figure)
@@ -542,6 +566,10 @@ def check_options(options, typed):
     """Raise click.UsageError for options that do not go together."""
     if options["objective"] == "iwae" and options["free_bits"]:
         raise click.UsageError("--free-bits belongs to --objective elbo: the importance weighted bound has no KL term")
+    if options["k_from"] and (options["objective"] == "elbo" or options["k_from"] > options["k"]):
+        raise click.UsageError(f"--k-from {options['k_from']}: belongs to --objective iwae, and is at most --k")
+    if options["sweep_beta"] and "beta" in typed:
+        raise click.UsageError("--beta and --sweep-beta: give one of them")
     other = "channels" if options["arch"] == "mlp" else "hidden"
     if other in typed:
         raise click.UsageError(f"--{other} does not belong to --arch {options['arch']}")
@@ -564,28 +592,31 @@ def load_data(options, device):
     return Digits(options["dataset"], root, download, options["binarize"], options["seed"], device)
 
 
+def about(options, data):
+    """What config.json says of the data."""
+    return {"name": options["dataset"], "source": data.source}
+
+
 def earlier_curve(folder, step):
-    """The points up to `step` of the curve in a run folder's metrics.json; none where the file is not usable."""
+    """The points up to `step` of the curve.json in a run folder; none where the file is not usable."""
     try:
-        curve = json.loads((folder / "metrics.json").read_text())["curve"]
-        return [point for point in curve if point["step"] <= step]
+        return [point for point in json.loads((folder / "curve.json").read_text()) if point["step"] <= step]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
 def fit(options, data, device, rank, world):
-    """Train one model, or go on: -> model, scores and whether the run is complete (scores {} where it is not)."""
+    """Train one model, or go on: -> model, scores ({} where it was stopped before its end)."""
     # 1. Build; go on from the checkpoint where there is one.
+    if world * options["batch"] > len(data.train):
+        raise click.UsageError(f"--batch {options['batch']}: there are only {len(data.train)} pictures to train on")
     torch.manual_seed(options["seed"])
     model = VAE(**{name: options[name] for name in MODEL_OPTIONS})
     model.start_from(data.train.mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
-    about = {"name": options["dataset"], "source": data.source}
-    started = start_run(
-        options, Path(__file__).stem, run_name(options), about, model, optimizer, device, rank, world
-    )  # fmt: skip
-    run, step, elapsed = started
+    name, what = run_name(options), about(options, data)
+    run, step, elapsed = start_run(options, SCRIPT, name, what, model, optimizer, device, rank, world)
     compute = torch.compile(objective) if options["compile_model"] else objective
 
     # 2. Train.
@@ -596,7 +627,7 @@ def fit(options, data, device, rank, world):
     def update_at(step, progress):
         x = data.batch(step, mine.start, mine.stop, total)
         generator = random_generator("noise", options["seed"], step, device=device)
-        k = options["k"] if options["objective"] == "elbo" else samples_at(progress, options["k"], options["k_from"])
+        k = samples_at(progress, options["k"], options["k_from"] or options["k"])
         noise = torch.randn(k, total, model.d, generator=generator, device=device)[:, mine]
         beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
         lr = learning_rate_at(progress, step, options["lr"])
@@ -606,7 +637,9 @@ def fit(options, data, device, rank, world):
         point = curve_point(model, data, step, minutes, step * total)
         curve[:] = [*(earlier for earlier in curve if earlier["step"] < step), point]
         run.scalars({f"test/{name}": point[name] for name in ("train_elbo", "test_elbo", "nll")}, step)
-        run.metrics({"curve": curve, "data": data.source})
+        if not all(math.isfinite(value) for value in point.values()):
+            raise click.ClickException(f"step {step}: a bound is not finite: {point}")
+        write_json(run.folder / "curve.json", curve)
         if due:
             run.figure("curves", curves_figure(curve, run.folder.name), step)
             draw_figures(model, data, run, step)
@@ -618,43 +651,40 @@ def fit(options, data, device, rank, world):
     scores = {}
     if rank == 0 and complete:
         scores = evaluate(model, data, options["eval_samples"])
-        run.metrics(scores | {"step": step, "minutes": minutes, "data": data.source, "curve": curve})
+        run.metrics(scores | {"step": step, "minutes": minutes, "data": data.source})
         click.echo(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         click.echo(f"done: {run.folder}/metrics.json and {run.folder}/figures; next: python export.py {run.folder}")
     elif rank == 0:
-        click.echo(f"stopped at step {step}; go on with: python train_vae_mnist.py --resume {run.folder}")
+        click.echo(f"stopped at step {step}; go on with: python {SCRIPT}.py --resume {run.folder}")
     run.close()
-    return model, scores, complete
+    return model, scores
 
 
-def sweep(options, data, device, rank, world):
+def sweep(options, data, device):
     """One run for every beta, in folders below the sweep's own, and a table and figure of them all."""
     betas = options["sweep_beta"]
     name = run_name(options | {"beta": betas[0]}) + f"-to-{betas[-1]:g}"
     folder = options["resume"] or options["out"] or new_folder(name)
-    kept = {name: value for name, value in options.items() if name not in ("resume", "out", "dry_run")}
-    run = Run(folder, rank)
-    run.write_config({"script": Path(__file__).stem, "data": {"source": data.source}, "options": kept, "history": []})
+    run = Run(folder, rank=0)
+    run.write_config(run_config(options, SCRIPT, about(options, data), world=1))
     models, table = [], []
     for beta in betas:
         below = folder / f"beta-{beta:g}"
         begun = (below / "checkpoint.pt").is_file()
         one = options | {"beta": beta, "sweep_beta": None, "resume": below if begun else None, "out": below}
-        model, scores, complete = fit(one, data, device, rank, world)
-        if not complete:
-            if rank == 0:
-                click.echo(f"the sweep goes on with: python train_vae_mnist.py --resume {folder}")
+        model, scores = fit(one, data, device, rank=0, world=1)
+        if not scores:
+            click.echo(f"the sweep goes on with: python {SCRIPT}.py --resume {folder}")
             return
         models.append(model)
         table.append({"beta": beta} | scores)
-    if rank == 0:
-        run.metrics({"table": table, "data": data.source})
-        run.figure("sweep", sweep_figure(models, table, data.test[:1000]), 0)
-        columns = list(table[0])
-        click.echo("| " + " | ".join(columns) + " |\n|" + "-|" * len(columns))
-        for row in table:
-            click.echo("| " + " | ".join(f"{row[name]:.4g}" for name in columns) + " |")
+    run.metrics({"table": table, "data": data.source})
+    run.figure("sweep", sweep_figure(models, table, data.test[:1000]), 0)
     run.close()
+    columns = list(table[0])
+    click.echo("| " + " | ".join(columns) + " |\n|" + "-|" * len(columns))
+    for row in table:
+        click.echo("| " + " | ".join(f"{row[name]:.4g}" for name in columns) + " |")
 
 
 @click.command(cls=PresetCommand, presets=PRESETS, context_settings={"show_default": True})
@@ -663,7 +693,8 @@ def sweep(options, data, device, rank, world):
     "--binarize",
     type=click.Choice(["dynamic", "static", "none"]),
     default="dynamic",
-    help="Pixels drawn anew at every presentation, drawn once by Larochelle (--data-root), or left grey.",
+    help="Pixels drawn anew at every presentation; drawn once, by Larochelle; or left grey, and then "
+    "what is called likelihood below is a cross-entropy.",
 )
 @click.option("--arch", type=click.Choice(["mlp", "conv"]), default="mlp", help="Tanh layers, or residual blocks.")
 @click.option("--hidden", type=Numbers(int, 1), default="200,200", help="Widths of the MLP's layers.")
@@ -671,10 +702,14 @@ def sweep(options, data, device, rank, world):
 @click.option("--D", "d", type=click.IntRange(1), default=50, help="Latents.")
 @click.option("--objective", type=click.Choice(["elbo", "iwae"]), default="elbo", help="The bound that is raised.")
 @click.option("--k", type=click.IntRange(1), default=1, help="Samples of a picture's posterior in one step.")
-@click.option("--k-from", type=click.IntRange(1), default=1, help="Samples at the start, with --objective iwae.")
+@click.option("--k-from", type=click.IntRange(1), show_default="as --k", help="Samples at the start, with iwae.")
 @click.option("--free-bits", type=FiniteRange(0), default=0.0, help="Nats of a latent's KL that are charged anyway.")
-@click.option("--eval-samples", type=click.IntRange(1), default=500, help="K of the final likelihood estimate.")
-@click.option("--sweep-beta", type=Numbers(float, 0), help="Train once for each of these betas, and compare.")
+@click.option("--eval-samples", type=click.IntRange(1), default=100, help="K of the final likelihood estimate.")
+@click.option(
+    "--sweep-beta",
+    type=Numbers(float, 0),
+    help="Train for each of these betas, each as long as --minutes says.",
+)
 @click.pass_context
 def main(context, **options):
     """Train a variational autoencoder on MNIST or Fashion-MNIST.
@@ -686,7 +721,7 @@ def main(context, **options):
     python train_vae_mnist.py --binarize static --data-root binarized_mnist
     python train_vae_mnist.py --resume runs/vae-mnist-dynamic-mlp-D50-elbo1-beta1-seed0 --eval-samples 5000
     """
-    settle_run(context, options, RESUMABLE, Path(__file__).stem)
+    settle_run(context, options, RESUMABLE, SCRIPT)
     typed = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     check_options(options, typed)
     if options["dry_run"]:
@@ -694,8 +729,13 @@ def main(context, **options):
         return
     device = pick_device(options["device"])
     rank, world = start_distributed(device)
+    if world > 1 and (options["sweep_beta"] or options["free_bits"]):
+        raise click.UsageError("--sweep-beta and --free-bits are for a single process")
     data = load_data(options, device)
-    (sweep if options["sweep_beta"] else fit)(options, data, device, rank, world)
+    if options["sweep_beta"]:
+        sweep(options, data, device)
+    else:
+        fit(options, data, device, rank, world)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from conftest import train, write_digits
 from PIL import Image
 
 import common
+import export
 import train_vae_mnist as stage
 from train_vae_mnist import main
 
 CPU = torch.device("cpu")
+OPTIONS = {"objective": "elbo", "free_bits": 0.0}
 TINY = ["--hidden", "16,8", "--D", "3", "--batch", "20", "--eval-samples", "10", "--device", "cpu"]
 
 
@@ -101,12 +104,30 @@ def test_the_gap_between_likelihood_and_elbo_is_the_posterior_s_divergence(gauss
     assert -stage.bound(model, gaussian.repeat(50, 1)) == pytest.approx(elbo.mean().item(), abs=0.05)
 
 
+@pytest.mark.parametrize("k", [1, 7])
+def test_with_the_exact_posterior_every_importance_weighted_bound_is_the_likelihood(gaussian, k):
+    model, noise = LinearGaussian(), torch.randn(k, 100, 2, generator=generator("noise"))
+    loss, terms = stage.objective(model, gaussian, noise, 1.0, OPTIONS | {"objective": "iwae"})
+    torch.testing.assert_close(-loss, model.log_likelihood(gaussian).mean())
+    torch.testing.assert_close(terms["loss/negative_bound"], loss)
+
+
+def test_beta_weighs_the_prior_and_posterior_in_every_importance_weight(gaussian):
+    model, noise = LinearGaussian(wider=2.0), torch.randn(5, 100, 2, generator=generator("noise"))
+    mu, logvar = model.encode(gaussian)
+    z = mu + (0.5 * logvar).exp() * noise
+    log_likelihood = torch.distributions.Normal(model.decode(z), model.s).log_prob(gaussian).sum(-1)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    posterior = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(-1)
+    loss, terms = stage.objective(model, gaussian, noise, 0.3, OPTIONS | {"objective": "iwae"})
+    for beta, value in ((0.3, loss), (1.0, terms["loss/negative_bound"])):
+        weights = (log_likelihood + beta * (prior - posterior)).exp()
+        torch.testing.assert_close(value, -weights.mean(0).log().mean())
+
+
 def small_vae(d=3):
     torch.manual_seed(0)
     return stage.VAE(arch="mlp", d=d, hidden=[16, 8], channels=1)
-
-
-OPTIONS = {"objective": "elbo", "free_bits": 0.0}
 
 
 def test_the_importance_weighted_bound_meets_the_elbo_at_one_sample_and_rises_with_k():
@@ -253,9 +274,9 @@ def test_a_run_leaves_numbers_and_figures(vae_run):
     assert -metrics["nll"] > metrics["elbo"] and metrics["elbo"] == pytest.approx(
         -metrics["reconstruction"] - metrics["kl"]
     )
-    assert [p["samples_seen"] for p in metrics["curve"]][-1] == 240
-    steps = [p["step"] for p in metrics["curve"]]
-    assert steps == sorted(set(steps))
+    curve = json.loads((vae_run / "curve.json").read_text())
+    steps = [point["step"] for point in curve]
+    assert steps == sorted(set(steps)) and steps[-1] == 12 and curve[-1]["samples_seen"] == 240
     for name in ("curves", "reconstructions", "samples", "traversals", "interpolations"):
         with Image.open(vae_run / "figures" / f"{name}.png") as image:
             assert np.asarray(image).std() > 5
@@ -319,9 +340,9 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(digits, 
     train("--resume", tmp_path / "parts", main=main)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    curves = [json.loads((tmp_path / name / "metrics.json").read_text())["curve"] for name in ("whole", "parts")]
-    without = [[{k: v for k, v in point.items() if k != "minutes"} for point in curve] for curve in curves]
-    assert without[0] == without[1]
+    curves = [json.loads((tmp_path / name / "curve.json").read_text()) for name in ("whole", "parts")]
+    whole, parts = ({p["step"]: (p["train_elbo"], p["test_elbo"], p["nll"]) for p in curve} for curve in curves)
+    assert set(range(1, 11)) == set(whole) == set(parts) and whole == parts  # every step is a tenth of the run
 
 
 def test_a_finished_run_is_evaluated_again_with_more_samples(vae_run, tmp_path):
@@ -332,6 +353,16 @@ def test_a_finished_run_is_evaluated_again_with_more_samples(vae_run, tmp_path):
     assert metrics["eval_samples"] == 200 and metrics["step"] == 12
     assert metrics["nll"] < json.loads((vae_run / "metrics.json").read_text())["nll"]
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+
+
+def test_scores_outlive_an_evaluation_that_is_interrupted(vae_run, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    shutil.copytree(vae_run, tmp_path / "run")
+    monkeypatch.setattr(stage, "evaluate", interrupted)
+    CliRunner().invoke(main, ["--resume", str(tmp_path / "run"), "--eval-samples", "5000"])
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == (vae_run / "metrics.json").read_bytes()
 
 
 def test_a_sweep_stopped_in_the_middle_goes_on_and_ends_in_a_table_and_a_figure(digits, tmp_path, monkeypatch):
@@ -355,6 +386,8 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_ends_in_a_table_and_a_figure(
     assert (tmp_path / "sweep" / "figures" / "sweep.png").is_file()
     config = json.loads((tmp_path / "sweep" / "beta-4" / "config.json").read_text())
     assert config["options"]["beta"] == 4 and config["options"]["sweep_beta"] is None
+    result = CliRunner().invoke(export.main, [str(tmp_path / "sweep")])
+    assert result.exit_code == 2 and "is a sweep; name one of the runs" in result.output
 
 
 # ---------------------------------------------------------------- Bad input
@@ -373,6 +406,10 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_ends_in_a_table_and_a_figure(
         (["--binarize", "static"], "--data-root"),
         (["--binarize", "static", "--dataset", "fashion-mnist", "--data-root", "."], "static is MNIST"),
         (["--objective", "iwae", "--free-bits", "1"], "--free-bits belongs to"),
+        (["--k-from", "2"], "belongs to --objective iwae"),
+        (["--objective", "iwae", "--k", "2", "--k-from", "3"], "at most --k"),
+        (["--beta", "2", "--sweep-beta", "1,2"], "give one of them"),
+        (["--seed", "9" * 20], "--seed"),
         (["--arch", "conv", "--hidden", "3"], "--hidden does not belong to --arch conv"),
         (["--channels", "3"], "--channels does not belong to --arch mlp"),
         (["--data-root", "nowhere"], "no such folder"),
@@ -396,6 +433,11 @@ def test_an_empty_folder_is_told_which_files_belong_there(tmp_path):
     assert "binarized_mnist_train.amat" in refused("--data-root", tmp_path, "--binarize", "static")
 
 
+def test_a_batch_larger_than_the_data_is_refused(digits, tmp_path):
+    line = refused("--data-root", digits, "--batch", 121, "--out", tmp_path / "run")
+    assert "only 120 pictures" in line and not (tmp_path / "run").exists()
+
+
 def test_a_corrupt_archive_is_named(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -409,7 +451,14 @@ def test_an_unpacked_file_cut_short_is_refused(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "data")
     file = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:1000])
-    assert "no usable" in refused("--data-root", tmp_path / "data")
+    assert "remove what is unpacked there" in refused("--data-root", tmp_path / "data")
+
+
+def test_fewer_labels_than_pictures_are_refused(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 3) + bytes(3))
+    assert "not as many labels" in refused("--data-root", tmp_path / "data")
 
 
 def test_without_a_network_the_run_says_where_the_files_belong(tmp_path, monkeypatch):
@@ -420,15 +469,26 @@ def test_without_a_network_the_run_says_where_the_files_belong(tmp_path, monkeyp
 
     monkeypatch.setattr(stage.MNIST, "download", unreachable)
     line = refused()
-    assert "no usable train-images-idx3-ubyte.gz" in line and "data/MNIST/raw" in line
+    assert "put train-images-idx3-ubyte.gz" in line and "data/MNIST/raw" in line
 
 
 def test_damaged_static_files_are_refused(tmp_path):
     (tmp_path / "binarized_mnist.npz").write_bytes(b"PK no archive")
     assert "damaged" in refused("--data-root", tmp_path, "--binarize", "static")
-    write_larochelle(tmp_path, {"train": 20, "valid": 5, "test": 5})
+    np.savez(tmp_path / "binarized_mnist.npz", train=np.zeros((5, 98)), valid=0, test=0)
+    assert "damaged" in refused("--data-root", tmp_path, "--binarize", "static")
+    np.save(tmp_path / "digits.npy", np.zeros(3))
+    assert "damaged" in refused("--data-root", tmp_path / "digits.npy", "--binarize", "static")
     (tmp_path / "binarized_mnist.npz").unlink()
+    write_larochelle(tmp_path, {"train": 20, "valid": 5, "test": 5})
     assert "expected (50000, 784)" in refused("--data-root", tmp_path, "--binarize", "static")
+
+
+def test_a_model_that_diverges_between_the_steps_is_reported_so(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "bound", lambda *_: math.inf)
+    args = ["--data-root", digits, *TINY, "--steps", 1, "--out", tmp_path / "run"]
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 1 and "step 1: a bound is not finite" in result.output
 
 
 def test_nan_stops_the_run_with_its_step(digits, tmp_path, monkeypatch):
