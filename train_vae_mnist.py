@@ -33,6 +33,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import (
+    FOLDER,
     FiniteRange,
     PresetCommand,
     ResBlock,
@@ -43,6 +44,8 @@ from common import (
     descend,
     gaussian_kl,
     learning_rate_at,
+    load_checkpoint,
+    load_state,
     new_folder,
     pick_device,
     random_generator,
@@ -216,7 +219,7 @@ def conv(d, channels):
 class VAE(nn.Module):
     """p(z) = N(0, I), p(x | z) Bernoulli in every pixel, q(z | x) a Gaussian with a diagonal covariance.
 
-    `bias` is added to what the decoder returns, so that `start_from` need not know the decoder's layers.
+    `bias` is added to what the decoder returns, so that `start_at` need not know the decoder's layers.
     """
 
     def __init__(self, *, arch, d, hidden, channels):
@@ -226,7 +229,7 @@ class VAE(nn.Module):
         self.bias = nn.Parameter(torch.zeros(PIXELS))
 
     @torch.no_grad()
-    def start_from(self, mean):
+    def start_at(self, mean):
         """Start where the data are: the pixels' logits as their means over the data, (784,), have them."""
         self.bias.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
 
@@ -612,7 +615,11 @@ def fit(options, data, device, rank, world):
         raise click.UsageError(f"--batch {options['batch']}: there are only {len(data.train)} pictures to train on")
     torch.manual_seed(options["seed"])
     model = VAE(**{name: options[name] for name in MODEL_OPTIONS})
-    model.start_from(data.train.mean(0).cpu())
+    model.start_at(data.train.mean(0).cpu())
+    if options["start_from"]:
+        load_state(
+            model, load_checkpoint(options["start_from"], "cpu")["model"], f"--start-from {options['start_from']}"
+        )
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
     name, what = run_name(options), about(options, data)
@@ -703,6 +710,7 @@ def sweep(options, data, device):
 @click.option("--objective", type=click.Choice(["elbo", "iwae"]), default="elbo", help="The bound that is raised.")
 @click.option("--k", type=click.IntRange(1), default=1, help="Samples of a picture's posterior in one step.")
 @click.option("--k-from", type=click.IntRange(1), show_default="as --k", help="Samples at the start, with iwae.")
+@click.option("--start-from", type=FOLDER, help="Run folder whose weights are the start.")
 @click.option("--free-bits", type=FiniteRange(0), default=0.0, help="Nats of a latent's KL that are charged anyway.")
 @click.option("--eval-samples", type=click.IntRange(1), default=100, help="K of the final likelihood estimate.")
 @click.option(

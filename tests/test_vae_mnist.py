@@ -192,7 +192,7 @@ def test_a_model_starts_from_the_mean_picture(arch):
     torch.manual_seed(0)
     model = stage.VAE(arch=arch, d=4, hidden=[16], channels=8)
     mean = torch.linspace(0.01, 0.9, 784)
-    model.start_from(mean)
+    model.start_at(mean)
     with torch.no_grad():
         drawn = model.decode(torch.randn(64, 4, generator=generator("z"))).sigmoid().mean(0)
         mu, logvar = model.encode(torch.zeros(2, 784))
@@ -353,6 +353,17 @@ def test_a_finished_run_is_evaluated_again_with_more_samples(vae_run, tmp_path):
     assert metrics["eval_samples"] == 200 and metrics["step"] == 12
     assert metrics["nll"] < json.loads((vae_run / "metrics.json").read_text())["nll"]
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+
+
+def test_a_run_starts_from_the_weights_of_another(vae_run, digits, tmp_path):
+    args = ["--data-root", digits, *TINY, "--objective", "iwae", "--k", 5, "--steps", 1, "--lr", 1e-9]
+    train(*args, "--start-from", vae_run, "--out", tmp_path / "run", main=main)
+    before, after = weights(vae_run), weights(tmp_path / "run")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    args = ["--data-root", digits, "--D", 2, "--steps", 1, "--start-from", vae_run, "--batch", 20]
+    result = CliRunner().invoke(main, [str(a) for a in [*args, "--out", tmp_path / "other"]])
+    assert result.exit_code == 1 and "does not fit this model" in result.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_scores_outlive_an_evaluation_that_is_interrupted(vae_run, tmp_path, monkeypatch):
