@@ -616,10 +616,9 @@ def fit(options, data, device, rank, world):
     torch.manual_seed(options["seed"])
     model = VAE(**{name: options[name] for name in MODEL_OPTIONS})
     model.start_at(data.train.mean(0).cpu())
-    if options["start_from"]:
-        load_state(
-            model, load_checkpoint(options["start_from"], "cpu")["model"], f"--start-from {options['start_from']}"
-        )
+    if options["start_from"] and not options["resume"]:
+        start = load_checkpoint(options["start_from"], "cpu")["model"]
+        load_state(model, start, f"--start-from {options['start_from']}")
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
     name, what = run_name(options), about(options, data)
@@ -705,7 +704,7 @@ def sweep(options, data, device):
 )
 @click.option("--arch", type=click.Choice(["mlp", "conv"]), default="mlp", help="Tanh layers, or residual blocks.")
 @click.option("--hidden", type=Numbers(int, 1), default="200,200", help="Widths of the MLP's layers.")
-@click.option("--channels", type=click.IntRange(1), default=32, help="Width of the convolutions at 14 x 14.")
+@click.option("--channels", type=click.IntRange(1), default=16, help="Width of the convolutions at 14 x 14.")
 @click.option("--D", "d", type=click.IntRange(1), default=50, help="Latents.")
 @click.option("--objective", type=click.Choice(["elbo", "iwae"]), default="elbo", help="The bound that is raised.")
 @click.option("--k", type=click.IntRange(1), default=1, help="Samples of a picture's posterior in one step.")
