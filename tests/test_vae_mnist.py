@@ -133,7 +133,7 @@ def small_vae(d=3):
 def test_the_importance_weighted_bound_meets_the_elbo_at_one_sample_and_rises_with_k():
     model, x = small_vae(), torch.rand(8, 784, generator=generator("bits")).round()
     torch.nn.init.normal_(model.encoder[-1].weight, std=0.5)  # a posterior worth bounding
-    noise = torch.randn(2000, 8, 3, generator=generator("noise"))
+    noise = torch.randn(1000, 8, 3, generator=generator("noise"))
     with torch.no_grad():
         elbo, _ = stage.objective(model, x, noise, 1.0, OPTIONS)
         iwae = OPTIONS | {"objective": "iwae"}
@@ -141,7 +141,7 @@ def test_the_importance_weighted_bound_meets_the_elbo_at_one_sample_and_rises_wi
             k: np.mean([stage.objective(model, x, part, 1.0, iwae)[0].item() for part in noise.split(k)])
             for k in (1, 2, 10, 100)
         }
-    assert losses[1] == pytest.approx(elbo.item(), abs=0.15)
+    assert losses[1] == pytest.approx(elbo.item(), abs=0.2)
     assert losses[1] > losses[2] > losses[10] > losses[100]
 
 
