@@ -513,7 +513,7 @@ def sweep_figure(models, table, x):
     left.plot([row["kl"] for row in table], [row["reconstruction"] for row in table], "o-", color=BLUE)
     for row in table:
         left.annotate(f"  {row['beta']:g}", (row["kl"], row["reconstruction"]))
-    left.set(xlabel="rate: KL, nats", ylabel="distortion: reconstruction, nats", title="by beta")
+    left.set(xscale="log", xlabel="rate: KL, nats", ylabel="distortion: reconstruction, nats", title="by beta")
     betas = range(len(table))
     right.bar(betas, [row["active_units"] for row in table], color=BLUE, alpha=0.6)
     right.set(xlabel="beta", ylabel="active units", xticks=betas, xticklabels=[f"{row['beta']:g}" for row in table])
