@@ -154,9 +154,7 @@ class Model:
         for name in GRAPHS:
             path = Path(folder) / f"{name}.onnx"
             if not path.is_file():
-                raise click.UsageError(
-                    f"--model {folder}: no {name}.onnx; expected export.py's folder of a train_mvae.py run"
-                )
+                raise click.UsageError(f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run")
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
