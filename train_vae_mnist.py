@@ -320,8 +320,9 @@ def importance_estimates(model, x, samples, show=False):
     """
     totals = {"log_likelihood": [], "reconstruction": [], "kl": []}
     at_once = max(1, ROWS[x.device.type] // BLOCK)
-    every = 0.1 if sys.stderr.isatty() else 30
-    for i, part in enumerate(tqdm(x.split(BLOCK), desc="likelihood", disable=not show, mininterval=every)):
+    wait = 0 if sys.stderr.isatty() else 30  # seconds: elsewhere than on a terminal, a line every half minute will do
+    bar = tqdm(x.split(BLOCK), desc="likelihood", disable=not show, delay=wait, mininterval=max(0.1, wait))
+    for i, part in enumerate(bar):
         mu, logvar = model.encode(part)
         log_sum, reconstruction = torch.full_like(mu[:, 0], -math.inf), torch.zeros_like(mu[:, 0])
         for first in range(0, samples, at_once):

@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -399,6 +401,18 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_ends_in_a_table_and_a_figure(
     assert config["options"]["beta"] == 4 and config["options"]["sweep_beta"] is None
     result = CliRunner().invoke(export.main, [str(tmp_path / "sweep")])
     assert result.exit_code == 2 and "is a sweep; name one of the runs" in result.output
+
+
+def test_two_processes_of_20_train_the_model_of_one_of_40(digits, tmp_path):
+    args = ["--data-root", digits, "--hidden", 16, "--D", 2, "--steps", 6, "--eval-samples", 5, "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29581"]
+    command = [*torchrun, stage.__file__, *args, "--batch", 20, "--out", tmp_path / "two"]
+    result = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    train(*args, "--batch", 40, "--out", tmp_path / "one", main=main)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- Bad input
