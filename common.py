@@ -15,15 +15,21 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchaudio
 from click.core import ParameterSource
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 from torch import nn
+from torch._higher_order_ops.scan import scan
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- Probability
@@ -70,14 +76,14 @@ def beta_at(progress, beta, beta_from, warmup):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), 3x3; GroupNorm before each convolution where `norm` is set."""
+    """x + conv(silu(conv(silu(x)))), kernels of 3; GroupNorm before each convolution where `norm` is set."""
 
-    def __init__(self, channels, norm=False):
+    def __init__(self, channels, norm=False, conv=nn.Conv2d):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = conv(channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = conv(channels, channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -178,6 +184,231 @@ def compose(layer, background, op):
     if op == "min":
         return every.amin(1)
     raise ValueError(f"op {op!r} is none of {', '.join(OPS)}")
+
+
+# ---------------------------------------------------------------- Sound
+
+REPRESENTATIONS = ("stft", "mel")
+RATE = 16_000  # samples a second, of everything that sounds here
+COMPRESSION = 100.0  # magnitudes m are seen as log(1 + 100 m): what is 0.01 and below (88 dB under a full sine) fades
+
+
+def log_compress(magnitude):
+    return torch.log1p(COMPRESSION * magnitude)
+
+
+def log_expand(level):
+    """The inverse of `log_compress`; negative levels, which no magnitude has, give 0."""
+    return torch.expm1(level.clamp(min=0)) / COMPRESSION
+
+
+def spectral_convergence(magnitude, reference):
+    """|| |reference| - |magnitude| || / || reference || in dB (Frobenius norms): two of (B, F, T) -> (B,)."""
+    error = (magnitude - reference).flatten(1).norm(dim=1)
+    return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
+
+
+def log_spectral_distance(level, reference):
+    """Root mean square over bins, averaged over frames, of the difference of compressed levels, in dB: -> (B,).
+
+    Two of (B, F, T). The usual log-spectral distance (Gray & Markel 1976) with 0.01 added to every magnitude, so that
+    bins below what can be heard do not decide it.
+    """
+    decibels = 20 / math.log(10) * (level - reference)
+    return decibels.square().mean(1).sqrt().mean(1)
+
+
+class BlockSTFT(nn.Module):
+    """The STFT and its inverse in products of real matrices, which export to ONNX and are fast in onnxruntime.
+
+    As `torch.stft` with a Hann window, centred frames and hop = n_fft / 4, so that a frame is four blocks a, b, c, d
+    of one hop each. One decimation in frequency by four, as in an FFT, leaves products with n_fft / 4 samples:
+    bins 4 m see only a + b + c + d, bins 4 m + 2 only a - b + c - d, odd bins only a - c and b - d. Cosines are even
+    and sines odd about the middle of a block (for odd bins, of two blocks), so that sums and differences of mirrored
+    samples halve the products again: less than a fifth of the dense DFT's multiplications is left.
+
+    Signals are held in blocks (B, 2, T + 3, hop / 2): the first half of every block, and the second half backwards.
+    Spectra are held in `groups`, a tuple re, im, re, im, re, im of (B, T, bins of the group); `bins` has their order.
+    Phases count from half a sample before the frame's first: X[k] here is exp(-i pi k / n_fft) times torch.stft's.
+    """
+
+    def __init__(self, n_fft):
+        super().__init__()
+        if n_fft % 8:
+            raise ValueError(f"n_fft {n_fft} is no multiple of 8")
+        self.n_fft, self.hop, self.half = n_fft, n_fft // 4, n_fft // 8
+        fold = torch.cat([torch.arange(self.half), torch.arange(self.hop - 1, self.half - 1, -1)])
+        window = torch.hann_window(n_fft, dtype=torch.float64).view(4, self.hop)[:, fold]
+        self.register_buffer("window", window.view(4, 2, 1, self.half).float(), persistent=False)
+        ends = n_fft // 2 + 1
+        groups = [torch.arange(0, ends, 4), torch.arange(2, ends, 4), torch.arange(1, ends, 2)]
+        self.sizes = [len(group) for group in groups]
+        self.register_buffer("bins", torch.cat(groups), persistent=False)
+        for name, group, samples in zip(
+            ("first", "second", "odd"), groups, (fold[: self.half],) * 2 + (fold,), strict=True
+        ):
+            angle = 2 * math.pi / n_fft * torch.outer(samples + 0.5, group.double())
+            weight = torch.where((group == 0) | (group == n_fft // 2), 1.0, 2.0).double() / n_fft
+            for part, matrix in (("cos", angle.cos()), ("sin", -angle.sin())):
+                self.register_buffer(f"{name}_{part}", matrix.float(), persistent=False)
+                self.register_buffer(
+                    f"{name}_{part}_inverse", (matrix * weight).T.float().contiguous(), persistent=False
+                )
+
+    def forward(self, blocks):
+        """Blocks (B, 2, T + 3, hop / 2) -> groups."""
+        frames = blocks.shape[2] - 3
+        a, b, c, d = (blocks.narrow(2, j, frames) * self.window[j] for j in range(4))
+        even, odd, mirrored = a + c, a - c, (b - d).flip(1)
+        first, second = even + (b + d), even - (b + d)
+        cosines, sines = odd - mirrored, odd + mirrored  # (B, 2, T, hop / 2)
+        return (
+            (first[:, 0] + first[:, 1]) @ self.first_cos,
+            (first[:, 0] - first[:, 1]) @ self.first_sin,
+            (second[:, 0] - second[:, 1]) @ self.second_cos,
+            (second[:, 0] + second[:, 1]) @ self.second_sin,
+            cosines[:, 0] @ self.odd_cos[: self.half] + cosines[:, 1] @ self.odd_cos[self.half :],
+            sines[:, 0] @ self.odd_sin[: self.half] + sines[:, 1] @ self.odd_sin[self.half :],
+        )
+
+    def inverse(self, groups):
+        """Groups -> the windowed frames added up where they overlap, in blocks: to be divided by `overlap`."""
+        re0, im0, re2, im2, re1, im1 = groups
+        even, odd = re0 @ self.first_cos_inverse, im0 @ self.first_sin_inverse
+        first = torch.stack([even + odd, even - odd], dim=1)  # (B, 2, T, hop / 2)
+        even, odd = im2 @ self.second_sin_inverse, re2 @ self.second_cos_inverse
+        second = torch.stack([even + odd, even - odd], dim=1)
+        cosines, sines = (
+            torch.stack([part @ matrix[:, : self.half], part @ matrix[:, self.half :]], dim=1)
+            for part, matrix in ((re1, self.odd_cos_inverse), (im1, self.odd_sin_inverse))
+        )
+        even, odd, other, mirrored = first + second, cosines + sines, first - second, (sines - cosines).flip(1)
+        quarters = (even + odd, other + mirrored, even - odd, other - mirrored)
+        return sum(F.pad(quarter * self.window[j], (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))
+
+    def overlap(self, frames):
+        """What the squared windows of so many frames add up to: (1, 2, T + 3, hop / 2), `frames` of shape (1, T)."""
+        ones = torch.ones_like(frames)[:, None, :, None]
+        return sum(F.pad(ones * w.square(), (0, 0, j, 3 - j)) for j, w in enumerate(self.window)).clamp(min=1e-8)
+
+    def to_blocks(self, waveform):
+        """(B, n * hop) -> (B, 2, n, hop / 2)."""
+        halves = waveform.unflatten(1, (-1, 2, self.half))  # (B, n, 2, hop / 2)
+        return torch.stack([halves[:, :, 0], halves[:, :, 1].flip(2)], dim=1)
+
+    def to_waveform(self, blocks):
+        """(B, 2, n, hop / 2) -> (B, n * hop)."""
+        return torch.cat([blocks[:, 0], blocks[:, 1].flip(2)], dim=2).flatten(1)
+
+    def reflect(self, blocks):
+        """Replace the two blocks beyond either end by the signal's mirror image, as `torch.stft` pads a signal."""
+        n, length = blocks.shape[2], 2 * self.hop
+        left = self.to_waveform(blocks.narrow(2, 2, 3)).narrow(1, 1, length).flip(1)
+        right = self.to_waveform(blocks.narrow(2, n - 5, 3)).narrow(1, self.hop - 1, length).flip(1)
+        return torch.cat([self.to_blocks(left), blocks.narrow(2, 2, n - 4), self.to_blocks(right)], dim=2)
+
+    def magnitude(self, waveform):
+        """(B, samples), at least three hops, of which what is beyond a whole hop is dropped -> (B, F, T)."""
+        whole = waveform[:, : waveform.shape[1] // self.hop * self.hop]
+        groups = self.forward(self.reflect(F.pad(self.to_blocks(whole), (0, 0, 2, 2))))
+        power = torch.cat([re.square() + im.square() for re, im in zip(groups[0::2], groups[1::2], strict=True)], dim=2)
+        return power.sqrt().transpose(1, 2).index_select(1, self.bins.argsort())
+
+
+class GriffinLim(nn.Module):
+    """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, as torchaudio's with rand_init=False.
+
+    In real arithmetic, for export: torchaudio's works with complex numbers, which ONNX does not know. Rounding makes
+    the two part over many iterations; they agree in spectral convergence.
+    """
+
+    def __init__(self, n_fft, iterations=32, momentum=0.99):
+        super().__init__()
+        self.stft, self.iterations = BlockSTFT(n_fft), iterations
+        self.momentum = momentum / (1 + momentum)
+        turn = math.pi / n_fft * self.stft.bins.double()
+        self.register_buffer("zero_phase", torch.stack([turn.cos(), -turn.sin()]).float(), persistent=False)
+
+    def step(self, carry, magnitudes, norm):
+        """One iteration: (blocks, the spectrum before) -> the same, one step nearer to `magnitudes`."""
+        blocks, before = carry[0], carry[1:]
+        spectrum = self.stft(self.stft.reflect(blocks))
+        projected = []
+        for k, magnitude in enumerate(magnitudes):
+            re, im = (spectrum[i] - self.momentum * before[i] for i in (2 * k, 2 * k + 1))
+            scale = magnitude / (re * re + im * im + 1e-20).sqrt()
+            projected += [re * scale, im * scale]
+        return self.stft.inverse(projected) * norm, *spectrum
+
+    def forward(self, magnitude):
+        """(B, F, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
+        ordered = magnitude.index_select(1, self.stft.bins).transpose(1, 2).contiguous()  # (B, T, F)
+        norm = 1 / self.stft.overlap(ordered[:1, :, 0])
+        start = [part.clone() for phase in self.zero_phase for part in (ordered * phase).split(self.stft.sizes, dim=2)]
+        blocks = self.stft.inverse([start[i + j] for i in range(3) for j in (0, 3)]) * norm
+        magnitudes = [part.clone() for part in ordered.split(self.stft.sizes, dim=2)]
+        nothing = [torch.zeros_like(part) for part in magnitudes for _ in range(2)]
+        blocks = repeat(self.iterations, lambda carry: self.step(carry, magnitudes, norm), (blocks, *nothing))[0]
+        return self.stft.to_waveform(blocks.narrow(2, 2, magnitude.shape[2] - 1))
+
+
+def repeat(times, function, carry):
+    """carry = function(carry), so many times. In an export one Scan node of the graph, whose body is written once."""
+    if not torch.compiler.is_exporting():
+        for _ in range(times):
+            carry = function(carry)
+        return carry
+    carry, _ = scan(lambda carry, i: (function(carry), i.clone()), carry, torch.zeros(times))
+    return carry
+
+
+class Spectrogram(nn.Module):
+    """Waveforms to compressed magnitudes, STFT or mel, and back to magnitudes; T = samples / hop + 1 frames.
+
+    `mean` (bins, 1) and `std` scale what a model sees; they are set from the training data and kept in the checkpoint.
+    """
+
+    def __init__(self, representation, n_fft, n_mels):
+        super().__init__()
+        self.representation, self.n_fft, self.hop = representation, n_fft, n_fft // 4
+        self.magnitude = torchaudio.transforms.Spectrogram(n_fft, hop_length=self.hop, power=1)
+        self.bins = n_mels if representation == "mel" else n_fft // 2 + 1
+        if representation == "mel":
+            bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE, mel_scale="slaney")
+            if (bank.amax(0) == 0).any():
+                raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
+            self.register_buffer("mel", bank.T.contiguous(), persistent=False)  # (bands, F)
+            self.register_buffer("mel_inverse", torch.linalg.pinv(self.mel.double()).float(), persistent=False)
+        self.register_buffer("mean", torch.zeros(self.bins, 1))
+        self.register_buffer("std", torch.ones(()))
+
+    def forward(self, waveform):
+        """(B, samples) -> levels (B, bins, T)."""
+        return self.level(self.magnitude(waveform))
+
+    def level(self, magnitude):
+        """STFT magnitudes (B, F, T) -> levels (B, bins, T)."""
+        return log_compress(self.mel @ magnitude if self.representation == "mel" else magnitude)
+
+    def linear(self, level):
+        """Levels -> STFT magnitudes (B, F, T): of mel bands, those of least norm that give them, cut at 0."""
+        bands = log_expand(level)
+        return (self.mel_inverse @ bands).clamp(min=0) if self.representation == "mel" else bands
+
+    def scale(self, level):
+        return (level - self.mean) / self.std
+
+    def unscale(self, scaled):
+        return (scaled * self.std + self.mean).clamp(min=0)
+
+
+def griffin_lim(magnitude, iterations=32, momentum=0.99):
+    """torchaudio's Griffin-Lim from zero phases, hop = n_fft / 4: (B, F, T) -> waveform (B, (T - 1) * hop)."""
+    n_fft = 2 * (magnitude.shape[1] - 1)
+    transform = torchaudio.transforms.GriffinLim(
+        n_fft, iterations, hop_length=n_fft // 4, power=1, momentum=momentum, rand_init=False
+    )
+    return transform.to(magnitude.device)(magnitude)
 
 
 # ---------------------------------------------------------------- Command line
@@ -517,7 +748,7 @@ def versions():
     commit = subprocess.run(
         ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    packages = ("torch", "torchvision", "numpy", "onnx", "onnxruntime")
+    packages = ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")
     return {
         "commit": commit or "not a git checkout",
         "python": sys.version.split()[0],
@@ -536,8 +767,15 @@ def new_folder(name):
     return folder
 
 
+def plotted(figure):
+    """A matplotlib figure as a PIL picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
 class Run:
-    """A run folder: config.json, checkpoint.pt, metrics.json, figures/*.png and TensorBoard events.
+    """A run folder: config.json, checkpoint.pt, metrics.json, figures/*.png, sounds/*.wav and TensorBoard events.
 
     Only process 0 writes; the others carry the same object with `folder` None.
     """
@@ -572,6 +810,15 @@ class Run:
         if self.folder:
             write_atomically(self.folder / "figures" / f"{name}.png", lambda p: image.save(p, format="PNG"))
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def sound(self, name, waveform, step):
+        """`waveform`: (samples,) at RATE, scaled where it is too loud; sounds/<name>.wav always holds the newest."""
+        if self.folder:
+            waveform = (waveform / waveform.abs().max().clamp(min=1)).cpu()
+            (self.folder / "sounds").mkdir(exist_ok=True)
+            write = partial(soundfile.write, data=waveform.numpy(), samplerate=RATE, format="WAV", subtype="PCM_16")
+            write_atomically(self.folder / "sounds" / f"{name}.wav", write)
+            self.writer.add_audio(name, waveform, step, RATE)
 
     def save(self, model, optimizer, step, elapsed):
         """All that the loop changes. Random states are no part of it: see `random_generator`."""

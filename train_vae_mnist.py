@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from click.core import ParameterSource
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -48,6 +47,7 @@ from common import (
     load_state,
     new_folder,
     pick_device,
+    plotted,
     random_generator,
     reparameterize,
     run_config,
@@ -422,13 +422,6 @@ def sheet(pixels, columns):
     grid = make_grid(pixels.view(-1, 1, SIDE, SIDE).cpu(), nrow=columns, padding=2, pad_value=0.35)[0]
     picture = Image.fromarray((grid.clamp(0, 1) * 255).round().byte().numpy()).convert("RGB")
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
-
-
-def plotted(figure):
-    """A matplotlib figure as a PIL picture."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def draws(model, n):
