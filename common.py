@@ -244,6 +244,7 @@ class BlockSTFT(nn.Module):
         groups = [torch.arange(0, ends, 4), torch.arange(2, ends, 4), torch.arange(1, ends, 2)]
         self.sizes = [len(group) for group in groups]
         self.register_buffer("bins", torch.cat(groups), persistent=False)
+        self.register_buffer("places", self.bins.argsort(), persistent=False)
         for name, group, samples in zip(
             ("first", "second", "odd"), groups, (fold[: self.half],) * 2 + (fold,), strict=True
         ):
@@ -312,7 +313,7 @@ class BlockSTFT(nn.Module):
         whole = waveform[:, : waveform.shape[1] // self.hop * self.hop]
         groups = self.forward(self.reflect(F.pad(self.to_blocks(whole), (0, 0, 2, 2))))
         power = torch.cat([re.square() + im.square() for re, im in zip(groups[0::2], groups[1::2], strict=True)], dim=2)
-        return power.sqrt().transpose(1, 2).index_select(1, self.bins.argsort())
+        return power.sqrt().transpose(1, 2).index_select(1, self.places)
 
 
 class GriffinLim(nn.Module):
@@ -390,10 +391,9 @@ class Spectrogram(nn.Module):
         """STFT magnitudes (B, F, T) -> levels (B, bins, T)."""
         return log_compress(self.mel @ magnitude if self.representation == "mel" else magnitude)
 
-    def linear(self, level):
-        """Levels -> STFT magnitudes (B, F, T): of mel bands, those of least norm that give them, cut at 0."""
-        bands = log_expand(level)
-        return (self.mel_inverse @ bands).clamp(min=0) if self.representation == "mel" else bands
+    def stft_of(self, magnitude):
+        """Magnitudes (B, bins, T) -> those of the STFT, (B, F, T): of mel bands, the least that give them, cut at 0."""
+        return (self.mel_inverse @ magnitude).clamp(min=0) if self.representation == "mel" else magnitude
 
     def scale(self, level):
         return (level - self.mean) / self.std

@@ -520,22 +520,28 @@ class NoteVAE(nn.Module):
         return blocks
 
     def label(self, pitch, family):
-        """MIDI pitch (B,) and index of the family (B,) -> (B, n_labels)."""
-        parts = {"none": (), "pitch": (self.pitches[pitch],), "family": (self.families[family],)}
-        parts["both"] = (*parts["pitch"], *parts["family"])
-        return torch.cat([pitch.new_zeros(len(pitch), 0, dtype=torch.float32), *parts[self.condition]], dim=1)
+        """MIDI pitch (B,) and index of the family (B,) -> (B, n_labels); None for a model without a label."""
+        if self.condition == "none":
+            return None
+        parts = {"pitch": self.pitches[pitch], "family": self.families[family]}
+        return torch.cat(list(parts.values()), dim=1) if self.condition == "both" else parts[self.condition]
+
+    @staticmethod
+    def with_label(x, label):
+        """x (B, n) and label (B, n_labels) side by side."""
+        return x if label is None else torch.cat([x, label], dim=1)
 
     def encode(self, level, label):
         """Levels (B, bins, T), label (B, n_labels) -> mu, logvar, each (B, D); no posterior is wider than the prior."""
         x = F.pad(self.spectrogram.scale(level), (0, self.coarse * PATCH**2 - self.frames))
         for name in ("patches", "fine", "merge", "coarse"):
             x = self.encoder[name](x)
-        mu, width = self.encoder["posterior"](torch.cat([x.flatten(1), label], dim=1)).float().chunk(2, dim=1)
+        mu, width = self.encoder["posterior"](self.with_label(x.flatten(1), label)).float().chunk(2, dim=1)
         return mu, -F.softplus(width)
 
     def decode(self, z, label):
         """z (B, D), label (B, n_labels) -> scaled levels (B, bins, T); `spectrogram.unscale` makes levels of them."""
-        h = self.decoder["latents"](torch.cat([z, label], dim=1)).unflatten(1, (-1, self.coarse))
+        h = self.decoder["latents"](self.with_label(z, label)).unflatten(1, (-1, self.coarse))
         for name in ("coarse", "split", "fine", "patches"):
             h = self.decoder[name](h)
         return h[:, :, : self.frames].float()
@@ -563,7 +569,8 @@ class NoteVAE(nn.Module):
             decoder.bias.copy_(mean.view(-1, PATCH).mean(1))
             x = encoder(x)
         h = x.flatten(1)  # (n, wide)
-        y = torch.cat([label, torch.ones(len(label), 1)], dim=1)
+        one = torch.ones(len(h), 1)
+        y = one if label is None else self.with_label(label, one)
         by_label = torch.linalg.solve(
             y.T @ y + torch.eye(y.shape[1]), y.T @ h
         )  # ridge regression, (n_labels + 1, wide)
@@ -711,7 +718,7 @@ def stft(waveform):
 
 def sound(model, level):
     """Levels (B, bins, T) -> waveforms (B, samples), through Griffin-Lim, on the CPU."""
-    magnitude = model.spectrogram.linear(level).cpu()
+    magnitude = model.spectrogram.stft_of(log_expand(level)).cpu()
     return torch.cat([griffin_lim(part) for part in magnitude.split(AT_ONCE)])
 
 
@@ -926,7 +933,7 @@ def show_interpolations(model, notes, run, step):
     share = torch.linspace(0, 1, COLUMNS, device=mu.device)
     rows = []
     for name, way in (("linear", lerp), ("spherical", slerp)):
-        decoded = model.decode(way(*mu, share), lerp(*label, share))
+        decoded = model.decode(way(*mu, share), None if label is None else lerp(*label, share))
         rows.append(model.spectrogram.unscale(decoded).cpu())
         waveforms = sound(model, rows[-1])
         for k, waveform in enumerate(waveforms):
