@@ -99,10 +99,10 @@ def read_note(path):
     Raises UnusableError where the file is not there, no audio, damaged, silent, or holds samples that are no numbers.
     """
     changes = []
+    if not path.is_file():
+        raise UnusableError("not there")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except FileNotFoundError as error:
-        raise UnusableError("not there") from error
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise UnusableError("no audio, or damaged") from error
     if not np.isfinite(samples).all():
@@ -434,9 +434,10 @@ class Notes:
         if data_root:
             self.source = f"notes in NSynth's layout, folder {data_root.name}"
         for split in SPLITS:
-            notes, missing = built_in_notes(split, families), 0
             if data_root:
                 notes, missing = nsynth_notes(data_root / f"nsynth-{split}", families)
+            else:
+                notes, missing = built_in_notes(split, families), 0
             if missing:
                 click.echo(f"{split}: {missing} of {len(notes) + missing} notes that examples.json lists are not there")
             if split == "train":
@@ -688,8 +689,7 @@ class FamilyClassifier(nn.Module):
     def fit(self, features, family):
         """Train on features (n, 6, 80) and families (n,)."""
         generator = random_generator("classifier")
-        self.mel.mean.fill_(features.mean())
-        self.mel.std.fill_(features.std())
+        self.mean, self.std = features.mean(), features.std()
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=2e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, self.STEPS)
         self.train()
@@ -698,7 +698,7 @@ class FamilyClassifier(nn.Module):
             move = int(torch.randint(-self.MOVES, self.MOVES + 1, (), generator=generator))
             gain = 10 ** (0.6 * torch.rand(self.BATCH, generator=generator) - 0.3)
             x = louder(features[index].roll(move, 2), gain)
-            loss = F.cross_entropy(self.net(self.mel.scale(x)), family[index], label_smoothing=0.05)
+            loss = F.cross_entropy(self.net((x - self.mean) / self.std), family[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -708,7 +708,7 @@ class FamilyClassifier(nn.Module):
     @torch.no_grad()
     def forward(self, features):
         """Features (B, 6, 80) -> the family's index (B,)."""
-        return self.net(self.mel.scale(features)).argmax(1)
+        return self.net((features - self.mean) / self.std).argmax(1)
 
 
 def stft(waveform):

@@ -1,14 +1,17 @@
 """Shared fixtures: small runs made once a session, through the real command line."""
 
+import json
 import struct
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from click.testing import CliRunner
 
 import export
 import train_mvae
+import train_vae_audio
 import train_vae_mnist
 
 TINY = ["--channels", "8", "--D", "4", "--cells", "8", "--batch", "4", "--device", "cpu"]
@@ -19,6 +22,8 @@ def small_and_steady():
     """Two threads, and evaluations over few scenes: with a handful of steps, every step is followed by one."""
     torch.set_num_threads(2)
     train_mvae.HELD_OUT, train_mvae.PAIRS = 8, 4
+    train_vae_audio.NOTES_EACH, train_vae_audio.EVALUATED, train_vae_audio.FamilyClassifier.STEPS = 3, 8, 20
+    train_vae_audio.INSTRUMENTS = {"train": range(2), "valid": range(2, 3), "test": range(3, 4)}
 
 
 def train(*args, main=train_mvae.main):
@@ -74,6 +79,36 @@ def vae_run(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vae"
     args = ["--data-root", digits, "--hidden", "16,8", "--D", 3, "--batch", 20, "--steps", 12, "--device", "cpu"]
     train(*args, "--eval-samples", 10, "--out", folder, main=train_vae_mnist.main)
+    result = CliRunner().invoke(export.main, [str(folder)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder
+
+
+def write_nsynth(root, names, form="wav", rate=16000, samples=64000, channels=1):
+    """NSynth's three folders with a decaying sine for every (family, pitch) of `names`; returns the root."""
+    t = np.arange(samples) / rate
+    for split in train_vae_audio.SPLITS:
+        folder = root / f"nsynth-{split}"
+        (folder / "audio").mkdir(parents=True)
+        listing = {}
+        for family, pitch in names:
+            name = f"{family}_acoustic_{len(listing):03}-{pitch:03}-100"
+            wave = 0.5 * np.exp(-t) * np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * t)
+            soundfile.write(folder / "audio" / f"{name}.{form}", np.stack([wave] * channels, axis=1), rate)
+            listing[name] = {
+                "instrument_family_str": family, "instrument_str": name[:-8], "pitch": pitch, "velocity": 100,
+            }  # fmt: skip
+        (folder / "examples.json").write_text(json.dumps(listing))
+    return root
+
+
+@pytest.fixture(scope="session")
+def notes_run(tmp_path_factory):
+    """A run of a few steps on synthesised notes, conditional, and its export."""
+    folder = tmp_path_factory.mktemp("runs") / "notes"
+    args = ["--families", "bass,flute", "--condition", "both", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 3]
+    cache = tmp_path_factory.mktemp("cache")
+    train(*args, "--device", "cpu", "--cache", cache, "--out", folder, main=train_vae_audio.main)
     result = CliRunner().invoke(export.main, [str(folder)])
     assert result.exit_code == 0, (result.output, result.exception)
     return folder

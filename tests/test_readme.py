@@ -10,11 +10,13 @@ import common
 import export
 import recompose
 import train_mvae
+import train_vae_audio
 import train_vae_mnist
 
 ROOT = Path(common.__file__).parent
 COMMANDS = {
     "train_vae_mnist.py": train_vae_mnist.main,
+    "train_vae_audio.py": train_vae_audio.main,
     "train_mvae.py": train_mvae.main,
     "export.py": export.main,
     "recompose.py": recompose.main,
