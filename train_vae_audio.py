@@ -631,20 +631,22 @@ def spread(n, most):
 def detect_pitch(waveform, lowest=27.0, highest=4500.0):
     """The MIDI pitch of single notes, (B, samples) -> (B,), to a fraction of a semitone, by YIN.
 
-    De Cheveigne & Kawahara (2002), steps 1 to 5, in windows of 4096 samples every 1024; the median over windows with
-    at least a twentieth of the loudest one's energy.
+    De Cheveigne & Kawahara (2002), steps 1 to 5, in windows of 4096 samples every 1024, at lags of quarter samples, as
+    high notes have periods of four; the median over windows with a twentieth of the loudest one's energy or more.
     """
-    window, longest, shortest = 4096, int(RATE / lowest) + 1, int(RATE / highest)
+    window, fine = 4096, 4
+    longest, shortest = fine * (int(RATE / lowest) + 1), int(fine * RATE / highest)
+    span = window + longest // fine
     lags = torch.arange(1, longest + 1)
     found = []
     for note in waveform.cpu():
-        frames = note.unfold(0, window + longest, 1024)  # (T, window + longest)
-        size = 2 * (window + longest)
-        spectra = torch.fft.rfft(frames, size) * torch.fft.rfft(frames[:, :window], size).conj()
-        correlation = torch.fft.irfft(spectra, size)[:, : longest + 1]
+        frames = note.unfold(0, span, 1024)  # (T, span)
+        spectra = torch.fft.rfft(frames, 2 * span) * torch.fft.rfft(frames[:, :window], 2 * span).conj()
+        correlation = fine * torch.fft.irfft(spectra, fine * 2 * span)[:, : longest + 1]
         energy = F.pad(frames.double().square().cumsum(1), (1, 0))
-        energies = (energy[:, window:] - energy[:, : longest + 1]).float()  # of the window at every lag
-        difference = (energies[:, :1] + energies - 2 * correlation)[:, 1:].clamp(min=0)
+        energies = (energy[:, window:] - energy[:, : longest // fine + 1]).float()  # of the window at whole lags
+        at_lags = energies.repeat_interleave(fine, 1)[:, : longest + 1]
+        difference = (energies[:, :1] + at_lags - 2 * correlation)[:, 1:].clamp(min=0)
         normal = difference * lags / difference.cumsum(1).clamp(min=1e-12)  # (T, lags from 1)
         middle = normal[:, 1:-1]
         dips = (middle < normal[:, :-2]) & (middle <= normal[:, 2:]) & (middle < 0.15)
@@ -653,7 +655,7 @@ def detect_pitch(waveform, lowest=27.0, highest=4500.0):
         at = torch.where(dips.any(1), dips.int().argmax(1) + 1, lowest_dip).clamp(1, longest - 2)
         before, here, after = (normal.gather(1, (at + k)[:, None])[:, 0] for k in (-1, 0, 1))
         bend = (before - 2 * here + after).clamp(min=1e-9)
-        period = at + 1 + (0.5 * (before - after) / bend).clamp(-1, 1)
+        period = (at + 1 + (0.5 * (before - after) / bend).clamp(-1, 1)) / fine
         loud = energies[:, 0] >= 0.05 * energies[:, 0].max()
         found.append((69 + 12 * torch.log2(RATE / period / 440))[loud].median())
     return torch.stack(found)
@@ -1088,6 +1090,8 @@ def main(context, **options):
     device = pick_device(options["device"])
     rank, world = start_distributed(device)
     torch.manual_seed(options["seed"])
+    if options["channels"] % 8:
+        raise click.UsageError(f"--channels {options['channels']} is no multiple of 8")
     try:
         model = NoteVAE(**{name: options[name] for name in MODEL_OPTIONS})
     except ValueError as error:
