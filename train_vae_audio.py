@@ -713,6 +713,16 @@ class FamilyClassifier(nn.Module):
         return self.net((features - self.mean) / self.std).argmax(1)
 
 
+def train_classifier(notes):
+    """A FamilyClassifier of the training notes as they are, the same in every run."""
+    own = untransposed(notes.train, 5000)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = FamilyClassifier(len(notes.families))
+        features = [classifier.features(stft(notes.train.waveforms(some))) for some in own.split(AT_ONCE)]
+        return classifier.fit(torch.cat(features), notes.train.family[own])
+
+
 def stft(waveform):
     """The magnitudes all sound is compared by, n_fft 1024: (B, samples) -> (B, 513, T)."""
     return Spectrogram("stft", 1024, 0).magnitude(waveform)
@@ -828,10 +838,7 @@ def evaluate_draws(model, notes, waveforms, reference, pitch, family):
             within = (detect_pitch(what) - wanted).abs() < 0.5
             scores[f"pitch_within_50_cents{name}"] = within.float().mean().item()
     if model.condition in ("family", "both"):
-        own = untransposed(notes.train, 5000)
-        classifier = FamilyClassifier(len(notes.families))
-        features = [classifier.features(stft(notes.train.waveforms(some))) for some in own.split(AT_ONCE)]
-        classifier.fit(torch.cat(features), notes.train.family[own])
+        classifier = train_classifier(notes)
         for name, what, wanted in (("", stft(heard), asked_family), ("_real", reference, family)):
             right = classifier(classifier.features(what)) == wanted
             scores[f"family_agreement{name}"] = right.float().mean().item()
@@ -1068,7 +1075,7 @@ def run_name(options):
 @click.option("--representation", type=click.Choice(REPRESENTATIONS), default="stft", help="What the model sees.")
 @click.option("--n-fft", type=click.IntRange(64, 8192), default=1024, help="Samples of a frame; hop = n_fft / 4.")
 @click.option("--n-mels", type=click.IntRange(16), default=192, help="Bands of a mel spectrogram.")
-@click.option("--D", "d", type=click.IntRange(1), default=64, help="Latents.")
+@click.option("--D", "d", type=click.IntRange(1), default=32, help="Latents.")
 @click.option("--channels", type=click.IntRange(8), default=256, help="Width of the convolutions, a multiple of 8.")
 @click.option("--condition", type=click.Choice(["none", "pitch", "family", "both"]), default="none", help="The label.")
 @click.pass_context
@@ -1079,7 +1086,7 @@ def main(context, **options):
     python train_vae_audio.py --minutes 3
     python train_vae_audio.py --data-root nsynth --condition both
     python train_vae_audio.py --data-root nsynth --download --families guitar,keyboard
-    python train_vae_audio.py --resume runs/vae-notes-stft-none-D64-beta1-seed0 --minutes 30
+    python train_vae_audio.py --resume runs/vae-notes-stft-none-D32-beta1-seed0 --minutes 30
     """
     # 1. Check, load, build; go on from the checkpoint where there is one.
     settle_run(context, options, RESUMABLE, SCRIPT)

@@ -106,7 +106,7 @@ def write_nsynth(root, names, form="wav", rate=16000, samples=64000, channels=1)
 def notes_run(tmp_path_factory):
     """A run of a few steps on synthesised notes, conditional, and its export."""
     folder = tmp_path_factory.mktemp("runs") / "notes"
-    args = ["--families", "bass,flute", "--condition", "both", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 3]
+    args = ["--families", "bass,flute", "--condition", "both", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 1]
     cache = tmp_path_factory.mktemp("cache")
     train(*args, "--device", "cpu", "--cache", cache, "--out", folder, main=train_vae_audio.main)
     result = CliRunner().invoke(export.main, [str(folder)])

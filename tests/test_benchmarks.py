@@ -3,7 +3,7 @@
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.benchmarks import recompose, renderer
+from tests.benchmarks import griffin_lim, recompose, renderer
 
 
 def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
@@ -22,3 +22,11 @@ def test_recomposition_is_timed_beside_import_torch(monkeypatch, capsys):
     monkeypatch.setattr(recompose, "ROUNDS", 1)
     recompose.main()
     assert "of the time" in capsys.readouterr().out
+
+
+def test_griffin_lim_is_studied_and_timed_beside_onnxruntime(monkeypatch):
+    monkeypatch.setattr(griffin_lim, "NOTES", 1)
+    monkeypatch.setattr(griffin_lim, "ROUNDS", 1)
+    result = CliRunner().invoke(griffin_lim.main, [])
+    assert result.exit_code == 0, result.exception
+    assert "| mel 192 |" in result.output and "of torchaudio's time" in result.output

@@ -21,7 +21,7 @@ import train_vae_audio as audio
 from common import RATE, random_generator, write_json
 from train_vae_audio import FAMILIES, Notes, NoteVAE, Spectrogram, UnusableError
 
-TINY = ["--channels", "16", "--D", "3", "--batch", "4", "--steps", "2", "--device", "cpu"]
+TINY = ["--channels", "16", "--D", "3", "--batch", "4", "--steps", "1", "--device", "cpu"]
 TWO = [("flute", 60), ("guitar", 48), ("flute", 64), ("guitar", 52)]
 
 
@@ -340,16 +340,29 @@ def test_a_run_leaves_numbers_pictures_and_sounds(notes_run):
         assert rate == RATE and len(waveform) >= RATE and np.isfinite(waveform).all()
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
-    args = ["--families", "bass", "--cache", tmp_path / "cache", "--channels", 16, "--D", 3, "--batch", 4]
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    train(*args, "--device", "cpu", "--steps", 2, "--out", once, main=audio.main)
-    train(*args, "--device", "cpu", "--steps", 1, "--out", twice, main=audio.main)
-    train("--resume", twice, "--steps", 2, main=audio.main)
-    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (once, twice)]
-    assert states[0]["step"] == states[1]["step"] == 2
-    # step 1 of 1 and step 1 of 2 differ in their schedules; what must agree is the scaling and the shape of things
-    assert torch.equal(states[0]["model"]["spectrogram.mean"], states[1]["model"]["spectrogram.mean"])
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "explore", lambda *_: None)
+    monkeypatch.setattr(audio, "evaluate", lambda *_: {})
+    args = ["--families", "bass", "--cache", tmp_path / "cache", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 5]
+    args += ["--device", "cpu", "--condition", "pitch"]
+    train(*args, "--out", tmp_path / "whole", main=audio.main)
+    real, done = audio.update, []
+
+    def update(*arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(None)
+        return real(*arguments)
+
+    monkeypatch.setattr(audio, "update", update)
+    CliRunner().invoke(audio.main, [str(a) for a in [*args, "--out", tmp_path / "parts"]])
+    monkeypatch.setattr(audio, "update", real)
+    result = train("--resume", tmp_path / "parts", main=audio.main)
+    assert "done" in result.output
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_a_run_on_files_with_transposed_notes_and_mel_bands(tmp_path):
@@ -399,7 +412,7 @@ def test_a_label_outside_the_models_is_refused_by_the_exported_decoder(notes_run
     z = np.zeros((2, 3), np.float32)
     (one,) = session.run(None, {"z": z, "pitch": np.array([40, 70]), "family": np.array([0, 1])})
     assert one.shape == (2, 513, 251) and (one >= 0).all() and not np.allclose(one[0], one[1])
-    with pytest.raises(Exception, match="out of"):
+    with pytest.raises(Exception, match="invalid index"):
         session.run(None, {"z": z, "pitch": np.array([40, 300]), "family": np.array([0, 1])})
 
 
