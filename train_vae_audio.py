@@ -474,9 +474,10 @@ def principal(x, n):
 class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around a decoded spectrogram, q(z | x, y) a Gaussian of diagonal covariance.
 
-    y, the label, is one-hot of pitch, of family, of both, or empty (Sohn et al. 2015); it shifts and scales the latents,
-    which makes of N(0, I) the prior of each label. Convolutions run along time, with the frequency bins as channels: a note's partials move together, and no filter that is local in frequency
-    would know of them. `start_at` makes of the untrained net a principal component analysis in three steps, the
+    y, the label, is one-hot of pitch, of family, of both, or empty (Sohn et al. 2015). It shifts and scales the
+    latents, so that N(0, I) becomes a prior of each label's own. Convolutions run along time, with the frequency bins
+    as channels: a note's partials move together, and no filter that is local in frequency would know of them.
+    `start_at` makes of the untrained net a principal component analysis in three steps, the
     linear VAE's optimum (Lucas et al. 2019), which training leaves behind.
     """
 
