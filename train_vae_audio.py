@@ -474,10 +474,9 @@ def principal(x, n):
 class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around a decoded spectrogram, q(z | x, y) a Gaussian of diagonal covariance.
 
-    y, the label, is one-hot of pitch, of family, of both, or empty (Sohn et al. 2015). It shifts and scales the
-    latents, so that N(0, I) becomes a prior of each label's own. Convolutions run along time, with the frequency bins
-    as channels: a note's partials move together, and no filter that is local in frequency would know of them.
-    `start_at` makes of the untrained net a principal component analysis in three steps, the
+    y, the label, is one-hot of pitch, of family, of both, or empty (Sohn et al. 2015). Convolutions run along time,
+    with the frequency bins as channels: a note's partials move together, and no filter that is local in frequency
+    would know of them. `start_at` makes of the untrained net a principal component analysis in three steps, the
     linear VAE's optimum (Lucas et al. 2019), which training leaves behind.
     """
 
@@ -512,10 +511,6 @@ class NoteVAE(nn.Module):
             }
         )
 
-        for part in (self.encoder, self.decoder) if self.n_labels else ():
-            part["scale"] = nn.Linear(self.n_labels, d, bias=False)
-            nn.init.zeros_(part["scale"].weight)
-
     @staticmethod
     def blocks(channels, n):
         """Residual blocks that start as the identity."""
@@ -537,22 +532,16 @@ class NoteVAE(nn.Module):
         """x (B, n) and label (B, n_labels) side by side."""
         return x if label is None else torch.cat([x, label], dim=1)
 
-    @staticmethod
-    def scaled(z, label, part):
-        """Latents (B, D) times exp(S y): a label's own prior is not as wide in every latent as that of all notes."""
-        return z if label is None else z * part["scale"](label).exp()
-
     def encode(self, level, label):
         """Levels (B, bins, T), label (B, n_labels) -> mu, logvar, each (B, D); no posterior is wider than the prior."""
         x = F.pad(self.spectrogram.scale(level), (0, self.coarse * PATCH**2 - self.frames))
         for name in ("patches", "fine", "merge", "coarse"):
             x = self.encoder[name](x)
         mu, width = self.encoder["posterior"](self.with_label(x.flatten(1), label)).float().chunk(2, dim=1)
-        return self.scaled(mu, label, self.encoder), -F.softplus(width)
+        return mu, -F.softplus(width)
 
     def decode(self, z, label):
         """z (B, D), label (B, n_labels) -> scaled levels (B, bins, T); `spectrogram.unscale` makes levels of them."""
-        z = self.scaled(z, label, self.decoder)
         h = self.decoder["latents"](self.with_label(z, label)).unflatten(1, (-1, self.coarse))
         for name in ("coarse", "split", "fine", "patches"):
             h = self.decoder[name](h)
