@@ -29,7 +29,7 @@ from common import (
     spectral_convergence,
 )
 
-NOTES = 60
+NOTES = 30
 ROUNDS = 15
 
 
