@@ -125,7 +125,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, clevr_run):
     (tmp_path / "config.json").write_text(json.dumps(config | {"script": "train_other"}))
     result = CliRunner().invoke(export.main, [str(tmp_path)])
     assert result.exit_code == 2
-    assert "expected a run of train_vae_mnist.py or train_mvae.py" in result.output
+    assert "expected a run of train_vae_mnist.py or train_vae_audio.py or train_mvae.py" in result.output
     wrong = {**config, "options": {**config["options"], "d": 7}}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     (tmp_path / "checkpoint.pt").write_bytes((clevr_run / "checkpoint.pt").read_bytes())
