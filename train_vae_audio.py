@@ -381,18 +381,18 @@ def fetch(url, path):
         with urllib.request.urlopen(request, timeout=60) as response:
             begun = begun if response.status == 206 else 0
             total = begun + int(response.headers["Content-Length"])
-            sums = dict(
-                part.strip().split("=", 1) for part in (response.headers["x-goog-hash"] or "").split(",") if part
-            )
+            named = ",".join(response.headers.get_all("x-goog-hash", []))  # one header, or one a sum
+            sums = dict(part.strip().split("=", 1) for part in named.split(",") if part)
             bar = tqdm(total=total, initial=begun, desc=path.name, unit="B", unit_scale=True, mininterval=1)
             with partial.open("ab" if begun else "wb") as file, bar:
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing is left to fetch
-            raise click.ClickException(f"{url}: {error}") from error
-        total, sums = begun, {}
+        if error.code == 416:  # more is here than there: of another file, or of this one unchecked
+            partial.unlink()
+            raise click.ClickException(f"{partial} was not the beginning of {url}; it was removed") from error
+        raise click.ClickException(f"{url}: {error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise click.ClickException(f"{url}: {error}; the same command goes on from {partial}") from error
     if partial.stat().st_size != total:
@@ -407,7 +407,7 @@ def fetch(url, path):
 
 
 def download_nsynth(root):
-    """Fetch and unpack the official archives of all splits that are not in `root` yet: 24 GB packed."""
+    """Fetch and unpack the official archives of all splits that are not in `root` yet: over 20 GB packed."""
     for split in SPLITS:
         if (root / f"nsynth-{split}" / "examples.json").is_file():
             continue
@@ -1031,7 +1031,9 @@ class Families(click.ParamType):
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     if options["download"] and not options["data_root"]:
-        raise click.UsageError("--download fetches NSynth (24 GB); it needs --data-root, the folder to fetch it into")
+        raise click.UsageError(
+            "--download fetches NSynth (over 20 GB); it needs --data-root, the folder to fetch it into"
+        )
     if not options["data_root"] and not set(options["families"]) <= set(TIMBRES):
         raise click.UsageError(
             f"--families: the built-in synthesiser has {', '.join(TIMBRES)}; others need --data-root"
@@ -1049,6 +1051,8 @@ def load_notes(options, spectrogram):
         download_nsynth(options["data_root"])
     if rank > 0:
         dist.barrier()
+    elif not options["data_root"]:
+        click.echo(f"data: {BUILT_IN}; --data-root names a folder of real notes")
     notes = Notes(options["data_root"], options["families"], options["transpose"], spectrogram, options["cache"])
     if rank == 0 and dist.is_initialized():
         dist.barrier()

@@ -443,10 +443,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
         part = self.content[begin:]
         self.served.append(begin)
+        if begin >= len(self.content):
+            self.send_error(416)
+            return
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(part)))
         digest = base64.b64encode(hashlib.md5(self.content).digest()).decode()
-        self.send_header("x-goog-hash", f"crc32c=AAAAAA==,md5={digest}")
+        self.send_header("x-goog-hash", "crc32c=AAAAAA==")
+        self.send_header("x-goog-hash", f"md5={digest}")
         self.end_headers()
         self.wfile.write(part[: len(part) // 2] if type(self).cut else part)
         type(self).cut = False
@@ -473,13 +477,15 @@ def test_a_download_goes_on_where_it_stopped_and_is_checked(tmp_path, monkeypatc
     assert Server.served[0] == 0 and 0 < Server.served[1] < len(Server.content)
     assert (root / "nsynth-train" / "examples.json").is_file()
     assert sorted(path.name for path in root.iterdir()) == ["nsynth-train"]
-    (root / "nsynth-test.tar.partial").write_bytes(b"of another file")
-    Server.content = b"x" * 100
+    Server.content = b"y" * 100
     with pytest.raises(click.ClickException, match="MD5"):
-        monkeypatch.setattr(Server, "content", b"y" * 100)
         (root / "f.partial").write_bytes(b"something else")
         audio.fetch(url.format(split="f"), root / "f")
     assert not (root / "f").exists()
+    (root / "g.partial").write_bytes(b"z" * 200)
+    with pytest.raises(click.ClickException, match="was not the beginning"):
+        audio.fetch(url.format(split="g"), root / "g")
+    assert not (root / "g").exists() and not (root / "g.partial").exists()
     server.shutdown()
 
 
