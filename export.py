@@ -135,6 +135,19 @@ class NoteDecoderGraph(nn.Module):
         return log_expand(self.model.spectrogram.unscale(decoded))
 
 
+class NotePriorGraph(nn.Module):
+    """Standard normal noise -> latents of a note of that label, for the decoder."""
+
+    outputs = ("z",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = part(model, "prior")
+
+    def forward(self, noise, pitch=None, family=None):
+        return self.model.prior(noise, pitch, family)
+
+
 class VocoderGraph(nn.Module):
     outputs = ("waveform",)
 
@@ -186,6 +199,7 @@ def graphs_of(model):
     if isinstance(model, NoteVAE):
         return {
             "encoder": NoteEncoderGraph(model),
+            "prior": NotePriorGraph(model),
             "decoder": NoteDecoderGraph(model),
             "vocoder": VocoderGraph(model),
         }
@@ -223,6 +237,7 @@ def example_notes(model, batch, frames, generator):
     level = model.spectrogram(chord)[:, :, :frames]
     return {
         "encoder": {"waveform": chord, **label},
+        "prior": {"noise": torch.randn(batch, model.d, generator=generator), **label},
         "decoder": {"z": torch.randn(batch, model.d, generator=generator), **label},
         "vocoder": {"spectrogram": log_expand(level).contiguous()},
     }

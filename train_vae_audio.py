@@ -471,13 +471,67 @@ def principal(x, n):
     return mean, F.pad(values.sqrt(), (0, missing)), F.pad(vectors, (0, missing))
 
 
+class FittedPrior(nn.Module):
+    """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch.
+
+    N(0, I) is what training pulls every posterior towards, not what the posteriors of all notes add up to; its draws
+    hold latents that do not belong together, or contradict the label. A Gaussian fitted to the posteriors afterwards
+    draws better (ex-post density estimation, Ghosh et al. 2020). Until it is fitted, and for families without notes, it
+    is N(0, I). A model whose label has no pitch, or no family, has one mean for all pitches, or one Gaussian for all.
+    """
+
+    def __init__(self, d, condition, n_families):
+        super().__init__()
+        self.by_pitch, self.by_family = condition in ("pitch", "both"), condition in ("family", "both")
+        groups = n_families if self.by_family else 1
+        self.register_buffer("mean", torch.zeros(groups, 3 if self.by_pitch else 1, d))
+        self.register_buffer("factor", torch.eye(d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
+        self.register_buffer("lowest", torch.zeros(groups))  # and highest pitch fitted: no parabola goes on beyond
+        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
+
+    def group(self, family, like):
+        """The Gaussian that each of `like` (n, ...) is drawn from: (n,)."""
+        return family if self.by_family else torch.zeros_like(like[:, 0], dtype=torch.long)
+
+    def powers(self, pitch, group):
+        """1, x, x^2 of the pitch in octaves from middle C: (n, 3), or only the first, (n, 1)."""
+        one = torch.ones_like(group, dtype=torch.float)
+        if not self.by_pitch:
+            return one[:, None]
+        x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[group]), self.highest[group]) - 60) / 12
+        return torch.stack([one, x, x.square()], dim=1)
+
+    def forward(self, noise, pitch=None, family=None):
+        """Standard normal noise (n, D), and the label as far as there is one, pitch and family (n,) -> z (n, D)."""
+        group = self.group(family, noise)
+        mean = (self.powers(pitch, group)[:, :, None] * self.mean[group]).sum(1)
+        return mean + (self.factor[group] @ noise[:, :, None])[:, :, 0]
+
+    @torch.no_grad()
+    def fit(self, mu, logvar, pitch, family):
+        """Fit to posteriors, (n, D) each, of notes of pitch and family (n,).
+
+        Their covariance is that of their means about the curve, and their mean variance. The curve has a ridge of 1,
+        and N(0, I) weighs as much as one note, so that few notes do no harm.
+        """
+        of = self.group(family, mu)
+        for group in of.unique():
+            some = of == group
+            self.lowest[group], self.highest[group] = pitch[some].min(), pitch[some].max()
+            x = self.powers(pitch[some], of[some])
+            self.mean[group] = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ mu[some])
+            rest = mu[some] - x @ self.mean[group]
+            scatter = rest.T @ rest + torch.diag(1 + logvar[some].exp().sum(0))
+            self.factor[group] = torch.linalg.cholesky(scatter / (1 + len(rest)))
+
+
 class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around a decoded spectrogram, q(z | x, y) a Gaussian of diagonal covariance.
 
     y, the label, is one-hot of pitch, of family, of both, or empty (Sohn et al. 2015). Convolutions run along time,
     with the frequency bins as channels: a note's partials move together, and no filter that is local in frequency
     would know of them. `start_at` makes of the untrained net a principal component analysis in three steps, the
-    linear VAE's optimum (Lucas et al. 2019), which training leaves behind.
+    linear VAE's optimum (Lucas et al. 2019), which training leaves behind. `prior` is fitted when it has ended.
     """
 
     def __init__(self, *, representation, n_fft, n_mels, d, channels, condition, families):
@@ -488,6 +542,7 @@ class NoteVAE(nn.Module):
         self.n_labels = {"none": 0, "pitch": PITCHES, "family": len(families), "both": PITCHES + len(families)}[
             condition
         ]
+        self.prior = FittedPrior(d, condition, len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
         self.register_buffer("families", torch.eye(len(families)), persistent=False)
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
@@ -621,6 +676,7 @@ def update(compute, model, optimizer, level, label, noise, beta, lr, options):
 
 EVALUATED = 500  # notes of the test split, and draws of a conditional model, that a run is judged by
 AT_ONCE = 33  # notes decoded at a time
+JUDGED = ("", "_standard", "_real")  # draws from the fitted prior, draws from N(0, I), notes of the test split
 
 
 def spread(n, most):
@@ -746,6 +802,19 @@ def reconstruct(model, split, index):
     return tuple(torch.cat(part).cpu() for part in zip(*parts, strict=True))
 
 
+@torch.no_grad()
+def fit_prior(model, split):
+    """Fit the model's prior to the posteriors of at most 2,000 of a split's notes, as they are."""
+    device, index = model.spectrogram.mean.device, untransposed(split, 2000)
+    parts = []
+    for some in index.split(AT_ONCE):
+        level, pitch, family = (value.to(device) for value in split.batch(some))
+        parts.append(model.encode(level, model.label(pitch, family)))
+    mu, logvar = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    model.prior.cpu().fit(mu, logvar, split.pitch[index], split.family[index])
+    model.prior.to(device)
+
+
 def watch(model, split, most=200):
     """What is watched while training: mean LSD and KL of at most so many notes."""
     index = spread(len(split.notes), most)
@@ -814,32 +883,39 @@ def evaluate(model, notes):
 
 
 @torch.no_grad()
-def draw(model, pitch, family, *key):
-    """Notes drawn from the prior, with labels pitch and family (n,): levels (n, bins, T), on the CPU."""
-    device = model.spectrogram.mean.device
-    z = torch.randn(len(pitch), model.d, generator=random_generator("draw", *key))
-    parts = zip(z.split(AT_ONCE), pitch.split(AT_ONCE), family.split(AT_ONCE), strict=True)
-    decoded = [model.decode(a.to(device), model.label(b.to(device), c.to(device))) for a, b, c in parts]
-    return torch.cat([model.spectrogram.unscale(part).cpu() for part in decoded])
+def draw(model, pitch, family, *key, fitted=True):
+    """Notes drawn with labels pitch and family (n,): levels (n, bins, T), on the CPU.
+
+    From the fitted prior, or from N(0, I); `key` makes the random numbers.
+    """
+    device, parts = model.spectrogram.mean.device, []
+    noise = torch.randn(len(pitch), model.d, generator=random_generator("draw", *key))
+    for some in zip(noise.split(AT_ONCE), pitch.split(AT_ONCE), family.split(AT_ONCE), strict=True):
+        z, *label = (value.to(device) for value in some)
+        z = model.prior(z, *label) if fitted else z
+        parts.append(model.spectrogram.unscale(model.decode(z, model.label(*label))).cpu())
+    return torch.cat(parts)
 
 
 def evaluate_draws(model, notes, waveforms, reference, pitch, family):
-    """Whether draws are what was asked for: pitches and families of training notes, each with a draw from the prior.
+    """Whether draws are what was asked for: pitches and families of training notes, each with a draw.
 
-    Pitch is measured by `detect_pitch`, the family by a classifier trained on real notes; both are checked on real
-    notes of the test split, whose waveforms, magnitudes, pitch and family are given.
+    Draws are from the fitted prior and, "standard", from N(0, I). Pitch is measured by `detect_pitch`, the family by a
+    classifier trained on real notes; both are checked on real notes of the test split, whose waveforms, magnitudes,
+    pitch and family are given.
     """
     asked = torch.randint(len(notes.train.notes), (EVALUATED,), generator=random_generator("asked"))
-    asked_pitch, asked_family = notes.train.pitch[asked], notes.train.family[asked]
-    heard = sound(model, draw(model, asked_pitch, asked_family, "evaluate"))
+    label = notes.train.pitch[asked], notes.train.family[asked]
+    heard = [sound(model, draw(model, *label, "evaluate", fitted=fitted)) for fitted in (True, False)]
     scores = {}
     if model.condition in ("pitch", "both"):
-        for name, what, wanted in (("", heard, asked_pitch), ("_real", waveforms, pitch)):
+        for name, what, wanted in zip(JUDGED, (*heard, waveforms), (label[0], label[0], pitch), strict=True):
             within = (detect_pitch(what) - wanted).abs() < 0.5
             scores[f"pitch_within_50_cents{name}"] = within.float().mean().item()
     if model.condition in ("family", "both"):
         classifier = train_classifier(notes)
-        for name, what, wanted in (("", stft(heard), asked_family), ("_real", reference, family)):
+        magnitudes = (*map(stft, heard), reference)
+        for name, what, wanted in zip(JUDGED, magnitudes, (label[1], label[1], family), strict=True):
             right = classifier(classifier.features(what)) == wanted
             scores[f"family_agreement{name}"] = right.float().mean().item()
     return scores
@@ -920,7 +996,7 @@ def show_reconstructions(model, notes, run, step):
 
 
 def show_draws(model, notes, run, step):
-    """Twelve draws from the prior, asked for labels of training notes where the model is conditional."""
+    """Twelve draws from the fitted prior, asked for labels of training notes where the model is conditional."""
     asked = torch.randint(len(notes.train.notes), (12,), generator=random_generator("asked for a figure"))
     pitch, family = notes.train.pitch[asked], notes.train.family[asked]
     levels = draw(model, pitch, family, "figure")
@@ -962,8 +1038,9 @@ def show_scale(model, notes, run, step):
         if not starts:
             continue
         pitch = starts[len(starts) // 2] + torch.tensor([0, 2, 4, 5, 7, 9, 11, 12], device=device)
-        z = torch.randn(model.d, generator=random_generator("scale", family)).to(device).expand(len(pitch), -1)
-        decoded = model.decode(z, model.label(pitch, torch.full_like(pitch, family)))
+        noise = torch.randn(model.d, generator=random_generator("scale", family)).to(device).expand(len(pitch), -1)
+        label = pitch, torch.full_like(pitch, family)
+        decoded = model.decode(model.prior(noise, *label), model.label(*label))
         rows.append(model.spectrogram.unscale(decoded).cpu())
         names.append(f"{notes.families[family]}\nfrom {pitch[0]}")
         waveforms.append(stitched(sound(model, rows[-1]), 0.5))
@@ -1139,6 +1216,7 @@ def main(context, **options):
         scores = {name: watch(model, getattr(notes, name)) for name in ("train", "valid")}
         run.scalars({f"{split}/{name}": v for split, values in scores.items() for name, v in values.items()}, step)
         if due:
+            fit_prior(model, notes.train)
             explore(model, notes, run, step)
         return "LSD {valid[lsd]:.2f} dB (train {train[lsd]:.2f}), KL {valid[kl]:.0f} nats".format(**scores)
 
@@ -1146,6 +1224,7 @@ def main(context, **options):
 
     # 3. Evaluate.
     if rank == 0 and complete:
+        run.save(model, optimizer, step, 60 * minutes)  # with the prior that the last report fitted
         scores = evaluate(model, notes)
         run.metrics(scores | {"step": step, "minutes": minutes, "data": notes.source})
         click.echo(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -283,6 +283,39 @@ def test_the_objective_is_the_negative_elbo_at_beta_1():
     assert loss.item() * level[0].numel() == pytest.approx((kl - log_likelihood).item(), rel=1e-4)
 
 
+@torch.no_grad()
+def test_the_fitted_prior_draws_what_the_posteriors_add_up_to():
+    generator = random_generator("posteriors")
+    n, factor = 20_000, torch.tensor([[1.0, 0.0], [0.6, 0.5]])
+    pitch, family = (torch.randint(low, high, (n,), generator=generator) for low, high in ((48, 73), (0, 2)))
+    x = (pitch - 60) / 12
+    curve = torch.stack([2 * x + 1, x.square()], dim=1) * (1 - 2 * family[:, None])  # of family 1 the opposite
+    mu = curve + torch.randn(n, 2, generator=generator) @ factor.T
+    logvar = torch.full((n, 2), 0.3).log()
+    prior = audio.FittedPrior(2, "both", 3)
+    noise = torch.randn(n, 2, generator=generator)
+    torch.testing.assert_close(prior(noise, pitch, family), noise)
+
+    prior.fit(mu, logvar, pitch, family)
+    torch.testing.assert_close(prior(torch.zeros(n, 2), pitch, family), curve, atol=0.1, rtol=0)
+    drawn = prior(noise, pitch, family)
+    torch.testing.assert_close(torch.cov((drawn - curve).T), factor @ factor.T + 0.3 * torch.eye(2), atol=0.05, rtol=0)
+    torch.testing.assert_close(prior(noise[:9], pitch[:9], torch.full((9,), 2)), noise[:9])  # no notes of it
+    ends = prior(torch.zeros(2, 2), torch.tensor([72, 100]), torch.tensor([0, 0]))
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+@torch.no_grad()
+def test_a_prior_fitted_to_one_note_or_without_a_label_is_a_distribution():
+    for condition in ("none", "pitch", "family", "both"):
+        prior = audio.FittedPrior(4, condition, 2)
+        label = torch.tensor([60]), torch.tensor([1])
+        prior.fit(torch.full((1, 4), 3.0), torch.full((1, 4), -9.0), *label)
+        z = prior(torch.randn(50, 4, generator=random_generator("one")), *(v.expand(50) for v in label))
+        assert torch.isfinite(z).all() and (z.std(0) > 0.3).all()
+        assert (z.mean(0) > 0.5).all(), "drawn towards the note"
+
+
 def test_making_a_note_louder_scales_its_magnitudes():
     level, _, _ = some_levels(2)
     gain = torch.tensor([2.0, 0.5])
