@@ -12,6 +12,7 @@
 |----------|-------------------------------------------|----------------------------------------------------------|
 | encoder  | waveform (B, 64000), pitch (B,) and       | mu, logvar (B, D), kl (B,)                               |
 |          | family (B,) where the model has them      |                                                          |
+| prior    | noise (B, D) of N(0, I), pitch, family    | z (B, D), a draw of the fitted prior                     |
 | decoder  | z (B, D), pitch (B,), family (B,)         | spectrogram (B, bins, T): STFT magnitudes or mel bands   |
 | vocoder  | spectrogram (B, bins, T), any T above 4   | waveform (B, (T - 1) hop): Griffin-Lim, 32 iterations    |
 
