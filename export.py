@@ -164,7 +164,7 @@ class VocoderGraph(nn.Module):
 class EncoderGraph(nn.Module):
     def __init__(self, model):
         super().__init__()
-        self.model = part(model, "encoder", "background")
+        self.model = model  # all of it: what slots draw decides which cells are chosen next
         self.outputs = ["mu", "logvar", "cell", "kl", "kl_map"] + ["background"] * (model.background is not None)
 
     def forward(self, image):

@@ -34,7 +34,6 @@ from common import (
     alpha_masks,
     autocast,
     beta_at,
-    centres,
     compose,
     descend,
     gather_cells,
@@ -554,6 +553,9 @@ UPSCALE = 4  # slots are decoded at a quarter of the picture's size and unfolded
 BACKGROUND_GRID = 8  # the background's latent moves a smooth picture of 8 x 8 knots: light and shade, but no objects
 BACKGROUND_D = 8
 NOTHING = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
+WINDOW = 3  # cells: of neighbours, only the one of highest KL becomes a slot
+BESIDE = 1e-3  # what the KL of cells beside a chosen one still counts
+VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 
@@ -562,7 +564,7 @@ class Encoding(NamedTuple):
 
     mu: torch.Tensor  # (B, N, D)
     logvar: torch.Tensor  # (B, N, D)
-    cell: torch.Tensor  # (B, N, 2): the (y, x) of every slot's cell
+    cell: torch.Tensor  # (B, N, 2): the (y, x) where every slot stands
     kl: torch.Tensor  # (B, N), nats
     kl_map: torch.Tensor  # (B, H_l, W_l), nats
     background: torch.Tensor | None  # (B, C, h, w)
@@ -570,31 +572,41 @@ class Encoding(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Picture -> a posterior of D latents in every cell of a map, and pooled features of the whole.
+    """Picture -> a posterior of D latents in every cell of a map, where its slot would stand, and pooled features.
 
-    Told no position, it treats an object the same wherever it stands, and flat ground does not outrank objects. It
-    is told where the decoder needs to know (`coords="absolute"`).
+    A slot stands up to `shift` from the middle of its cell, on either axis: an object's corner is easier to find than
+    its middle, and a slot that stood there would need the reach of twice the object (docs/mvae-log.md). Told no
+    position, the encoder treats an object the same wherever it is, and flat ground does not outrank objects. It is told
+    where the decoder needs to know (`coords="absolute"`).
     """
 
-    def __init__(self, size, cells, d, channels, told_position):
+    def __init__(self, size, cells, d, channels, shift, told_position):
         super().__init__()
-        self.told_position = told_position
+        self.told_position, self.furthest = told_position, shift
         layers = [nn.Conv2d(5 if told_position else 3, channels, 5, stride=2, padding=2)]
         for _ in range(int(math.log2(size // cells)) - 1):
             layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
+        self.register_buffer("middles", position_grid(cells, cells), persistent=False)
+        if shift:
+            self.shift = nn.Conv2d(channels, 2, 1)
+            nn.init.zeros_(self.shift.weight)
+            nn.init.zeros_(self.shift.bias)
         if told_position:
             self.register_buffer("grid", position_grid(size, size), persistent=False)
 
     def forward(self, image):
-        """image (B, 3, H, W) -> mu and logvar, each (B, D, H_l, W_l), and features (B, channels)."""
+        """image (B, 3, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l), features (B, channels)."""
         if self.told_position:
             image = torch.cat([image, self.grid.expand(image.shape[0], -1, -1, -1)], dim=1)
         h = self.trunk(image)
-        mu, logvar = self.head(h).float().chunk(2, dim=1)
-        return mu, logvar + LOGVAR_START, h.float().mean((2, 3))
+        mu, logvar = self.head(h).to(self.middles.dtype).chunk(2, dim=1)
+        place = self.middles.expand(image.shape[0], -1, -1, -1)
+        if self.furthest:
+            place = place + self.furthest * self.shift(h).to(place.dtype).tanh()
+        return mu, logvar + LOGVAR_START, place, h.to(place.dtype).mean((2, 3))
 
 
 class Background(nn.Module):
@@ -636,19 +648,19 @@ class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
-    are combined and decoded on together. op "alpha": softmax masks over slots and background. `reach`: how far from
-    its cell a slot can be drawn, in half picture widths; 0 for no bound.
+    are combined and decoded on together. op "alpha": softmax masks over slots and background. In half picture widths,
+    `shift`: how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound.
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, reach
+        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, shift, reach
     ):  # fmt: skip
         super().__init__()
         self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
         self.suppress, self.reach, self.cells = suppress, reach, cells
         side = size // UPSCALE
         parts = 3 if compose_at == "data" else channels
-        self.encoder = Encoder(size, cells, d, channels, told_position=coords == "absolute")
+        self.encoder = Encoder(size, cells, d, channels, shift, told_position=coords == "absolute")
         self.slot_decoder = BroadcastDecoder(d, channels, (side, side), blocks=2, coords=coords)
         out = (parts + (op == "alpha")) * (UPSCALE**2 if compose_at == "data" else 1)
         self.to_layer = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
@@ -665,7 +677,6 @@ class MVAE(nn.Module):
             self.background = Background((parts, layer_side, layer_side), channels, d_background)
         self.noise_size = n_slots * d + (BACKGROUND_D if background == "latent" else 0)
         self.register_buffer("grid", position_grid(layer_side, layer_side), persistent=False)
-        self.register_buffer("centres", centres(cells), persistent=False)
 
     @torch.no_grad()
     def start_from(self, mean):
@@ -690,21 +701,65 @@ class MVAE(nn.Module):
 
     def encode(self, image, noise=None):
         """image (B, 3, H, W) in [0, 1] -> Encoding; `noise` (B, d) samples the background's latents."""
-        mu, logvar, features = self.encoder(image)
+        mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
-        index = select_cells(kl_map, self.n_slots, self.suppress)
-        cell = torch.stack([self.centres[index // self.cells], self.centres[index % self.cells]], dim=-1)
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
         if self.background is not None:
             background, kl_background = self.background(features, noise)
+        index = self.select(kl_map, mu, place, background, self.n_slots)
         kl = kl_map.flatten(1).gather(1, index)
-        slots = gather_cells(mu, index), gather_cells(logvar, index)
-        return Encoding(*slots, cell, kl, kl_map, background, kl_background)
+        slots = (gather_cells(values, index) for values in (mu, logvar, place))
+        return Encoding(*slots, kl, kl_map, background, kl_background)
+
+    @torch.no_grad()
+    def select(self, kl_map, mu, place, background, n):
+        """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
+
+        With `suppress` "drawn" they are chosen one after the other, and a cell counts as much less as slots chosen
+        before it draw in it, or where its own slot would stand. The other ways are those of `select_cells`.
+        """
+        if self.suppress != "drawn":
+            return select_cells(kl_map, n, WINDOW if self.suppress == "window" else 1)
+        kl, free, chosen = kl_map.flatten(1), torch.ones_like(kl_map).flatten(1), []
+        row, column = ((place.flatten(2) + 1) / 2 * self.cells).long().clamp(0, self.cells - 1).unbind(1)
+        stands = row * self.cells + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
+        for k in range(n):
+            index = (kl * free).argmax(1, keepdim=True)  # (B, 1)
+            chosen.append(index)
+            if k + 1 == n:
+                break
+            drawn = self.drawn(gather_cells(mu, index), gather_cells(place, index), background).flatten(1)
+            taken = (torch.arange(kl.shape[1], device=kl.device) == index).to(kl.dtype).view_as(kl_map)
+            near = F.max_pool2d(taken[:, None], WINDOW, stride=1, padding=WINDOW // 2).flatten(1)
+            free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
+            free = torch.where(taken.flatten(1) > 0, -1.0, free * (1 - near * (1 - BESIDE)))
+        index = torch.cat(chosen, dim=1)
+        return index.gather(1, kl.gather(1, index).topk(n).indices)
+
+    def drawn(self, z, cell, background):
+        """How much of every cell one slot draws, alone, 0 to 1: z (B, 1, D), cell (B, 1, 2) -> (B, H_l, W_l)."""
+        behind, slot = self.responsibilities(self.decode(z, cell), background).unbind(1)  # (B, H, W) each
+        return F.avg_pool2d(slot / (behind + slot), slot.shape[-1] // self.cells)
+
+    def responsibilities(self, layer, background):
+        """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
+
+        With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
+        makes to the picture of a layer that draws nothing, the background's share being VISIBLE.
+        """
+        if self.op == "alpha":
+            masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
+            scale = UPSCALE if self.compose_at == "feature" else 1
+            return F.interpolate(masks, scale_factor=scale, mode="bilinear") if scale > 1 else masks
+        empty = self.compose(nothing(layer, self.op), background)
+        alone = [self.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])]
+        change = torch.stack([(image - empty).abs().mean(1) for image in alone], dim=1)
+        return torch.cat([torch.full_like(change[:, :1], VISIBLE), change], dim=1)
 
     def decode(self, z, cell):
         """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
         h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
-        layer = self.to_layer(h).float().unflatten(0, z.shape[:2])
+        layer = self.to_layer(h).to(self.grid.dtype).unflatten(0, z.shape[:2])
         return self.fade(layer, cell) if self.reach else layer
 
     def fade(self, layer, cell):
@@ -725,83 +780,41 @@ class MVAE(nn.Module):
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, 3, H, W)."""
-        return self.to_image(compose(layer, background, self.op)).float()
+        return self.to_image(compose(layer, background, self.op)).to(self.grid.dtype)
 
-    def forward(self, image, noise, shown):
-        """image (B, 3, H, W), noise (B, noise_size), shown (B,) -> Encoding, layer (B, N, C, h, w), image (B, 3, H, W).
-
-        The picture is composed of its first `shown` slots alone.
-        """
+    def forward(self, image, noise):
+        """image (B, 3, H, W), noise (B, noise_size) -> Encoding, image (B, 3, H, W)."""
         encoding = self.encode(image, noise[:, self.n_slots * self.d :])
         slot_noise = noise[:, : self.n_slots * self.d].unflatten(1, (self.n_slots, self.d))
         layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
-        first = torch.arange(self.n_slots, device=image.device) < shown[:, None]  # (B, N)
-        drawn = torch.where(first[..., None, None, None], layer, nothing(layer, self.op))
-        return encoding, layer, self.compose(drawn, encoding.background)
+        return encoding, self.compose(layer, encoding.background)
 
 
 # ---------------------------------------------------------------- Objective
 
 
-def presence(layer, background, op):
-    """How much a slot draws in every pixel: layer (B, N, C, h, w) -> (B, N, h, w)."""
-    if op == "alpha":
-        return alpha_masks(layer)[:, 1:, 0]
-    if op == "max":
-        return (layer - background[:, None]).clamp(min=0).mean(2)
-    if op == "min":
-        return (background[:, None] - layer).clamp(min=0).mean(2)
-    return layer.abs().mean(2)
-
-
-def distance_from_cells(presence, cell):
-    """Squared distance of the slots' centres of mass from their cells, summed over slots: (B,), in half widths squared.
-
-    presence (B, N, h, w), cell (B, N, 2); a slot that draws little counts little.
-    """
-    grid = position_grid(*presence.shape[2:]).to(cell.device)
-    mass = presence.sum((2, 3))
-    drawn = mass / (mass + SMALLEST * presence[0, 0].numel())
-    centre = torch.einsum("bnhw,chw->bnc", presence, grid) / mass.clamp(min=1e-6)[..., None]
-    return (drawn * (centre - cell).square().sum(2)).sum(1)
-
-
-def objective(image, mean, layer, encoding, beta, options):
-    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of slots off their cells.
+def objective(image, mean, encoding, beta, options):
+    """Negative ELBO in nats per picture, its KL weighed by beta, and its terms.
 
     --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" charges the
-    slots alone. --anchor: with relative coordinates a common offset of all slots from their cells costs nothing, and an
-    object's corner is easier to find than its middle. Offsets would grow, and objects near the border, or large ones,
-    fall to the wrong cells or to several (docs/mvae-log.md). Returns the loss and its terms.
+    slots alone.
     """
     reconstruction = -gaussian_log_likelihood(image, mean, options["sigma"]).mean()
     charged = encoding.kl_map.flatten(1) if options["kl_cells"] == "all" else encoding.kl
     kl = (charged.sum(1) + encoding.kl_background).mean()
-    offset = distance_from_cells(presence(layer, encoding.background, options["op"]), encoding.cell).mean()
     terms = {
         "loss/reconstruction": reconstruction,
         "loss/kl": kl,
         "loss/kl_background": encoding.kl_background.mean(),
-        "loss/offset": offset,
     }
-    return reconstruction + beta * kl + options["anchor"] * offset, terms
+    return reconstruction + beta * kl, terms
 
 
-def shown_slots(n_slots, nested, generator, total):
-    """How many slots each of `total` training pictures is composed of: all, or in a share `nested` of them 1 to N.
-
-    Nested dropout (Rippel et al. 2014) over slots in the order of their KL. A slot that helps another to draw an object
-    is paid for always and shown seldom, so that it is worth less than its KL, and objects stay whole.
-    """
-    chance, rank = torch.rand(2, total, generator=generator)
-    return torch.where(chance < nested, 1 + (rank * n_slots).long(), n_slots)
-
-
-def update(forward, optimizer, image, noise, shown, beta, lr, options):
+def update(forward, optimizer, image, noise, beta, lr, options):
     """One step of Adam; returns the terms, of this process's share, and the values used."""
     with autocast(image.device, options["precision"]):
-        encoding, layer, mean = forward(image, noise, shown)
-    values = descend(*objective(image, mean, layer, encoding, beta, options), optimizer, lr, CLIP)
+        encoding, mean = forward(image, noise)
+    values = descend(*objective(image, mean, encoding, beta, options), optimizer, lr, CLIP)
     negative_elbo = values["loss/reconstruction"] + values["loss/kl"]  # the objective weighs the KL by beta besides
     return values | {"loss/negative_elbo": negative_elbo, "schedule/beta": beta, "schedule/lr": lr}
 
@@ -810,24 +823,7 @@ def update(forward, optimizer, image, noise, shown, beta, lr, options):
 
 HELD_OUT = 320  # scenes scored, as in the literature; and pairs of scenes recomposed
 PAIRS = 64
-VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
-
-
-def responsibilities(model, layer, background):
-    """How much every component owns every pixel: (B, N + 1, H, W), the background first.
-
-    With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
-    makes to the picture of a layer that draws nothing, the background's share being VISIBLE.
-    """
-    if model.op == "alpha":
-        masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
-        scale = UPSCALE if model.compose_at == "feature" else 1
-        return F.interpolate(masks, scale_factor=scale, mode="bilinear") if scale > 1 else masks
-    empty = model.compose(nothing(layer, model.op), background)
-    alone = [model.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])]
-    change = torch.stack([(image - empty).abs().mean(1) for image in alone], dim=1)
-    return torch.cat([torch.full_like(change[:, :1], VISIBLE), change], dim=1)
 
 
 def adjusted_rand_index(predicted, true):
@@ -916,7 +912,7 @@ def slots_of(model, image, label, wanted):
     """Encode, and find for every picture the layers of the slots matched to the objects `wanted` (K,)."""
     encoding = model.encode(image)
     layer = model.decode(encoding.mu, encoding.cell)
-    segment = responsibilities(model, layer, encoding.background).argmax(1)
+    segment = model.responsibilities(layer, encoding.background).argmax(1)
     chosen = []
     for b in range(len(image)):
         shared, objects, slots, labels = overlaps(segment[b], label[b], model.n_slots)
@@ -971,12 +967,12 @@ def evaluate(model, data, images, labels, sigma):
             "kl_background": encoding.kl_background,
         }
         ranks = min(model.n_slots + 2, encoding.kl_map[0].numel())
-        by_rank = encoding.kl_map.flatten(1).gather(1, select_cells(encoding.kl_map, ranks, model.suppress))
+        by_rank = encoding.kl_map.flatten(1).gather(1, select_cells(encoding.kl_map, ranks, WINDOW))
         score |= {f"kl_rank/{r + 1}": by_rank[:, r] for r in range(ranks)}
         for name, value in score.items():
             sums[name] = sums.get(name, 0) + value.sum().item()
         if labels is not None:
-            owned = responsibilities(model, layer, encoding.background)
+            owned = model.responsibilities(layer, encoding.background)
             offsets += cell_offsets(owned, encoding.cell).tolist()
             scored = (segmentation_scores(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True))
             scenes += [scores for scores in scored if scores]
@@ -1009,7 +1005,7 @@ def decomposition_figure(model, images):
     encoding = model.encode(images)
     layer = model.decode(encoding.mu, encoding.cell)
     mean = model.compose(layer, encoding.background)
-    segments = responsibilities(model, layer, encoding.background).argmax(1).cpu().numpy()
+    segments = model.responsibilities(layer, encoding.background).argmax(1).cpu().numpy()
     alone = [model.compose(layer[:, k : k + 1], encoding.background) for k in range(model.n_slots)]
     rows = []
     for b in range(len(images)):
@@ -1042,8 +1038,8 @@ def recomposition_figure(model, images):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1, "anchor": 0.0,
-                "nested": 0.0, "minutes": 10.0},
+    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1,
+                "minutes": 10.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 8.0,
               "warmup": 0.4, "batch": 16, "minutes": 5.0},
 }  # fmt: skip
@@ -1059,6 +1055,7 @@ MODEL_OPTIONS = (
     "suppress",
     "coords",
     "background",
+    "shift",
     "reach",
 )
 # What a resumed run may change; the rest made its weights.
@@ -1107,8 +1104,6 @@ def check_options(options):
         )
     if options["n_slots"] > cells**2:
         raise click.UsageError(f"--N {options['n_slots']}: a map of {cells} x {cells} cells has no so many")
-    if options["suppress"] % 2 == 0:
-        raise click.UsageError(f"--suppress {options['suppress']}: a window has an odd number of cells, 1 for none")
     if options["channels"] % 8:
         raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
     if options["op"] in ("alpha", "max", "min") and options["background"] == "none":
@@ -1142,18 +1137,20 @@ def headline(metrics):
     help="Behind the slots: nothing, one learned picture, or that picture shaded by latents.",
 )
 @click.option("--kl-cells", type=click.Choice(["all", "selected"]), default="all", help="Cells whose KL is charged.")
-@click.option("--suppress", type=click.IntRange(1), default=5, help="Window whose highest cell alone counts; 1: off.")
+@click.option(
+    "--suppress",
+    type=click.Choice(["none", "window", "drawn"]),
+    default="drawn",
+    help="Cells that cannot become slots: none, neighbours of a higher one, or also those that a chosen slot draws.",
+)
 @click.option(
     "--coords",
     type=click.Choice(["relative", "absolute"]),
     default="relative",
     help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
 )
+@click.option("--shift", type=FiniteRange(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
-@click.option("--anchor", type=FiniteRange(0), default=200.0, help="Price of a slot's distance from its cell; 0: free.")
-@click.option(
-    "--nested", type=FiniteRange(0, 1), default=1.0, help="Share of pictures composed of their first n slots."
-)
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
@@ -1199,11 +1196,9 @@ def main(context, **options):
         image = data.batch(step, mine.start, mine.stop, total)
         generator = random_generator("noise", options["seed"], step)
         noise = torch.randn(total, model.noise_size, generator=generator)[mine].to(device)
-        shown = shown_slots(model.n_slots, options["nested"], generator, total)[mine].to(device)
         beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
-        return update(
-            forward, optimizer, image, noise, shown, beta, learning_rate_at(progress, step, options["lr"]), options
-        )
+        lr = learning_rate_at(progress, step, options["lr"])
+        return update(forward, optimizer, image, noise, beta, lr, options)
 
     def report(step, minutes, due):
         run.figure("decomposition", decomposition_figure(model, images[:6]), step)

@@ -25,7 +25,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "suppress": 3, "coords": "relative", "background": "latent", "reach": 0.6,
+        "suppress": "drawn", "coords": "relative", "background": "latent", "shift": 0.3, "reach": 0.6,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -33,8 +33,7 @@ def build(**changes):
     return model
 
 
-EVERY = torch.full((4,), 3)  # all slots of four pictures are shown
-PRICES = {"op": "alpha", "sigma": 0.1, "kl_cells": "all", "anchor": 100.0, "precision": "fp32"}
+PRICES = {"sigma": 0.1, "kl_cells": "all", "precision": "fp32"}
 
 
 def pictures(n=2):
@@ -54,24 +53,68 @@ COMBINATIONS += [(o, c, "none") for o in ("sum", "mean") for c in ("data", "feat
 @pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
 def test_every_parameter_gets_a_gradient(op, compose_at, background):
     model = build(op=op, compose_at=compose_at, background=background)
-    encoding, layer, mean = model(pictures(4), noise_for(model, 4), EVERY)
+    encoding, mean = model(pictures(4), noise_for(model, 4))
     assert mean.shape == (4, 3, 32, 32)
-    assert layer.shape[:2] == (4, 3)
     assert encoding.mu.shape == encoding.logvar.shape == (4, 3, 4)
-    loss, _ = train_mvae.objective(pictures(4), mean, layer, encoding, 1.0, PRICES | {"op": op})
+    loss, _ = train_mvae.objective(pictures(4), mean, encoding, 1.0, PRICES)
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
 
 
-def test_slots_are_the_cells_of_highest_kl_in_falling_order():
-    model = build()
+@torch.no_grad()
+@pytest.mark.parametrize("suppress", ["none", "window", "drawn"])
+def test_slots_are_cells_in_falling_order_of_their_kl(suppress):
+    model = build(suppress=suppress, shift=0.0)
     encoding = model.encode(pictures())
     assert (encoding.kl[:, :-1] >= encoding.kl[:, 1:]).all()
     torch.testing.assert_close(encoding.kl[:, 0], encoding.kl_map.flatten(1).amax(1))
-    column = ((encoding.cell[..., 1] + 1) * 4 - 0.5).round().long()
-    row = ((encoding.cell[..., 0] + 1) * 4 - 0.5).round().long()
+    row, column = ((encoding.cell + 1) * 4 - 0.5).round().long().unbind(-1)
     torch.testing.assert_close(encoding.kl_map.flatten(1).gather(1, row * 8 + column), encoding.kl)
+    assert all(len(set(cells)) == 3 for cells in (row * 8 + column).tolist())
+
+
+class Painter(MVAE):
+    """An MVAE whose slots draw discs of the radius their first latent says, where they stand."""
+
+    def decode(self, z, cell):
+        distance = (self.grid - cell[..., None, None]).norm(dim=2, keepdim=True)  # (B, N, 1, h, w)
+        logit = 40 * (z[..., :1, None, None] - distance)
+        return torch.cat([torch.ones_like(logit).expand(-1, -1, 3, -1, -1), logit], dim=2)
+
+
+@torch.no_grad()
+def test_cells_that_a_chosen_slot_draws_become_no_slots():
+    model = build()
+    model.__class__ = Painter
+    kl_map, place = torch.zeros(1, 8, 8), train_mvae.position_grid(8, 8)[None].clone()
+    mu = torch.full((1, 4, 8, 8), 0.1)
+    mu[0, 0, 2, 2] = 0.6  # a large disc, which reaches 2.4 cells far
+    for k, (row, column) in enumerate([(2, 2), (2, 4), (4, 2), (3, 3), (6, 6), (2, 6), (7, 0)]):
+        kl_map[0, row, column] = 20 - k
+    place[0, :, 2, 6] = torch.tensor([-0.375, -0.375])  # its slot would stand in the large disc
+    index = model.select(kl_map, mu, place, None, 3)
+    assert index.tolist() == [[2 * 8 + 2, 6 * 8 + 6, 7 * 8 + 0]]
+    model.suppress = "window"
+    assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 54]]
+    model.suppress = "none"
+    assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 27]]
+
+
+@torch.no_grad()
+def test_as_many_slots_as_cells_are_all_cells_once():
+    for suppress in ("none", "window", "drawn"):
+        encoding = build(suppress=suppress, n_slots=64, shift=0.0).encode(pictures(1))
+        assert len({tuple(cell) for cell in encoding.cell[0].tolist()}) == 64
+
+
+@torch.no_grad()
+def test_a_slot_stands_at_most_the_shift_from_its_cell_and_is_moved_with_its_content():
+    model = build(n_slots=1)
+    middle = model.encode(pictures()).cell
+    model.encoder.shift.bias.copy_(torch.tensor([100.0, -0.5]))
+    moved = model.encode(pictures()).cell - middle
+    torch.testing.assert_close(moved, torch.tensor([0.3, 0.3 * math.tanh(-0.5)]).expand(2, 1, 2))
 
 
 def test_with_absolute_coordinates_encoder_and_decoder_know_the_place():
@@ -106,27 +149,11 @@ def test_a_slot_is_drawn_within_reach_of_its_cell(op):
     assert (image - expected)[..., distance < 0.3].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("op", ["sum", "max", "min", "alpha"])
-def test_a_picture_of_the_first_slots_is_composed_of_them_alone(op):
-    model = build(op=op)
-    encoding, layer, image = model(pictures(), noise_for(model), torch.tensor([1, 2]))
-    for b, shown in enumerate((1, 2)):
-        expected = model.compose(layer[b : b + 1, :shown], encoding.background[b : b + 1])
-        torch.testing.assert_close(image[b : b + 1], expected, atol=2e-4, rtol=0)
-
-
-def test_nested_pictures_show_every_number_of_slots_alike():
-    shown = train_mvae.shown_slots(4, 0.5, random_generator("shown"), 40_000)
-    share = torch.bincount(shown, minlength=5) / 40_000
-    torch.testing.assert_close(share, torch.tensor([0, 0.125, 0.125, 0.125, 0.625]), atol=0.01, rtol=0)
-    assert (train_mvae.shown_slots(4, 0.0, random_generator("shown"), 1000) == 4).all()
-
-
 def test_the_model_starts_from_the_mean_picture():
     mean = torch.rand(3, 32, 32, generator=random_generator("mean"))
     model = build(op="sum")
     model.start_from(mean)
-    encoding, _, image = model(pictures(), torch.zeros(2, model.noise_size), EVERY[:2])
+    encoding, image = model(pictures(), torch.zeros(2, model.noise_size))
     assert (image - mean).abs().mean() < 0.15
     assert encoding.kl_map.mean() < 20
 
@@ -134,28 +161,15 @@ def test_the_model_starts_from_the_mean_picture():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, layer, mean = model(image, noise_for(model), EVERY[:2])
-    offset = train_mvae.distance_from_cells(train_mvae.presence(layer, None, "alpha"), encoding.cell)
+    encoding, mean = model(image, noise_for(model))
     for cells in ("all", "selected"):
-        options = {"sigma": 0.2, "kl_cells": cells, "anchor": 70.0, "op": "alpha"}
-        loss, terms = train_mvae.objective(image, mean, layer, encoding, 2.5, options)
+        options = {"sigma": 0.2, "kl_cells": cells}
+        loss, terms = train_mvae.objective(image, mean, encoding, 2.5, options)
         slots = encoding.kl_map.sum((1, 2)) if cells == "all" else encoding.kl.sum(1)
         kl = slots + encoding.kl_background
-        expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * kl + 70 * offset
+        expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * kl
         torch.testing.assert_close(loss, expected.mean())
         torch.testing.assert_close(terms["loss/kl"], kl.mean())
-
-
-def test_distance_from_cells_is_that_of_the_centre_of_mass():
-    drawn = torch.zeros(1, 3, 16, 16)
-    drawn[0, 0, 4:8, 8:12] = 1.0  # its middle at (-0.25, 0.25)
-    drawn[0, 1, 4:8, 8:12] = 1e-4  # the same, but next to nothing
-    cell = torch.tensor([[[-0.25, 0.25], [0.5, 0.5], [0.0, 0.0]]])  # the third slot draws nothing
-    assert train_mvae.distance_from_cells(drawn, cell).item() == pytest.approx(0, abs=2e-3)
-    cell[0, 0] = torch.tensor([-0.25, -0.25])
-    drawn[0, 1] = 0
-    weight = 16 / (16 + train_mvae.SMALLEST * 256)
-    assert train_mvae.distance_from_cells(drawn, cell).item() == pytest.approx(0.25 * weight)
 
 
 # ---------------------------------------------------------------- Scores
@@ -168,7 +182,7 @@ def test_pixels_out_of_every_slots_reach_belong_to_the_background(op, compose_at
     encoding = model.encode(pictures())
     cell = torch.tensor([[[-0.8, -0.8]]]).expand(2, 3, 2)
     layer = 5 * model.decode(torch.randn(2, 3, 4), cell)
-    owned = train_mvae.responsibilities(model, layer, encoding.background)
+    owned = model.responsibilities(layer, encoding.background)
     assert owned.shape == (2, 4, 32, 32)
     assert (owned.argmax(1)[:, 24:, 24:] == 0).all()
 
@@ -242,6 +256,7 @@ class Oracle(torch.nn.Module):
     """Stands in for a trained model: slot k is object k as it is seen, whatever encoder and decoder would do."""
 
     op, compose_at, n_slots = "sum", "data", 3
+    responsibilities = MVAE.responsibilities
 
     def __init__(self, pictures):
         super().__init__()
@@ -393,7 +408,7 @@ def test_training_finds_objects(tmp_path, monkeypatch):
     """Three hundred steps on scenes of two sprites already tell the two apart."""
     monkeypatch.setattr(train_mvae, "HELD_OUT", 64)
     args = ["--dataset", "sprites", "--objects", 2, "--N", 2, "--op", "sum", "--background", "none", "--steps", 300]
-    train(*args, "--size", 32, "--cells", 8, "--suppress", 3, "--device", "cpu", "--out", tmp_path / "run")
+    train(*args, "--size", 32, "--cells", 8, "--device", "cpu", "--out", tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["mse"] < 0.015  # black pictures: 0.026
     assert metrics["ari_fg"] > 0.7  # one slot for all: 0
@@ -405,7 +420,7 @@ def test_training_finds_objects(tmp_path, monkeypatch):
         (["--dataset", "faces"], 2, "'sprites', 'clevr'"),
         (["--N", "0"], 2, "--N"),
         (["--N", "300", "--cells", "8"], 2, "map of 8 x 8"),
-        (["--suppress", "4"], 2, "odd"),
+        (["--suppress", "4"], 2, "drawn"),
         (["--channels", "12"], 2, "multiple of 8"),
         (["--size", "40", "--cells", "16"], 2, "times the cells"),
         (["--op", "alpha", "--background", "none"], 2, "needs a --background"),
@@ -501,9 +516,9 @@ def gradients_of(rank, world, folder):
     optimizer = torch.optim.Adam(model.parameters())
     share = 32 // world
     mine = slice(rank * share, (rank + 1) * share)
-    noise, shown = noise_for(model, 32)[mine], torch.arange(32)[mine] % 3 + 1
+    noise = noise_for(model, 32)[mine]
     train_mvae.CLIP = math.inf
-    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, shown, 1.0, 0.0, PRICES)
+    train_mvae.update(model, optimizer, data.batch(0, mine.start, mine.stop, 32), noise, 1.0, 0.0, PRICES)
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{world}.pt")
     torch.distributed.destroy_process_group()

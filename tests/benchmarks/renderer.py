@@ -58,11 +58,10 @@ def main(data_root, figure):
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
     image = torch.rand(options["batch"], 3, options["size"], options["size"])
     noise = torch.randn(options["batch"], model.noise_size)
-    shown = torch.full((options["batch"],), model.n_slots)
 
     def train(steps=10):
         for _ in range(steps):
-            train_mvae.update(model, optimizer, image, noise, shown, 1.0, options["lr"], options)
+            train_mvae.update(model, optimizer, image, noise, 1.0, options["lr"], options)
 
     used = scenes_a_second(train, 10 * options["batch"])
     print(f"{torch.get_num_threads()} threads, {options['size']} x {options['size']} pictures")
