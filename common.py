@@ -776,6 +776,14 @@ def plotted(figure):
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
+def earlier_curve(folder, step):
+    """The points up to `step` of the curve.json in a run folder; none where the file is not usable."""
+    try:
+        return [point for point in json.loads((folder / "curve.json").read_text()) if point["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 class Run:
     """A run folder: config.json, checkpoint.pt, metrics.json, figures/*.png, sounds/*.wav and TensorBoard events.
 

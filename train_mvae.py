@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
@@ -36,11 +37,13 @@ from common import (
     beta_at,
     compose,
     descend,
+    earlier_curve,
     gather_cells,
     gaussian_kl,
     gaussian_log_likelihood,
     learning_rate_at,
     pick_device,
+    plotted,
     position_grid,
     random_generator,
     reparameterize,
@@ -49,6 +52,7 @@ from common import (
     start_distributed,
     start_run,
     train,
+    write_json,
 )
 from recompose import contact_sheet, kl_tile, load_picture, square, to_uint8
 
@@ -1035,6 +1039,62 @@ def recomposition_figure(model, images):
     return contact_sheet(rows)
 
 
+@torch.no_grad()
+def replaced(model, encoding, b, k, z=None, cell=None):
+    """Picture b composed anew, its slot k with other latents z (n, D) or at other places cell (n, 2): (n, 3, H, W)."""
+    n = len(z if z is not None else cell)
+    every = [values[b : b + 1].repeat(n, 1, 1) for values in (encoding.mu, encoding.cell)]  # (n, N, ...)
+    for values, new in zip(every, (z, cell), strict=True):
+        if new is not None:
+            values[:, k] = new
+    background = None if encoding.background is None else encoding.background[b : b + 1].expand(n, -1, -1, -1)
+    return model.compose(model.decode(*every), background)
+
+
+@torch.no_grad()
+def traversal_figure(model, images, rows=6, columns=7):
+    """One latent of slot 0 at a time through the prior's width, a row each: those of highest KL, the rest as it was."""
+    encoding = model.encode(images[:1])
+    mu = encoding.mu[0, 0]
+    kl = gaussian_kl(mu, encoding.logvar[0, 0])
+    values, sheet = torch.linspace(-2.4, 2.4, columns, device=mu.device), []
+    for latent in kl.topk(min(rows, model.d)).indices.tolist():
+        z = mu.repeat(columns, 1)
+        z[:, latent] = values
+        drawn = replaced(model, encoding, 0, 0, z=z)
+        row = [(picture(images[0]), f"latent {latent}: {kl[latent]:.1f} nats", False)]
+        sheet.append(row + [(picture(d), f"{v:+.1f}", False) for d, v in zip(drawn, values.tolist(), strict=True)])
+    return contact_sheet(sheet)
+
+
+@torch.no_grad()
+def moved_figure(model, images, columns=7):
+    """A row a picture: its slot 0, whose place goes from left to right through the picture, and nothing else."""
+    encoding = model.encode(images)
+    x, sheet = torch.linspace(-0.75, 0.75, columns, device=images.device), []
+    for b in range(len(images)):
+        cell = torch.stack([encoding.cell[b, 0, 0].expand(columns), x], dim=1)
+        drawn = replaced(model, encoding, b, 0, cell=cell)
+        row = [(picture(images[b]), "input", False)]
+        sheet.append(row + [(picture(d), f"x = {v:+.2f}", False) for d, v in zip(drawn, x.tolist(), strict=True)])
+    return contact_sheet(sheet)
+
+
+def curve_figure(curve):
+    """Scores against minutes of training, as far as there are masks to score with."""
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    minutes = [point["minutes"] for point in curve]
+    for name, label in (("ari_fg", "ARI-FG"), ("miou", "mIoU"), ("duplicates", "duplicates")):
+        if all(name in point for point in curve):
+            axes.plot(minutes, [point[name] for point in curve], marker=".", label=label)
+    axes.set(xlabel="minutes of training", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(loc="center right")
+    return plotted(figure)
+
+
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
@@ -1186,6 +1246,7 @@ def main(context, **options):
     about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
     started = start_run(options, script, run_name(options), about, model, optimizer, device, rank, world)
     run, step, elapsed = started
+    curve = earlier_curve(run.folder, step) if options["resume"] and rank == 0 else []
     forward = torch.compile(model) if options["compile_model"] else model
 
     # 4. Train.
@@ -1205,9 +1266,14 @@ def main(context, **options):
         run.figure("recomposition", recomposition_figure(model, images[:8]), step)
         if not due:
             return None
+        run.figure("traversals", traversal_figure(model, images), step)
+        run.figure("moved", moved_figure(model, images[:6]), step)
         metrics = evaluate(model, data, images, labels, options["sigma"])
         run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
         run.metrics(metrics | {"step": step, "minutes": minutes, "data": data.source})
+        curve.append({"step": step, "minutes": minutes, **metrics})
+        write_json(run.folder / "curve.json", curve)
+        run.figure("curve", curve_figure(curve), step)
         return headline(metrics)
 
     step, _, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)

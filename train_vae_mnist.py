@@ -41,6 +41,7 @@ from common import (
     bernoulli_log_likelihood,
     beta_at,
     descend,
+    earlier_curve,
     gaussian_kl,
     learning_rate_at,
     load_checkpoint,
@@ -592,14 +593,6 @@ def load_data(options, device):
 def about(options, data):
     """What config.json says of the data."""
     return {"name": options["dataset"], "source": data.source}
-
-
-def earlier_curve(folder, step):
-    """The points up to `step` of the curve.json in a run folder; none where the file is not usable."""
-    try:
-        return [point for point in json.loads((folder / "curve.json").read_text()) if point["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def fit(options, data, device, rank, world):

@@ -172,6 +172,20 @@ def test_objective_by_hand():
         torch.testing.assert_close(terms["loss/kl"], kl.mean())
 
 
+@torch.no_grad()
+def test_a_replaced_slot_leaves_the_others_as_they_were():
+    model = build(suppress="window")
+    encoding = model.encode(pictures())
+    whole = model.compose(model.decode(encoding.mu, encoding.cell), encoding.background)
+    same = train_mvae.replaced(model, encoding, 1, 0, z=encoding.mu[1, :1], cell=encoding.cell[1, :1])
+    torch.testing.assert_close(same, whole[1:])
+    cell = encoding.cell.clone()
+    cell[1, 2] = 0.9
+    moved = model.compose(model.decode(encoding.mu, cell), encoding.background)[1]
+    both = train_mvae.replaced(model, encoding, 1, 2, cell=torch.full((2, 2), 0.9))
+    torch.testing.assert_close(both, moved.expand(2, -1, -1, -1))
+
+
 # ---------------------------------------------------------------- Scores
 
 
@@ -317,7 +331,10 @@ def weights(folder):
 
 
 def test_a_run_folder_holds_what_the_contract_says(clevr_run):
-    assert {f.name for f in (clevr_run / "figures").iterdir()} == {"decomposition.png", "recomposition.png"}
+    figures = {"decomposition.png", "recomposition.png", "traversals.png", "moved.png", "curve.png"}
+    assert {f.name for f in (clevr_run / "figures").iterdir()} == figures
+    curve = json.loads((clevr_run / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [1, 2, 3]
     metrics = json.loads((clevr_run / "metrics.json").read_text())
     assert metrics["data"] == "built-in CLEVR-like renderer"
     assert metrics["step"] == 3
