@@ -123,7 +123,7 @@ def read_note(path):
 def transpose(waveform, semitones):
     """Resample a note, so that it sounds `semitones` higher, and shorter, than it was: (SAMPLES,) -> (SAMPLES,).
 
-    By a ratio of small numbers, within a cent: the filters of `resample` are as many as its denominator.
+    By a ratio of small numbers, within two cents: the filters of `resample` are as many as its denominator.
     """
     if not semitones:
         return waveform
@@ -271,12 +271,13 @@ def prepare(note, spectrogram):
 
 
 def cache_key(notes, spectrogram):
-    """What a cache's name hangs on: the version, the notes with their files' sizes, the spectrogram's settings."""
+    """What a cache's name hangs on: the version, the notes with their files' sizes and times, the settings."""
     digest = hashlib.sha256(
         f"{CACHE_VERSION} {spectrogram.representation} {spectrogram.n_fft} {spectrogram.bins}".encode()
     )
     for note in notes:
-        digest.update(f"{note} {note.path.stat().st_size if note.path else 0}".encode())
+        file = note.path.stat() if note.path else None
+        digest.update(f"{note} {file and (file.st_size, file.st_mtime_ns)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -347,7 +348,7 @@ def cached(split, notes, spectrogram, families, folder):
         names = json.loads(listing.read_text()) if listing.is_file() else []
         if not names or data.stat().st_size != len(names) * 2 * math.prod(shape):
             listing.unlink(missing_ok=True)
-            partial = data.with_suffix(".partial")
+            partial = data.with_suffix(f".{os.getpid()}.partial")  # another run may be writing the same cache
             names = [(note.name, note.semitones) for note in write_cache(partial, notes, spectrogram, split)]
             partial.replace(data)
             write_json(listing, names)
@@ -579,8 +580,11 @@ class NoteVAE(nn.Module):
         """MIDI pitch (B,) and index of the family (B,) -> (B, n_labels); None for a model without a label."""
         if self.condition == "none":
             return None
-        parts = {"pitch": self.pitches[pitch], "family": self.families[family]}
-        return torch.cat(list(parts.values()), dim=1) if self.condition == "both" else parts[self.condition]
+        known = {"pitch": (self.pitches, pitch), "family": (self.families, family)}
+        names = ("pitch", "family") if self.condition == "both" else (self.condition,)
+        # A negative number would count from the end.
+        parts = [known[name][0][torch.where(known[name][1] < 0, PITCHES, known[name][1])] for name in names]
+        return torch.cat(parts, dim=1)
 
     @staticmethod
     def with_label(x, label):
@@ -631,7 +635,7 @@ class NoteVAE(nn.Module):
             y.T @ y + torch.eye(y.shape[1]), y.T @ h
         )  # ridge regression, (n_labels + 1, wide)
         mean, scales, directions = principal(h - y @ by_label, self.d)
-        inward = directions / scales.clamp(min=1e-3 * scales[0])
+        inward = torch.where(scales > 1e-3 * scales[0] + 1e-6, directions / scales, 0.0)  # none of too few notes
         posterior, latents = self.encoder["posterior"], self.decoder["latents"]
         posterior.weight.zero_()
         posterior.weight[: self.d] = torch.cat([inward.T, -(by_label[:-1] @ inward).T], dim=1)
@@ -676,7 +680,7 @@ def update(compute, model, optimizer, level, label, noise, beta, lr, options):
 
 EVALUATED = 500  # notes of the test split, and draws of a conditional model, that a run is judged by
 AT_ONCE = 33  # notes decoded at a time
-JUDGED = ("", "_standard", "_real")  # draws from the fitted prior, draws from N(0, I), notes of the test split
+STANDARD = 200  # draws from N(0, I), to compare
 
 
 def spread(n, most):
@@ -684,8 +688,11 @@ def spread(n, most):
     return torch.linspace(0, n - 1, min(n, most)).round().long()
 
 
+LOWEST_PITCH, HIGHEST_PITCH = 21, 108  # that `detect_pitch` can tell: the keys of a piano
+
+
 def detect_pitch(waveform, lowest=27.0, highest=4500.0):
-    """The MIDI pitch of single notes, (B, samples) -> (B,), to a fraction of a semitone, by YIN.
+    """The MIDI pitch of single notes, (B, samples) -> (B,), to a fraction of a semitone, by YIN; from A0 to C8.
 
     De Cheveigne & Kawahara (2002), steps 1 to 5, in windows of 4096 samples every 1024, at lags of quarter samples, as
     high notes have periods of four; the median over windows with a twentieth of the loudest one's energy or more.
@@ -714,7 +721,7 @@ def detect_pitch(waveform, lowest=27.0, highest=4500.0):
         period = (at + 1 + (0.5 * (before - after) / bend).clamp(-1, 1)) / fine
         loud = energies[:, 0] >= 0.05 * energies[:, 0].max()
         found.append((69 + 12 * torch.log2(RATE / period / 440))[loud].median())
-    return torch.stack(found)
+    return torch.stack(found) if found else torch.zeros(0)
 
 
 class FamilyClassifier(nn.Module):
@@ -900,23 +907,30 @@ def draw(model, pitch, family, *key, fitted=True):
 def evaluate_draws(model, notes, waveforms, reference, pitch, family):
     """Whether draws are what was asked for: pitches and families of training notes, each with a draw.
 
-    Draws are from the fitted prior and, "standard", from N(0, I). Pitch is measured by `detect_pitch`, the family by a
-    classifier trained on real notes; both are checked on real notes of the test split, whose waveforms, magnitudes,
-    pitch and family are given.
+    Draws are from the fitted prior and, "standard", from N(0, I). Pitch is measured by `detect_pitch` where it can be,
+    the family by a classifier trained on real training notes; both are checked on real notes of the test split, whose
+    waveforms, magnitudes, pitch and family are given.
     """
     asked = torch.randint(len(notes.train.notes), (EVALUATED,), generator=random_generator("asked"))
-    label = notes.train.pitch[asked], notes.train.family[asked]
-    heard = [sound(model, draw(model, *label, "evaluate", fitted=fitted)) for fitted in (True, False)]
+    asked_pitch, asked_family = notes.train.pitch[asked], notes.train.family[asked]
+    heard = sound(model, draw(model, asked_pitch, asked_family, "evaluate"))
+    few = sound(model, draw(model, asked_pitch[:STANDARD], asked_family[:STANDARD], "evaluate", fitted=False))
+    judged = {
+        "": (heard, asked_pitch, asked_family),
+        "_standard": (few, asked_pitch[:STANDARD], asked_family[:STANDARD]),
+        "_real": (waveforms, pitch, family),
+    }
     scores = {}
     if model.condition in ("pitch", "both"):
-        for name, what, wanted in zip(JUDGED, (*heard, waveforms), (label[0], label[0], pitch), strict=True):
-            within = (detect_pitch(what) - wanted).abs() < 0.5
+        for name, (what, wanted, _) in judged.items():
+            can = (wanted >= LOWEST_PITCH) & (wanted <= HIGHEST_PITCH)
+            within = (detect_pitch(what[can]) - wanted[can]).abs() < 0.5
             scores[f"pitch_within_50_cents{name}"] = within.float().mean().item()
+            scores[f"pitches_measured{name}"] = len(within)
     if model.condition in ("family", "both"):
         classifier = train_classifier(notes)
-        magnitudes = (*map(stft, heard), reference)
-        for name, what, wanted in zip(JUDGED, magnitudes, (label[1], label[1], family), strict=True):
-            right = classifier(classifier.features(what)) == wanted
+        for name, (what, _, wanted) in judged.items():
+            right = classifier(classifier.features(reference if name == "_real" else stft(what))) == wanted
             scores[f"family_agreement{name}"] = right.float().mean().item()
     return scores
 
@@ -1191,7 +1205,7 @@ def main(context, **options):
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-6, fused=True)
     about = {
-        "name": options["dataset"],
+        "name": options["dataset"] if options["data_root"] else "built-in notes",
         "source": notes.source,
         "notes": {s: len(getattr(notes, s).notes) for s in SPLITS},
     }
@@ -1222,9 +1236,12 @@ def main(context, **options):
 
     step, minutes, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
 
-    # 3. Evaluate.
+    # 3. Fit the prior, also to a run that was stopped; evaluate.
+    if rank == 0:
+        fit_prior(model, notes.train)
+        run.save(model, optimizer, step, 60 * minutes)
     if rank == 0 and complete:
-        run.save(model, optimizer, step, 60 * minutes)  # with the prior that the last report fitted
+        click.echo("evaluating: some minutes on a CPU")
         scores = evaluate(model, notes)
         run.metrics(scores | {"step": step, "minutes": minutes, "data": notes.source})
         click.echo(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -132,6 +132,10 @@ def test_the_cache_is_reused_and_made_anew_when_something_changes(tmp_path, monk
     write(root / "nsynth-train" / "audio" / "flute_acoustic_000-060-100.wav", 0.5 * sine(60, 32000).numpy())
     notes_of(root, cache)
     assert len(list(cache.glob("train-*.f16"))) == 4
+    write(root / "nsynth-train" / "audio" / "flute_acoustic_000-060-100.wav", 0.5 * sine(64, 32000).numpy())
+    notes_of(root, cache)
+    assert len(list(cache.glob("train-*.f16"))) == 5, "another note of the same length"
+    assert not list(cache.glob("*.partial"))
 
 
 def test_half_a_cache_is_not_believed(tmp_path):
@@ -438,6 +442,18 @@ def test_wrong_options_and_folders_end_in_one_line(tmp_path):
     assert FAMILIES.index("vocal") == 10
 
 
+@torch.no_grad()
+def test_a_runs_checkpoint_and_export_hold_the_fitted_prior(notes_run):
+    import onnxruntime
+
+    model, _, _ = export.load_model(notes_run)
+    assert (model.prior.factor - torch.eye(3)).abs().amax((1, 2)).min() > 1e-3
+    session = onnxruntime.InferenceSession(notes_run / "export" / "prior.onnx")
+    noise, pitch, family = torch.randn(5, 3), torch.full((5,), 40), torch.tensor([0, 1, 0, 1, 1])
+    (z,) = session.run(None, {"noise": noise.numpy(), "pitch": pitch.numpy(), "family": family.numpy()})
+    np.testing.assert_allclose(z, model.prior(noise, pitch, family), atol=1e-5)
+
+
 def test_a_label_outside_the_models_is_refused_by_the_exported_decoder(notes_run):
     import onnxruntime
 
@@ -445,8 +461,9 @@ def test_a_label_outside_the_models_is_refused_by_the_exported_decoder(notes_run
     z = np.zeros((2, 3), np.float32)
     (one,) = session.run(None, {"z": z, "pitch": np.array([40, 70]), "family": np.array([0, 1])})
     assert one.shape == (2, 513, 251) and (one >= 0).all() and not np.allclose(one[0], one[1])
-    with pytest.raises(Exception, match="invalid index"):
-        session.run(None, {"z": z, "pitch": np.array([40, 300]), "family": np.array([0, 1])})
+    for pitch, family in (([40, 300], [0, 1]), ([-1, 40], [0, 1]), ([40, 70], [0, 2]), ([40, 70], [0, -1])):
+        with pytest.raises(Exception, match=r"invalid index|out of (data )?bounds"):
+            session.run(None, {"z": z, "pitch": np.array(pitch), "family": np.array(family)})
 
 
 def test_the_exported_vocoder_sounds_other_lengths_and_batches(notes_run):
