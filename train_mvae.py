@@ -654,12 +654,14 @@ class MVAE(nn.Module):
     compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
     are combined and decoded on together. op "alpha": softmax masks over slots and background. In half picture widths,
     `shift`: how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound.
+    `explore`: train with one slot more, from the cell of whose place the other slots explain least.
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, shift, reach
+        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, shift, reach, explore
     ):  # fmt: skip
         super().__init__()
+        self.explore = explore
         self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
         self.suppress, self.reach, self.cells = suppress, reach, cells
         side = size // UPSCALE
@@ -679,7 +681,7 @@ class MVAE(nn.Module):
         if background != "none":
             d_background = BACKGROUND_D if background == "latent" else 0
             self.background = Background((parts, layer_side, layer_side), channels, d_background)
-        self.noise_size = n_slots * d + (BACKGROUND_D if background == "latent" else 0)
+        self.noise_size = (n_slots + explore) * d + (BACKGROUND_D if background == "latent" else 0)
         self.register_buffer("grid", position_grid(layer_side, layer_side), persistent=False)
 
     @torch.no_grad()
@@ -703,14 +705,19 @@ class MVAE(nn.Module):
         if self.op == "alpha":
             convolution.bias[3 * UPSCALE**2 :] = 1.0  # the background's logit is 0
 
-    def encode(self, image, noise=None):
-        """image (B, 3, H, W) in [0, 1] -> Encoding; `noise` (B, d) samples the background's latents."""
+    def encode(self, image, noise=None, explore=False):
+        """image (B, 3, H, W) in [0, 1] -> Encoding; `noise` (B, d) samples the background's latents.
+
+        With `explore` the Encoding has a slot more, its last.
+        """
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
         if self.background is not None:
             background, kl_background = self.background(features, noise)
         index = self.select(kl_map, mu, place, background, self.n_slots)
+        if explore:
+            index = torch.cat([index, self.least_explained(image, mu, place, background, index)], dim=1)
         kl = kl_map.flatten(1).gather(1, index)
         slots = (gather_cells(values, index) for values in (mu, logvar, place))
         return Encoding(*slots, kl, kl_map, background, kl_background)
@@ -720,7 +727,8 @@ class MVAE(nn.Module):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
         With `suppress` "drawn" they are chosen one after the other, and a cell counts as much less as slots chosen
-        before it draw in it, or where its own slot would stand. The other ways are those of `select_cells`.
+        before it draw in it, or where its own slot would stand; next to nothing when that is beside one of them. The
+        other ways are those of `select_cells`.
         """
         if self.suppress != "drawn":
             return select_cells(kl_map, n, WINDOW if self.suppress == "window" else 1)
@@ -736,9 +744,22 @@ class MVAE(nn.Module):
             taken = (torch.arange(kl.shape[1], device=kl.device) == index).to(kl.dtype).view_as(kl_map)
             near = F.max_pool2d(taken[:, None], WINDOW, stride=1, padding=WINDOW // 2).flatten(1)
             free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
-            free = torch.where(taken.flatten(1) > 0, -1.0, free * (1 - near * (1 - BESIDE)))
+            beside = (place.flatten(2) - gather_cells(place, index).transpose(1, 2)).abs().amax(1) < 2 / self.cells
+            free = torch.where(beside | (near > 0), BESIDE * free, free).masked_fill(taken.flatten(1) > 0, -1.0)
         index = torch.cat(chosen, dim=1)
         return index.gather(1, kl.gather(1, index).topk(n).indices)
+
+    @torch.no_grad()
+    def least_explained(self, image, mu, place, background, index):
+        """The cell, none of index (B, N), around which these slots leave the largest squared error: (B, 1).
+
+        An object that another slot draws over, or that a neighbour outranks, is in no slot, its cells are charged for
+        their KL all the same, and so it would stay. Here its cell gets a share of what there is to gain.
+        """
+        layer = self.decode(gather_cells(mu, index), gather_cells(place, index))
+        error = (self.compose(layer, background) - image).square().sum(1, keepdim=True)
+        around = F.avg_pool2d(F.avg_pool2d(error, error.shape[-1] // self.cells), 3, stride=1, padding=1)
+        return around.flatten(1).scatter(1, index, -1.0).argmax(1, keepdim=True)
 
     def drawn(self, z, cell, background):
         """How much of every cell one slot draws, alone, 0 to 1: z (B, 1, D), cell (B, 1, 2) -> (B, H_l, W_l)."""
@@ -788,8 +809,9 @@ class MVAE(nn.Module):
 
     def forward(self, image, noise):
         """image (B, 3, H, W), noise (B, noise_size) -> Encoding, image (B, 3, H, W)."""
-        encoding = self.encode(image, noise[:, self.n_slots * self.d :])
-        slot_noise = noise[:, : self.n_slots * self.d].unflatten(1, (self.n_slots, self.d))
+        slots = self.n_slots + self.explore
+        encoding = self.encode(image, noise[:, slots * self.d :], self.explore)
+        slot_noise = noise[:, : slots * self.d].unflatten(1, (slots, self.d))
         layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
         return encoding, self.compose(layer, encoding.background)
 
@@ -1098,10 +1120,10 @@ def curve_figure(curve):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 32, "objects": "3", "d": 24, "background": "picture", "sigma": 0.1,
+    "sprites": {"size": 64, "objects": "3-4", "d": 16, "background": "picture", "sigma": 0.1, "beta": 4.0, "batch": 16,
                 "minutes": 10.0},
-    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 8.0,
-              "warmup": 0.4, "batch": 16, "minutes": 5.0},
+    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 4.0,
+              "warmup": 0.4, "batch": 16, "minutes": 20.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
@@ -1117,6 +1139,7 @@ MODEL_OPTIONS = (
     "background",
     "shift",
     "reach",
+    "explore",
 )
 # What a resumed run may change; the rest made its weights.
 RESUMABLE = {
@@ -1162,7 +1185,7 @@ def check_options(options):
         raise click.UsageError(
             f"--size {size} --cells {cells}: the size must be a multiple of {UPSCALE}, and 2, 4, 8, ... times the cells"
         )
-    if options["n_slots"] > cells**2:
+    if options["n_slots"] + options["explore"] > cells**2:
         raise click.UsageError(f"--N {options['n_slots']}: a map of {cells} x {cells} cells has no so many")
     if options["channels"] % 8:
         raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
@@ -1211,6 +1234,9 @@ def headline(metrics):
 )
 @click.option("--shift", type=FiniteRange(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
+@click.option(
+    "--explore/--no-explore", default=True, help="Train with a slot more, where the others explain the picture least."
+)
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):

@@ -26,6 +26,7 @@ def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
         "suppress": "drawn", "coords": "relative", "background": "latent", "shift": 0.3, "reach": 0.6,
+        "explore": True,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -55,7 +56,7 @@ def test_every_parameter_gets_a_gradient(op, compose_at, background):
     model = build(op=op, compose_at=compose_at, background=background)
     encoding, mean = model(pictures(4), noise_for(model, 4))
     assert mean.shape == (4, 3, 32, 32)
-    assert encoding.mu.shape == encoding.logvar.shape == (4, 3, 4)
+    assert encoding.mu.shape == encoding.logvar.shape == (4, 4, 4), "three slots and one that explores"
     loss, _ = train_mvae.objective(pictures(4), mean, encoding, 1.0, PRICES)
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -93,12 +94,32 @@ def test_cells_that_a_chosen_slot_draws_become_no_slots():
     for k, (row, column) in enumerate([(2, 2), (2, 4), (4, 2), (3, 3), (6, 6), (2, 6), (7, 0)]):
         kl_map[0, row, column] = 20 - k
     place[0, :, 2, 6] = torch.tensor([-0.375, -0.375])  # its slot would stand in the large disc
+    place[0, :, 0, 7] = place[0, :, 6, 6] + 0.2  # and this one's beside a small one, where that draws nothing
+    kl_map[0, 0, 7] = 13.5
     index = model.select(kl_map, mu, place, None, 3)
     assert index.tolist() == [[2 * 8 + 2, 6 * 8 + 6, 7 * 8 + 0]]
     model.suppress = "window"
     assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 54]]
     model.suppress = "none"
     assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 27]]
+
+
+@torch.no_grad()
+def test_the_exploring_slot_is_where_the_picture_is_explained_least():
+    model = build(explore=True)
+    image = pictures()
+    encoding = model.encode(image)
+    assert torch.equal(model.encode(image, explore=True).cell[:, :3], encoding.cell)
+    image = model.compose(model.decode(encoding.mu, encoding.cell), encoding.background)
+    image[0, :, 20:24, 8:12] += 0.5  # all of cell (5, 2)
+    image[1, :, 4:8, 24:28] -= 0.5  # all of cell (1, 6)
+    mu, _, place, _ = model.encoder(pictures())
+    taken = torch.zeros(2, 3, dtype=torch.long)
+    for k, chosen in enumerate(encoding.cell.unbind(1)):
+        taken[:, k] = (place - chosen[:, :, None, None]).norm(dim=1).flatten(1).argmin(1)
+    index = model.least_explained(image, mu, place, encoding.background, taken)
+    for found, (row, column) in zip(index[:, 0].tolist(), [(5, 2), (1, 6)], strict=True):
+        assert max(abs(found // 8 - row), abs(found % 8 - column)) <= 1
 
 
 @torch.no_grad()
