@@ -3,7 +3,7 @@
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.benchmarks import griffin_lim, recompose, renderer
+from tests.benchmarks import grid, griffin_lim, recompose, renderer
 
 
 def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
@@ -30,3 +30,12 @@ def test_griffin_lim_is_studied_and_timed_beside_onnxruntime(monkeypatch):
     result = CliRunner().invoke(griffin_lim.main, [])
     assert result.exit_code == 0, result.exception
     assert "| mel 192 |" in result.output and "of torchaudio's time" in result.output
+
+
+def test_the_grid_trains_each_row_once_and_prints_a_table(tmp_path):
+    args = [*"selection --only exploring --steps 2 --seeds 0,1 --out".split(), str(tmp_path)]
+    printed = [CliRunner().invoke(grid.main, args) for _ in range(2)]
+    assert all(result.exit_code == 0 for result in printed), printed[0].exception
+    assert printed[0].stdout == printed[1].stdout
+    assert "| and exploring (the default) |" in printed[0].stdout
+    assert (tmp_path / "sprites-selection.png").stat().st_size > 1000
