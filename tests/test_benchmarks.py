@@ -33,7 +33,7 @@ def test_griffin_lim_is_studied_and_timed_beside_onnxruntime(monkeypatch):
 
 
 def test_the_grid_trains_each_row_once_and_prints_a_table(tmp_path):
-    args = [*"selection --only exploring --steps 2 --seeds 0,1 --out".split(), str(tmp_path)]
+    args = ["selection", "--only", "exploring", "--steps", "2", "--seeds", "0,1", "--out", str(tmp_path)]
     printed = [CliRunner().invoke(grid.main, args) for _ in range(2)]
     assert all(result.exit_code == 0 for result in printed), printed[0].exception
     assert printed[0].stdout == printed[1].stdout
