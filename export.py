@@ -293,7 +293,7 @@ def run_torchscript(path, inputs):
 
 
 def largest_difference(graph, expected, actual):
-    """The largest difference over all outputs; infinity where shapes, or the chosen cells, differ.
+    """The largest difference over all outputs; infinity where shapes differ, or slots stand elsewhere.
 
     Absolute for outputs within [-1, 1], as pictures are, and relative to the largest value for wider ones: mask logits
     and KLs run to tens, where the rounding of single precision alone is larger than TOLERANCE.
@@ -301,7 +301,7 @@ def largest_difference(graph, expected, actual):
     worst = 0.0
     for name, e, a in zip(graph.outputs, expected, actual, strict=True):
         e = e.numpy()
-        if e.shape != a.shape or (name == "cell" and not np.array_equal(e, a)) or not np.isfinite(a).all():
+        if e.shape != a.shape or (name == "cell" and not np.allclose(e, a, atol=1e-3)) or not np.isfinite(a).all():
             return float("inf")
         worst = max(worst, float(np.abs(e - a).max()) / max(1.0, float(np.abs(e).max())))
     return worst

@@ -1,7 +1,7 @@
 """Multi-Entity VAE on pictures (Nash et al. 2017): the top-N cells of a posterior map become slots, each decoded alone.
 
-    python train_mvae.py --dataset sprites                        # 10 minutes of one CPU thread; ARI-FG 0.92, 3 seeds
-    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0   # 5 minutes; ARI-FG 0.79, 3 seeds (docs/mvae.md)
+    python train_mvae.py --dataset sprites                        # SLINE
+    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0   # CLINE
     python train_mvae.py --dataset clevr --N 4 --op sum
     torchrun --nproc-per-node=2 train_mvae.py --dataset clevr
 
@@ -1246,7 +1246,7 @@ def main(context, **options):
     python train_mvae.py --dataset sprites
     python train_mvae.py --dataset clevr --N 4 --op sum
     python train_mvae.py --dataset clevr --data-root CLEVR_v1.0 --minutes 60
-    python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 60
+    python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 90
     """
     # 1. Options.
     script = Path(__file__).stem
