@@ -560,6 +560,8 @@ NOTHING = 10.0  # a mask logit, or a colour, so far below all others that softma
 WINDOW = 3  # cells: of neighbours, only the one of highest KL becomes a slot
 BESIDE = 1e-3  # what the KL of cells beside a chosen one still counts
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
+SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
+ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 
@@ -808,22 +810,38 @@ class MVAE(nn.Module):
         return self.to_image(compose(layer, background, self.op)).to(self.grid.dtype)
 
     def forward(self, image, noise):
-        """image (B, 3, H, W), noise (B, noise_size) -> Encoding, image (B, 3, H, W)."""
+        """image (B, 3, H, W), noise (B, noise_size) -> Encoding, image (B, 3, H, W), offset (B,)."""
         slots = self.n_slots + self.explore
         encoding = self.encode(image, noise[:, slots * self.d :], self.explore)
         slot_noise = noise[:, : slots * self.d].unflatten(1, (slots, self.d))
         layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
-        return encoding, self.compose(layer, encoding.background)
+        return encoding, self.compose(layer, encoding.background), self.offset(layer, encoding)
+
+    def offset(self, layer, encoding):
+        """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared.
+
+        A slot that draws little counts little. Only where slots stand gets a gradient: what they draw does not shrink
+        or fade to come nearer.
+        """
+        with torch.no_grad():
+            owned = self.responsibilities(layer, encoding.background)
+            share = owned[:, 1:] / owned.sum(1, keepdim=True)  # (B, N, H, W)
+            mass = share.sum((2, 3))
+            grid = position_grid(*share.shape[2:]).to(share)
+            middle = torch.einsum("bnhw,chw->bnc", share, grid) / mass.clamp(min=1e-6)[..., None]
+            drawn = mass / (mass + SMALLEST * share[0, 0].numel())
+        return (drawn * (middle - encoding.cell).square().sum(2)).sum(1)
 
 
 # ---------------------------------------------------------------- Objective
 
 
-def objective(image, mean, encoding, beta, options):
-    """Negative ELBO in nats per picture, its KL weighed by beta, and its terms.
+def objective(image, mean, encoding, offset, beta, options):
+    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of offsets; and its terms.
 
     --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" charges the
-    slots alone.
+    slots alone. With relative coordinates nothing else ties a slot to the middle of what it draws: a common offset of
+    all slots decodes as well, and then places say nothing of which slots hold one object (docs/mvae-log.md).
     """
     reconstruction = -gaussian_log_likelihood(image, mean, options["sigma"]).mean()
     charged = encoding.kl_map.flatten(1) if options["kl_cells"] == "all" else encoding.kl
@@ -832,15 +850,16 @@ def objective(image, mean, encoding, beta, options):
         "loss/reconstruction": reconstruction,
         "loss/kl": kl,
         "loss/kl_background": encoding.kl_background.mean(),
+        "loss/offset": offset.mean(),
     }
-    return reconstruction + beta * kl, terms
+    return reconstruction + beta * kl + ANCHOR * offset.mean(), terms
 
 
 def update(forward, optimizer, image, noise, beta, lr, options):
     """One step of Adam; returns the terms, of this process's share, and the values used."""
     with autocast(image.device, options["precision"]):
-        encoding, mean = forward(image, noise)
-    values = descend(*objective(image, mean, encoding, beta, options), optimizer, lr, CLIP)
+        encoding, mean, offset = forward(image, noise)
+    values = descend(*objective(image, mean, encoding, offset, beta, options), optimizer, lr, CLIP)
     negative_elbo = values["loss/reconstruction"] + values["loss/kl"]  # the objective weighs the KL by beta besides
     return values | {"loss/negative_elbo": negative_elbo, "schedule/beta": beta, "schedule/lr": lr}
 
@@ -849,7 +868,6 @@ def update(forward, optimizer, image, noise, beta, lr, options):
 
 HELD_OUT = 320  # scenes scored, as in the literature; and pairs of scenes recomposed
 PAIRS = 64
-SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 
 
 def adjusted_rand_index(predicted, true):

@@ -54,10 +54,10 @@ COMBINATIONS += [(o, c, "none") for o in ("sum", "mean") for c in ("data", "feat
 @pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
 def test_every_parameter_gets_a_gradient(op, compose_at, background):
     model = build(op=op, compose_at=compose_at, background=background)
-    encoding, mean = model(pictures(4), noise_for(model, 4))
+    encoding, mean, offset = model(pictures(4), noise_for(model, 4))
     assert mean.shape == (4, 3, 32, 32)
     assert encoding.mu.shape == encoding.logvar.shape == (4, 4, 4), "three slots and one that explores"
-    loss, _ = train_mvae.objective(pictures(4), mean, encoding, 1.0, PRICES)
+    loss, _ = train_mvae.objective(pictures(4), mean, encoding, offset, 1.0, PRICES)
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -174,7 +174,7 @@ def test_the_model_starts_from_the_mean_picture():
     mean = torch.rand(3, 32, 32, generator=random_generator("mean"))
     model = build(op="sum")
     model.start_from(mean)
-    encoding, image = model(pictures(), torch.zeros(2, model.noise_size))
+    encoding, image, _ = model(pictures(), torch.zeros(2, model.noise_size))
     assert (image - mean).abs().mean() < 0.15
     assert encoding.kl_map.mean() < 20
 
@@ -182,14 +182,14 @@ def test_the_model_starts_from_the_mean_picture():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, mean = model(image, noise_for(model))
+    encoding, mean, offset = model(image, noise_for(model))
     for cells in ("all", "selected"):
         options = {"sigma": 0.2, "kl_cells": cells}
-        loss, terms = train_mvae.objective(image, mean, encoding, 2.5, options)
+        loss, terms = train_mvae.objective(image, mean, encoding, offset, 2.5, options)
         slots = encoding.kl_map.sum((1, 2)) if cells == "all" else encoding.kl.sum(1)
         kl = slots + encoding.kl_background
         expected = -gaussian_log_likelihood(image, mean, 0.2) + 2.5 * kl
-        torch.testing.assert_close(loss, expected.mean())
+        torch.testing.assert_close(loss, (expected + train_mvae.ANCHOR * offset).mean())
         torch.testing.assert_close(terms["loss/kl"], kl.mean())
 
 
@@ -205,6 +205,22 @@ def test_a_replaced_slot_leaves_the_others_as_they_were():
     moved = model.compose(model.decode(encoding.mu, cell), encoding.background)[1]
     both = train_mvae.replaced(model, encoding, 1, 2, cell=torch.full((2, 2), 0.9))
     torch.testing.assert_close(both, moved.expand(2, -1, -1, -1))
+
+
+def test_the_offset_is_that_of_the_middle_of_what_is_drawn_and_moves_only_places():
+    model = build(op="sum", background="none")
+    layer = torch.zeros(1, 3, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        layer[0, 0, :, 8:16, 16:24] = 1.0  # its middle at (-0.25, 0.25)
+        layer[0, 1, :, 20:24, 0:4] = 1.0  # its middle at (0.375, -0.875)
+    cell = torch.tensor([[[-0.25, 0.25], [0.375, -0.375], [0.5, 0.5]]], requires_grad=True)  # the third draws nothing
+    encoding = train_mvae.Encoding(None, None, cell, None, None, None, None)
+    offset = model.offset(layer, encoding)
+    mass = 16 / 1.05  # one pixel weighs 1 / (1 + VISIBLE)
+    assert offset.item() == pytest.approx(0.25 * mass / (mass + 1024 * train_mvae.SMALLEST), rel=1e-4)
+    to_cell, to_layer = torch.autograd.grad(offset.sum(), [cell, layer], allow_unused=True)
+    assert to_cell[0, 1, 1] > 0 and to_cell.abs().sum() == pytest.approx(to_cell[0, 1, 1].item(), rel=1e-4)
+    assert to_layer is None
 
 
 # ---------------------------------------------------------------- Scores
