@@ -91,7 +91,7 @@ def test_models_without_a_background_work_too(sprites_run, tmp_path):
     out = tmp_path / "out.png"
     result = run(tmp_path / "s.png", "--slots", "0", "--model", sprites_run / "export", "--out", out)
     assert result.exit_code == 0, result.output
-    assert Image.open(out).size == (32, 32)
+    assert Image.open(out).size == (64, 64)
     Image.new("RGB", (40, 32)).save(tmp_path / "wide.png")
     refused(run(tmp_path / "wide.png", "--model", sprites_run / "export", "--out", out), "takes square pictures")
 
