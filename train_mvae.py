@@ -589,9 +589,10 @@ class Encoder(nn.Module):
     def __init__(self, size, cells, d, channels, shift, told_position):
         super().__init__()
         self.told_position, self.furthest = told_position, shift
-        layers = [nn.Conv2d(5 if told_position else 3, channels, 5, stride=2, padding=2)]
+        # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
+        layers = [nn.Conv2d(5 if told_position else 3, channels, 6, stride=2, padding=2)]
         for _ in range(int(math.log2(size // cells)) - 1):
-            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
+            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
@@ -728,28 +729,39 @@ class MVAE(nn.Module):
     def select(self, kl_map, mu, place, background, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
-        With `suppress` "drawn" they are chosen one after the other, and a cell counts as much less as slots chosen
-        before it draw in it, or where its own slot would stand; next to nothing when that is beside one of them. The
-        other ways are those of `select_cells`.
+        They are those of highest KL, which counts less the farther from its cell a slot would stand. With `suppress`
+        "drawn" they are chosen one after the other, and a cell counts as much less as slots chosen before it draw in
+        it, or where its own slot would stand; next to nothing when that is beside one of them. The other ways are
+        those of `select_cells`.
         """
-        if self.suppress != "drawn":
-            return select_cells(kl_map, n, WINDOW if self.suppress == "window" else 1)
-        kl, free, chosen = kl_map.flatten(1), torch.ones_like(kl_map).flatten(1), []
+        score, kl = kl_map, kl_map.flatten(1)
+        if self.encoder.furthest:
+            # Else slots may settle, all of them, at the end of one common shift (docs/mvae-log.md).
+            away = (place - self.encoder.middles).square().sum(1)  # (B, H_l, W_l)
+            score = kl_map * torch.exp(-away / self.encoder.furthest**2)
+        if self.suppress == "drawn":
+            index = self.select_undrawn(score.flatten(1), mu, place, background, n)
+        else:
+            index = select_cells(score, n, WINDOW if self.suppress == "window" else 1)
+        return index.gather(1, kl.gather(1, index).topk(n).indices)
+
+    def select_undrawn(self, score, mu, place, background, n):
+        """The n cells of highest score (B, H_l * W_l), of which slots chosen before take what they draw: (B, n)."""
         row, column = ((place.flatten(2) + 1) / 2 * self.cells).long().clamp(0, self.cells - 1).unbind(1)
         stands = row * self.cells + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
+        free, chosen = torch.ones_like(score), []
         for k in range(n):
-            index = (kl * free).argmax(1, keepdim=True)  # (B, 1)
+            index = (score * free).argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
             if k + 1 == n:
                 break
             drawn = self.drawn(gather_cells(mu, index), gather_cells(place, index), background).flatten(1)
-            taken = (torch.arange(kl.shape[1], device=kl.device) == index).to(kl.dtype).view_as(kl_map)
-            near = F.max_pool2d(taken[:, None], WINDOW, stride=1, padding=WINDOW // 2).flatten(1)
+            taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
+            near = F.max_pool2d(taken.view(-1, 1, self.cells, self.cells), WINDOW, stride=1, padding=WINDOW // 2)
             free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
             beside = (place.flatten(2) - gather_cells(place, index).transpose(1, 2)).abs().amax(1) < 2 / self.cells
-            free = torch.where(beside | (near > 0), BESIDE * free, free).masked_fill(taken.flatten(1) > 0, -1.0)
-        index = torch.cat(chosen, dim=1)
-        return index.gather(1, kl.gather(1, index).topk(n).indices)
+            free = torch.where(beside | (near.flatten(1) > 0), BESIDE * free, free).masked_fill(taken > 0, -1.0)
+        return torch.cat(chosen, dim=1)
 
     @torch.no_grad()
     def least_explained(self, image, mu, place, background, index):

@@ -105,6 +105,20 @@ def test_cells_that_a_chosen_slot_draws_become_no_slots():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("suppress", ["none", "window", "drawn"])
+def test_a_cell_far_from_where_its_slot_stands_counts_less(suppress):
+    model = build(suppress=suppress, shift=0.3)
+    middles = train_mvae.position_grid(8, 8)[None]
+    kl_map, mu = torch.zeros(1, 8, 8), torch.zeros(1, 4, 8, 8)
+    kl_map[0, 1, 1], kl_map[0, 6, 6], kl_map[0, 1, 6] = 4, 3, 2
+    place = middles.clone()
+    assert model.select(kl_map, mu, place, None, 2).tolist() == [[9, 54]]
+    place[0, 0, 1, 1] += 0.3 * 0.8  # exp(-0.64) of 4 is 2.1, below 3 and above 2
+    place[0, 1, 6, 6] -= 0.3  # exp(-1) of 3 is 1.1, below 2
+    assert model.select(kl_map, mu, place, None, 2).tolist() == [[9, 14]]
+
+
+@torch.no_grad()
 def test_the_exploring_slot_is_where_the_picture_is_explained_least():
     model = build(explore=True)
     image = pictures()
