@@ -76,18 +76,35 @@ def beta_at(progress, beta, beta_from, warmup):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), kernels of 3; GroupNorm before each convolution where `norm` is set."""
+    """x + conv(silu(conv(silu(x)))); GroupNorm before each convolution where `norm` is set."""
 
-    def __init__(self, channels, norm=False, conv=nn.Conv2d):
+    def __init__(self, channels, norm=False, conv=nn.Conv2d, kernel=3):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv1 = conv(channels, channels, 3, padding=1)
+        self.conv1 = conv(channels, channels, kernel, padding=kernel // 2)
         self.norm2 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv2 = conv(channels, channels, 3, padding=1)
+        self.conv2 = conv(channels, channels, kernel, padding=kernel // 2)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):
+    """A convolution along the height of maps one cell wide, as spectra are."""
+    return nn.Conv2d(channels_in, channels_out, (kernel, 1), (stride, 1), (padding, 0))
+
+
+class ColumnShuffle(nn.Module):
+    """What `nn.PixelShuffle` is to pictures, to maps one cell wide: (B, C * factor, H, 1) -> (B, C, H * factor, 1)."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        parts = x.unflatten(1, (-1, self.factor))  # (B, C, factor, H, 1)
+        return parts.transpose(2, 3).flatten(2, 3)  # (B, C, H * factor, 1)
 
 
 def centres(n):
@@ -100,7 +117,7 @@ def position_grid(height, width):
     return torch.stack(torch.meshgrid(centres(height), centres(width), indexing="ij"))
 
 
-def fourier_features(position, octaves=3):
+def fourier_features(position, octaves):
     """(..., 2, h, w) -> (..., 2 + 4 * octaves, h, w): positions, and sines and cosines of them of rising frequency."""
     waves = [f(math.pi * 2**k * position) for k in range(octaves) for f in (torch.sin, torch.cos)]
     return torch.cat([position, *waves], dim=-3)
@@ -110,21 +127,27 @@ class BroadcastDecoder(nn.Module):
     """Spatial-broadcast decoder (Watters et al. 2019): a latent vector -> a feature map, every cell told where it is.
 
     With `coords="relative"` a cell is told its offset from the slot's own cell, so that a slot is drawn the same
-    wherever it stands; with "absolute" it is told its place in the picture, and the latent must say where to draw.
+    wherever it stands; with "absolute" it is told its place in the picture, and the latent must say where to draw; with
+    "both" it is told both. `octaves`: how fine positions are told.
     """
 
-    def __init__(self, d, channels, grid, blocks, coords):
+    def __init__(self, d, channels, grid, blocks, coords, octaves=3, conv=nn.Conv2d):
         super().__init__()
-        self.coords = coords
+        self.octaves = octaves
         self.register_buffer("grid", position_grid(*grid), persistent=False)
+        features = fourier_features(self.grid, octaves).shape[0]
         self.from_latent = nn.Linear(d, channels)
-        self.from_position = nn.Conv2d(fourier_features(self.grid).shape[0], channels, 1)
-        self.body = nn.Sequential(*[ResBlock(channels) for _ in range(blocks)])
+        self.from_offset = nn.Conv2d(features, channels, 1) if coords != "absolute" else None
+        self.from_place = nn.Conv2d(features, channels, 1) if coords != "relative" else None
+        self.body = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(blocks)])
 
     def forward(self, z, cell):
         """z (M, D), cell (M, 2) -> features (M, channels, h, w)."""
-        position = self.grid[None] - cell[:, :, None, None] if self.coords == "relative" else self.grid[None]
-        h = self.from_latent(z)[:, :, None, None] + self.from_position(fourier_features(position))
+        h = self.from_latent(z)[:, :, None, None]
+        if self.from_offset is not None:
+            h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None], self.octaves))
+        if self.from_place is not None:
+            h = h + self.from_place(fourier_features(self.grid[None], self.octaves))
         return self.body(h)
 
 
@@ -243,45 +266,55 @@ class BlockSTFT(nn.Module):
         ends = n_fft // 2 + 1
         groups = [torch.arange(0, ends, 4), torch.arange(2, ends, 4), torch.arange(1, ends, 2)]
         self.sizes = [len(group) for group in groups]
+        self.register_buffer("samples", fold, persistent=False)
         self.register_buffer("bins", torch.cat(groups), persistent=False)
         self.register_buffer("places", self.bins.argsort(), persistent=False)
-        for name, group, samples in zip(
-            ("first", "second", "odd"), groups, (fold[: self.half],) * 2 + (fold,), strict=True
-        ):
-            angle = 2 * math.pi / n_fft * torch.outer(samples + 0.5, group.double())
-            weight = torch.where((group == 0) | (group == n_fft // 2), 1.0, 2.0).double() / n_fft
-            for part, matrix in (("cos", angle.cos()), ("sin", -angle.sin())):
-                self.register_buffer(f"{name}_{part}", matrix.float(), persistent=False)
-                self.register_buffer(
-                    f"{name}_{part}_inverse", (matrix * weight).T.float().contiguous(), persistent=False
-                )
+        weight = torch.where((self.bins == 0) | (self.bins == n_fft // 2), 1.0, 2.0) / n_fft
+        self.register_buffer("weight", weight, persistent=False)
 
-    def forward(self, blocks):
-        """Blocks (B, 2, T + 3, hop / 2) -> groups."""
+    def matrices(self):
+        """The cosine and the negative sine of every group, and the same for the inverse: two tuples of six.
+
+        Computed when needed, from whole numbers of turns: an exported graph would have to store megabytes of them.
+        """
+        forward, inverse = [], []
+        samples = (self.samples[: self.half], self.samples[: self.half], self.samples)
+        for own, bins, weight in zip(samples, self.bins.split(self.sizes), self.weight.split(self.sizes), strict=True):
+            turns = (2 * own[:, None] + 1) * bins % (2 * self.n_fft)  # (samples, bins of the group)
+            angle = turns.to(self.weight.dtype) * (math.pi / self.n_fft)
+            for matrix in (angle.cos(), -angle.sin()):
+                forward.append(matrix)
+                inverse.append((matrix * weight).T.contiguous())
+        return tuple(forward), tuple(inverse)
+
+    def forward(self, blocks, matrices):
+        """Blocks (B, 2, T + 3, hop / 2), the first of `matrices()` -> groups."""
+        first_cos, first_sin, second_cos, second_sin, odd_cos, odd_sin = matrices
         frames = blocks.shape[2] - 3
         a, b, c, d = (blocks.narrow(2, j, frames) * self.window[j] for j in range(4))
         even, odd, mirrored = a + c, a - c, (b - d).flip(1)
         first, second = even + (b + d), even - (b + d)
         cosines, sines = odd - mirrored, odd + mirrored  # (B, 2, T, hop / 2)
         return (
-            (first[:, 0] + first[:, 1]) @ self.first_cos,
-            (first[:, 0] - first[:, 1]) @ self.first_sin,
-            (second[:, 0] - second[:, 1]) @ self.second_cos,
-            (second[:, 0] + second[:, 1]) @ self.second_sin,
-            cosines[:, 0] @ self.odd_cos[: self.half] + cosines[:, 1] @ self.odd_cos[self.half :],
-            sines[:, 0] @ self.odd_sin[: self.half] + sines[:, 1] @ self.odd_sin[self.half :],
+            (first[:, 0] + first[:, 1]) @ first_cos,
+            (first[:, 0] - first[:, 1]) @ first_sin,
+            (second[:, 0] - second[:, 1]) @ second_cos,
+            (second[:, 0] + second[:, 1]) @ second_sin,
+            cosines[:, 0] @ odd_cos[: self.half] + cosines[:, 1] @ odd_cos[self.half :],
+            sines[:, 0] @ odd_sin[: self.half] + sines[:, 1] @ odd_sin[self.half :],
         )
 
-    def inverse(self, groups):
-        """Groups -> the windowed frames added up where they overlap, in blocks: to be divided by `overlap`."""
+    def inverse(self, groups, matrices):
+        """Groups, the second of `matrices()` -> the windowed frames added up, in blocks: to be divided by `overlap`."""
+        first_cos, first_sin, second_cos, second_sin, odd_cos, odd_sin = matrices
         re0, im0, re2, im2, re1, im1 = groups
-        even, odd = re0 @ self.first_cos_inverse, im0 @ self.first_sin_inverse
+        even, odd = re0 @ first_cos, im0 @ first_sin
         first = torch.stack([even + odd, even - odd], dim=1)  # (B, 2, T, hop / 2)
-        even, odd = im2 @ self.second_sin_inverse, re2 @ self.second_cos_inverse
+        even, odd = im2 @ second_sin, re2 @ second_cos
         second = torch.stack([even + odd, even - odd], dim=1)
         cosines, sines = (
             torch.stack([part @ matrix[:, : self.half], part @ matrix[:, self.half :]], dim=1)
-            for part, matrix in ((re1, self.odd_cos_inverse), (im1, self.odd_sin_inverse))
+            for part, matrix in ((re1, odd_cos), (im1, odd_sin))
         )
         even, odd, other, mirrored = first + second, cosines + sines, first - second, (sines - cosines).flip(1)
         quarters = (even + odd, other + mirrored, even - odd, other - mirrored)
@@ -311,7 +344,7 @@ class BlockSTFT(nn.Module):
     def magnitude(self, waveform):
         """(B, samples), at least three hops, of which what is beyond a whole hop is dropped -> (B, F, T)."""
         whole = waveform[:, : waveform.shape[1] // self.hop * self.hop]
-        groups = self.forward(self.reflect(F.pad(self.to_blocks(whole), (0, 0, 2, 2))))
+        groups = self.forward(self.reflect(F.pad(self.to_blocks(whole), (0, 0, 2, 2))), self.matrices()[0])
         power = torch.cat([re.square() + im.square() for re, im in zip(groups[0::2], groups[1::2], strict=True)], dim=2)
         return power.sqrt().transpose(1, 2).index_select(1, self.places)
 
@@ -330,26 +363,28 @@ class GriffinLim(nn.Module):
         turn = math.pi / n_fft * self.stft.bins.double()
         self.register_buffer("zero_phase", torch.stack([turn.cos(), -turn.sin()]).float(), persistent=False)
 
-    def step(self, carry, magnitudes, norm):
+    def step(self, carry, magnitudes, norm, matrices):
         """One iteration: (blocks, the spectrum before) -> the same, one step nearer to `magnitudes`."""
         blocks, before = carry[0], carry[1:]
-        spectrum = self.stft(self.stft.reflect(blocks))
+        spectrum = self.stft(self.stft.reflect(blocks), matrices[0])
         projected = []
         for k, magnitude in enumerate(magnitudes):
             re, im = (spectrum[i] - self.momentum * before[i] for i in (2 * k, 2 * k + 1))
             scale = magnitude / (re * re + im * im + 1e-20).sqrt()
             projected += [re * scale, im * scale]
-        return self.stft.inverse(projected) * norm, *spectrum
+        return self.stft.inverse(projected, matrices[1]) * norm, *spectrum
 
     def forward(self, magnitude):
         """(B, F, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
         ordered = magnitude.index_select(1, self.stft.bins).transpose(1, 2).contiguous()  # (B, T, F)
-        norm = 1 / self.stft.overlap(ordered[:1, :, 0])
+        norm, matrices = 1 / self.stft.overlap(ordered[:1, :, 0]), self.stft.matrices()
         start = [part.clone() for phase in self.zero_phase for part in (ordered * phase).split(self.stft.sizes, dim=2)]
-        blocks = self.stft.inverse([start[i + j] for i in range(3) for j in (0, 3)]) * norm
+        blocks = self.stft.inverse([start[i + j] for i in range(3) for j in (0, 3)], matrices[1]) * norm
         magnitudes = [part.clone() for part in ordered.split(self.stft.sizes, dim=2)]
         nothing = [torch.zeros_like(part) for part in magnitudes for _ in range(2)]
-        blocks = repeat(self.iterations, lambda carry: self.step(carry, magnitudes, norm), (blocks, *nothing))[0]
+        blocks = repeat(
+            self.iterations, lambda carry: self.step(carry, magnitudes, norm, matrices), (blocks, *nothing)
+        )[0]
         return self.stft.to_waveform(blocks.narrow(2, 2, magnitude.shape[2] - 1))
 
 
@@ -363,10 +398,24 @@ def repeat(times, function, carry):
     return carry
 
 
-class Spectrogram(nn.Module):
-    """Waveforms to compressed magnitudes, STFT or mel, and back to magnitudes; T = samples / hop + 1 frames.
+def log_bands(n_fft, n_bands, lowest=32.7):
+    """Triangles at equal steps of pitch from `lowest` Hz (C1) to half the rate: (n_bands, F), rows that sum to one.
 
-    `mean` (bins, 1) and `std` scale what a model sees; they are set from the training data and kept in the checkpoint.
+    Where those steps are shorter than one of the STFT's bins a triangle is two bins wide.
+    """
+    step = math.log2(RATE / 2 / lowest) / n_bands  # octaves
+    middle = lowest * 2 ** (step * torch.arange(n_bands, dtype=torch.float64))
+    width = (middle * (2**step - 1)).clamp(min=RATE / n_fft)
+    frequency = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * RATE / n_fft
+    bank = (1 - (frequency - middle[:, None]).abs() / width[:, None]).clamp(min=0)
+    return (bank / bank.sum(1, keepdim=True)).float()
+
+
+class Spectrogram(nn.Module):
+    """Waveforms to compressed magnitudes and back to magnitudes; T = samples / hop + 1 frames.
+
+    `representation`: "stft", "mel", or "log", whose bands stand at equal steps of pitch. `mean` (bins, 1) and `std`
+    scale what a model sees; they are set from the training data and kept in the checkpoint.
     """
 
     def __init__(self, representation, n_fft, n_mels):
@@ -375,15 +424,24 @@ class Spectrogram(nn.Module):
             raise ValueError(f"n_fft {n_fft} is no multiple of 8")
         self.representation, self.n_fft, self.hop = representation, n_fft, n_fft // 4
         self.magnitude = torchaudio.transforms.Spectrogram(n_fft, hop_length=self.hop, power=1)
-        self.bins = n_mels if representation == "mel" else n_fft // 2 + 1
+        self.bins = n_fft // 2 + 1 if representation == "stft" else n_mels
+        if representation == "log":
+            bank = log_bands(n_fft, n_mels)
+            share = bank.sum(0).clamp(min=1e-9)
+            self.register_buffer("bank", bank, persistent=False)  # (bands, F)
+            self.register_buffer("bank_inverse", (bank / share).T.contiguous(), persistent=False)  # interpolates
         if representation == "mel":
             bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE, mel_scale="slaney")
             if (bank.amax(0) == 0).any():
                 raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
-            self.register_buffer("mel", bank.T.contiguous(), persistent=False)  # (bands, F)
-            self.register_buffer("mel_inverse", torch.linalg.pinv(self.mel.double()).float(), persistent=False)
+            self.register_buffer("bank", bank.T.contiguous(), persistent=False)  # (bands, F)
+            self.register_buffer("bank_inverse", torch.linalg.pinv(self.bank.double()).float(), persistent=False)
         self.register_buffer("mean", torch.zeros(self.bins, 1))
         self.register_buffer("std", torch.ones(()))
+
+    def frames(self, samples):
+        """How many frames so many samples have."""
+        return samples // self.hop + 1
 
     def forward(self, waveform):
         """(B, samples) -> levels (B, bins, T)."""
@@ -391,11 +449,14 @@ class Spectrogram(nn.Module):
 
     def level(self, magnitude):
         """STFT magnitudes (B, F, T) -> levels (B, bins, T)."""
-        return log_compress(self.mel @ magnitude if self.representation == "mel" else magnitude)
+        return log_compress(magnitude if self.representation == "stft" else self.bank @ magnitude)
 
     def stft_of(self, magnitude):
-        """Magnitudes (B, bins, T) -> those of the STFT, (B, F, T): of mel bands, the least that give them, cut at 0."""
-        return (self.mel_inverse @ magnitude).clamp(min=0) if self.representation == "mel" else magnitude
+        """Magnitudes (B, bins, T) -> those of the STFT, (B, F, T).
+
+        Of mel bands they are the least that give the bands, cut at 0; between the bands of "log" they are interpolated.
+        """
+        return magnitude if self.representation == "stft" else (self.bank_inverse @ magnitude).clamp(min=0)
 
     def scale(self, level):
         return (level - self.mean) / self.std

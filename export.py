@@ -23,6 +23,14 @@
 | decoder  | z (B, N, D), cell (B, N, 2)               | layer (B, N, ...)                                        |
 | composer | layer (B, M, ...), background if there is | image (B, 3, H, W)                                       |
 
+| a run of train_mvae on sounds                                                                                   |
+|----------|-------------------------------------------|----------------------------------------------------------|
+| encoder  | waveform (B, 64000), of any loudness      | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),         |
+|          |                                           | kl_map (B, H_l, 1)                                       |
+| decoder  | z (B, N, D), cell (B, N, 2)               | layer (B, N, ...)                                        |
+| composer | layer (B, M, ...)                         | spectrogram (B, 2049, 64): STFT magnitudes               |
+| vocoder  | spectrogram (B, 2049, T), any T above 4   | waveform (B, (T - 1) 1024): Griffin-Lim, 32 iterations   |
+
 B, N and M are free; pitch is a MIDI number, family an index into the `families` of model.json. A graph that differs
 from PyTorch by more than its tolerance, at sizes other than it was exported with, is reported, the exit code is 1, and
 an export folder written before is left as it was.
@@ -51,6 +59,7 @@ from common import (
     RATE,
     BlockSTFT,
     GriffinLim,
+    Spectrogram,
     gaussian_kl,
     load_checkpoint,
     load_config,
@@ -60,7 +69,7 @@ from common import (
     spectral_convergence,
     versions,
 )
-from train_mvae import MVAE
+from train_mvae import LOUDNESS, MVAE, SOUND_FFT, SoundLevels, root_mean_square, stft_of, whole_hops
 from train_vae_audio import SAMPLES, NoteVAE
 from train_vae_mnist import SIDE, VAE
 
@@ -152,13 +161,13 @@ class NotePriorGraph(nn.Module):
 class VocoderGraph(nn.Module):
     outputs = ("waveform",)
 
-    def __init__(self, model):
+    def __init__(self, spectrogram):
         super().__init__()
-        self.model = part(model, "spectrogram")
-        self.griffin_lim = GriffinLim(model.spectrogram.n_fft)
+        self.spectrogram = spectrogram
+        self.griffin_lim = GriffinLim(spectrogram.n_fft)
 
     def forward(self, spectrogram):
-        return self.griffin_lim(self.model.spectrogram.stft_of(spectrogram))
+        return self.griffin_lim(self.spectrogram.stft_of(spectrogram))
 
 
 class EncoderGraph(nn.Module):
@@ -170,6 +179,16 @@ class EncoderGraph(nn.Module):
     def forward(self, image):
         encoding = self.model.encode(image)
         return tuple(getattr(encoding, name) for name in self.outputs)
+
+
+class SoundEncoderGraph(EncoderGraph):
+    def __init__(self, model):
+        super().__init__(model)
+        self.levels, self.stft = SoundLevels(model.bands), BlockSTFT(SOUND_FFT)
+
+    def forward(self, waveform):
+        heard = whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))
+        return super().forward(self.levels.of_magnitude(self.stft.magnitude(heard)))
 
 
 class DecoderGraph(nn.Module):
@@ -194,6 +213,17 @@ class ComposerGraph(nn.Module):
         return self.model.compose(layer, background)
 
 
+class SoundComposerGraph(nn.Module):
+    outputs = ("spectrogram",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.levels = part(model, "to_image"), SoundLevels(model.bands)
+
+    def forward(self, layer):
+        return self.levels.stft_of(self.model.compose(layer))
+
+
 def graphs_of(model):
     if isinstance(model, VAE):
         return {"encoder": VAEEncoderGraph(model), "decoder": VAEDecoderGraph(model)}
@@ -202,7 +232,14 @@ def graphs_of(model):
             "encoder": NoteEncoderGraph(model),
             "prior": NotePriorGraph(model),
             "decoder": NoteDecoderGraph(model),
-            "vocoder": VocoderGraph(model),
+            "vocoder": VocoderGraph(model.spectrogram),
+        }
+    if model.domain:
+        return {
+            "encoder": SoundEncoderGraph(model),
+            "decoder": DecoderGraph(model),
+            "composer": SoundComposerGraph(model),
+            "vocoder": VocoderGraph(Spectrogram("stft", SOUND_FFT, 0)),
         }
     return {"encoder": EncoderGraph(model), "decoder": DecoderGraph(model), "composer": ComposerGraph(model)}
 
@@ -215,14 +252,30 @@ def example_inputs(model, size, batch, slots, seed):
         return {"encoder": {"image": image}, "decoder": {"z": torch.randn(batch, model.d, generator=generator)}}
     if isinstance(model, NoteVAE):
         return example_notes(model, batch, 60 + 20 * slots, generator)
-    coarse = torch.rand(batch, 3, 8, 8, generator=generator)
-    image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
     z = torch.randn(batch, slots, model.d, generator=generator)
     cell = 2 * torch.rand(batch, slots, 2, generator=generator) - 1
     composer = {"layer": model.decode(z, cell)}
+    if model.domain:
+        waveform = chords(batch, generator)
+        spectrogram = stft_of(waveform).abs()[:, :, : 8 + 8 * slots].contiguous()
+        return {
+            "encoder": {"waveform": waveform},
+            "decoder": {"z": z, "cell": cell},
+            "composer": composer,
+            "vocoder": {"spectrogram": spectrogram},
+        }
+    coarse = torch.rand(batch, 3, 8, 8, generator=generator)
+    image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
     if model.background is not None:
         composer["background"] = model.encode(image).background.contiguous()
     return {"encoder": {"image": image}, "decoder": {"z": z, "cell": cell}, "composer": composer}
+
+
+def chords(n, generator):
+    """Decaying chords of six frequencies: (n, SAMPLES)."""
+    t = torch.arange(SAMPLES) / RATE
+    frequency = 80 + 1000 * torch.rand(n, 6, 1, generator=generator)
+    return 0.1 * (torch.sin(2 * torch.pi * frequency * t) * torch.exp(-t)).sum(1)
 
 
 def example_notes(model, batch, frames, generator):
@@ -232,9 +285,7 @@ def example_notes(model, batch, frames, generator):
         "family": torch.randint(len(model.families), (batch,), generator=generator),
     }
     label = {} if model.condition == "none" else label
-    t = torch.arange(SAMPLES) / RATE
-    frequency = 80 + 1000 * torch.rand(batch, 6, 1, generator=generator)
-    chord = 0.1 * (torch.sin(2 * torch.pi * frequency * t) * torch.exp(-t)).sum(1)  # (B, SAMPLES)
+    chord = chords(batch, generator)
     level = model.spectrogram(chord)[:, :, :frames]
     return {
         "encoder": {"waveform": chord, **label},
@@ -312,7 +363,7 @@ def convergence_difference(graph, inputs, expected, actual):
     waveforms = (expected[0], torch.from_numpy(actual[0]))
     if waveforms[0].shape != waveforms[1].shape or not torch.isfinite(waveforms[1]).all():
         return float("inf")
-    magnitude = graph.model.spectrogram.stft_of(inputs["spectrogram"])
+    magnitude = graph.spectrogram.stft_of(inputs["spectrogram"])
     one, other = (spectral_convergence(graph.griffin_lim.stft.magnitude(w), magnitude) for w in waveforms)
     return float((one - other).abs().mean())
 
@@ -378,6 +429,23 @@ def describe(config, checkpoint_step):
             "n_mels": options["n_mels"] if options["representation"] == "mel" else None,
             "D": options["d"],
             "condition": options["condition"],
+            "families": options["families"],
+        }
+    elif options["domain"]:
+        about = {
+            "kind": "mvae-sound",
+            "scaling": f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs",
+            "sample_rate": RATE,
+            "samples": SAMPLES,
+            "n_fft": SOUND_FFT,
+            "hop": SOUND_FFT // 4,
+            "bands": options["size"],
+            "N": options["n_slots"],
+            "D": options["d"],
+            "op": options["op"],
+            "compose": options["compose_at"],
+            "domain": options["domain"],
+            "cells": options["cells"],
             "families": options["families"],
         }
     else:

@@ -1,12 +1,15 @@
-"""Take pictures apart into slots and put slots of any number of them together, with onnxruntime alone.
+"""Take pictures, or sounds, apart into slots and put slots of any number of them together, with onnxruntime alone.
 
     python recompose.py a.png b.png                        # every slot of both, on the background of a.png
     python recompose.py a.png b.png --slots 0,2            # slots 0 and 2 of each
     python recompose.py a.png b.png --slots 0,2 --slots 1  # slots 0 and 2 of a.png, slot 1 of b.png
+    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav  # an instrument of each
 
-Writes the recomposed picture (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked, every
-slot decoded alone, the recomposition. The models are folders that `export.py` wrote. PyTorch is not needed, nor
-imported: this file and a model folder can be taken elsewhere. The drawing functions serve the training scripts too.
+Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
+every slot decoded alone, the recomposition. A slot of a sound is heard as a mask on the spectrum of its input, or,
+with `--vocoder`, as what it decodes to alone, through Griffin-Lim. The models are folders that `export.py` wrote.
+PyTorch is not needed, nor imported: this file and a model folder can be taken elsewhere. The drawing functions serve
+the training scripts too.
 """
 
 import contextlib
@@ -18,8 +21,10 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-GRAPHS = ("encoder", "decoder", "composer")
-SHIPPED_MODEL = Path(__file__).parent / "models" / "clevr"
+GRAPHS = {"mvae-image": ("encoder", "decoder", "composer"), "mvae-sound": ("encoder", "decoder", "composer", "vocoder")}
+MODELS = Path(__file__).parent / "models"
+SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
+SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
 
 # ---------------------------------------------------------------- Pictures
 
@@ -77,6 +82,61 @@ def load_picture(path, size, crop):
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
 
 
+# ---------------------------------------------------------------- Sounds
+
+
+def load_sound(path, rate, samples):
+    """A sound file -> its samples (samples,), mixed down to one channel, silence after them.
+
+    Raises click.UsageError where there is none, it is damaged, silent, too long, of another rate, or holds no numbers.
+    """
+    import soundfile  # here, because pictures do without
+
+    if not path.is_file():
+        raise click.UsageError(f"{path}: no such file")
+    try:
+        waveform, found = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        raise click.UsageError(f"{path}: damaged, or no sound (WAV or FLAC expected)") from error
+    if found != rate:
+        raise click.UsageError(f"{path}: {found} samples a second; this model takes {rate}")
+    if len(waveform) > samples:
+        raise click.UsageError(f"{path}: {len(waveform) / rate:.2f} s; this model takes up to {samples / rate:g} s")
+    waveform = waveform.mean(1)
+    if not np.isfinite(waveform).all():
+        raise click.UsageError(f"{path}: holds samples that are no numbers")
+    if not len(waveform) or np.abs(waveform).max() < 1e-5:
+        raise click.UsageError(f"{path}: silent")
+    return np.pad(waveform, (0, samples - len(waveform)))
+
+
+def hann(n_fft):
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft, dtype=np.float64)
+
+
+def stft(waveform, n_fft, hop):
+    """(samples,), lengthened to whole hops -> complex (F, T); frames stand in the middle of their samples."""
+    longer = np.pad(waveform, (0, -len(waveform) % hop))
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(longer, n_fft // 2, mode="reflect"), n_fft)[::hop]
+    return np.fft.rfft(frames * hann(n_fft)).T
+
+
+def inverse_stft(spectrum, n_fft, hop, samples):
+    """The sound of which `spectrum` (F, T) is the STFT, or comes nearest in squares: (samples,)."""
+    window, frames = hann(n_fft), spectrum.shape[1]
+    summed, weight = np.zeros((frames - 1) * hop + n_fft), np.zeros((frames - 1) * hop + n_fft)
+    for t, frame in enumerate(np.fft.irfft(spectrum.T) * window):
+        summed[t * hop : t * hop + n_fft] += frame
+        weight[t * hop : t * hop + n_fft] += window**2
+    return (summed / np.maximum(weight, 1e-8))[n_fft // 2 :][:samples]
+
+
+def soft_masks(magnitude):
+    """Magnitudes of slots (N, F, T) -> the share of each in their power; they sum to one (Wiener 1949)."""
+    power = magnitude.astype(np.float64) ** 2 + 1e-12
+    return power / power.sum(0)
+
+
 # ---------------------------------------------------------------- Drawing
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # inferno
@@ -89,9 +149,9 @@ def to_uint8(picture):
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
-def heat_map(values):
-    """(H, W) -> uint8 (H, W, 3), from 0 (black) to the largest value (light yellow)."""
-    place = np.clip(values / max(float(values.max()), 1e-9), 0, 1) * (len(HEAT) - 1)
+def heat_map(values, top=None):
+    """(H, W) -> uint8 (H, W, 3), from 0 (black) to `top` or the largest value (light yellow)."""
+    place = np.clip(values / max(float(values.max()) if top is None else top, 1e-9), 0, 1) * (len(HEAT) - 1)
     channels = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
@@ -147,14 +207,18 @@ def contact_sheet(rows):
 class Model:
     """The exported graphs of one folder, run by onnxruntime; arrays in, dicts of named arrays out."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, kind):
+        """Raises click.UsageError where `folder` holds no whole export of a model of that kind."""
         import onnxruntime  # here, so that `--help` and bad arguments answer at once
 
         self.sessions, described = {}, []
-        for name in GRAPHS:
+        for name in GRAPHS[kind]:
             path = Path(folder) / f"{name}.onnx"
             if not path.is_file():
-                raise click.UsageError(f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run")
+                what = "sounds" if kind == "mvae-sound" else "pictures"
+                raise click.UsageError(
+                    f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run on {what}"
+                )
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
@@ -163,12 +227,15 @@ class Model:
         if None in described or len(set(described)) > 1:
             raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py")
         try:
-            info = json.loads(described[0])
-            self.kind, self.size, self.crop, self.n_slots = (info[name] for name in ("kind", "size", "crop", "N"))
+            self.about = json.loads(described[0])
+            self.n_slots, found = self.about["N"], self.about["kind"]
+            needed = ("sample_rate", "samples", "n_fft", "hop") if kind == "mvae-sound" else ("size", "crop")
+            if found == kind and not all(name in self.about for name in needed):
+                raise KeyError
         except (KeyError, TypeError, ValueError) as error:
             raise click.UsageError(f"--model {folder}: its graphs were not written by export.py") from error
-        if self.kind != "mvae-image":
-            raise click.UsageError(f"--model {folder}: a model of kind {self.kind!r}; expected 'mvae-image'")
+        if found != kind:
+            raise click.UsageError(f"--model {folder}: a model of kind {found!r}; expected {kind!r}")
 
     def run(self, graph, **inputs):
         session = self.sessions[graph]
@@ -183,10 +250,14 @@ class Model:
         """z (B, N, D), cell (B, N, 2) -> layer (B, N, ...)."""
         return self.run("decoder", z=z, cell=cell)["layer"]
 
-    def compose(self, layer, background):
-        """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W)."""
+    def compose(self, layer, background=None):
+        """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
         inputs = {"layer": layer} if background is None else {"layer": layer, "background": background}
-        return self.run("composer", **inputs)["image"]
+        return next(iter(self.run("composer", **inputs).values()))
+
+    def vocode(self, spectrogram):
+        """Magnitudes (B, F, T) -> waveform (B, samples)."""
+        return self.run("vocoder", spectrogram=spectrogram)["waveform"][:, : self.about["samples"]]
 
 
 # ---------------------------------------------------------------- Command line
@@ -218,20 +289,69 @@ def chosen_slots(lists, n_inputs, n_slots):
     return chosen
 
 
-def explain(model, pictures, names, encoded, layer, chosen, result):
-    """The figure: a row an input with its KL map and every slot alone, and the recomposition below."""
-    rows = []
-    for b, name in enumerate(names):
-        background = encoded["background"][b : b + 1] if "background" in encoded else None
-        row = [
-            (pictures[b], name, False),
-            (kl_tile(encoded["kl_map"][b], encoded["cell"][b], chosen[b]), "KL map", False),
-        ]
+def picture_row(model, picture, name, encoded, layer, b, chosen):
+    """An input of the figure: the picture, its KL map, every slot alone."""
+    background = encoded["background"][b : b + 1] if "background" in encoded else None
+    row = [(picture, name, False), (kl_tile(encoded["kl_map"][b], encoded["cell"][b], chosen), "KL map", False)]
+    for k in range(model.n_slots):
+        alone = model.compose(layer[b : b + 1, k : k + 1], background)[0]
+        row.append((to_uint8(alone), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen))
+    return row
+
+
+def recompose_pictures(model, inputs, slots):
+    """Picture files -> the recomposition, the figure that explains it (both PIL), and how many slots it has."""
+    chosen = chosen_slots(slots, len(inputs), model.n_slots)
+    pictures = np.stack([load_picture(path, model.about["size"], model.about["crop"]) for path in inputs])
+    encoded = model.encode(pictures)  # z = mu below, so that the same input always gives the same result
+    layer = model.decode(encoded["mu"], encoded["cell"])
+    taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
+    background = encoded["background"][:1] if "background" in encoded else None
+    result = to_uint8(model.compose(taken, background)[0])
+    rows = [picture_row(model, pictures[b], path.name, encoded, layer, b, chosen[b]) for b, path in enumerate(inputs)]
+    figure = contact_sheet([*rows, [(result, "recomposition of the framed slots", True)]])
+    return Image.fromarray(result), figure, taken.shape[1]
+
+
+def spectrum_tile(magnitude, top):
+    """STFT magnitudes (F, T) as a picture: time to the right, frequency upwards in equal steps of pitch, 60 dB."""
+    bins = np.geomspace(len(magnitude) / 128, len(magnitude) - 1, TILE).round().astype(int)[::-1]
+    decibels = 20 * np.log10(np.maximum(magnitude[bins] / top, 1e-9))
+    return heat_map(np.maximum(decibels + 60, 0), 60)
+
+
+def recompose_sounds(model, inputs, slots, vocoder):
+    """Sound files -> the recomposition (samples,), the figure that explains it, and how many slots it has.
+
+    Of every chosen slot its soft mask on its input's spectrum is added up, with the input's phases and loudness; with
+    `vocoder` the slots are combined by the model's operator and Griffin-Lim finds phases, as loud as the former.
+    """
+    about, chosen = model.about, chosen_slots(slots, len(inputs), model.n_slots)
+    sizes = about["n_fft"], about["hop"]
+    waveforms = np.stack([load_sound(path, about["sample_rate"], about["samples"]) for path in inputs])
+    encoded = model.run("encoder", waveform=waveforms.astype(np.float32))
+    layer = model.decode(encoded["mu"], encoded["cell"])
+    total, rows = 0, []
+    for b, path in enumerate(inputs):
+        alone = np.concatenate([model.compose(layer[b : b + 1, k : k + 1]) for k in range(model.n_slots)])  # (N, F, T)
+        spectrum = stft(waveforms[b], *sizes)
+        masked = soft_masks(alone) * spectrum
+        total = total + masked[chosen[b]].sum(0)
+        top, heard = np.abs(spectrum).max(), alone.max()
+        upside_down = encoded["cell"][b] * np.array([-1, 1], np.float32)
+        row = [(spectrum_tile(np.abs(spectrum), top), path.name, False)]
+        row.append((kl_tile(encoded["kl_map"][b][::-1], upside_down, chosen[b]), "KL map", False))
         for k in range(model.n_slots):
-            alone = model.compose(layer[b : b + 1, k : k + 1], background)[0]
-            row.append((to_uint8(alone), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen[b]))
+            row.append((spectrum_tile(alone[k], heard), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen[b]))
         rows.append(row)
-    return contact_sheet([*rows, [(to_uint8(result), "recomposition of the framed slots", True)]])
+    result = inverse_stft(total, *sizes, about["samples"])
+    if vocoder:
+        taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
+        decoded = model.vocode(model.compose(taken))[0].astype(np.float64)
+        result = decoded * np.sqrt(np.square(result).mean() / max(np.square(decoded).mean(), 1e-20))
+    tile = spectrum_tile(np.abs(stft(result, *sizes)), np.abs(stft(result, *sizes)).max())
+    figure = contact_sheet([*rows, [(tile, "recomposition of the framed slots", True)]])
+    return result, figure, sum(map(len, chosen))
 
 
 def check_output(path, inputs):
@@ -244,16 +364,38 @@ def check_output(path, inputs):
         raise click.UsageError(f"--out: {path} would overwrite an input")
 
 
-def save(picture, path):
-    """Write a PNG whole or not at all."""
+def save(path, write):
+    """Call write(temporary path) and rename: a file is written whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        picture.save(partial, format="PNG")
+        write(partial)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
+
+
+def save_sound(path, waveform, rate):
+    """16 bits a sample; a sound beyond full scale is made softer, and that is said."""
+    import soundfile
+
+    peak = np.abs(waveform).max()
+    if peak > 1:
+        click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
+    form = path.suffix[1:].upper()
+    save(path, lambda p: soundfile.write(p, waveform / max(peak, 1), rate, format=form, subtype="PCM_16"))
+
+
+def kind_of(inputs):
+    """What the inputs are, "mvae-image" or "mvae-sound", by their names; raises click.UsageError for both at once."""
+    sounds = [path.suffix.lower() in SUFFIXES for path in inputs]
+    if any(sounds) and not all(sounds):
+        raise click.UsageError(
+            f"{inputs[sounds.index(True)]} is a sound and {inputs[sounds.index(False)]} is none; "
+            "pictures and sounds cannot be recomposed together"
+        )
+    return "mvae-sound" if all(sounds) else "mvae-image"
 
 
 @click.command(context_settings={"show_default": True})
@@ -270,48 +412,46 @@ def save(picture, path):
     "--model",
     "folder",
     type=click.Path(path_type=Path),
-    default=SHIPPED_MODEL,
-    show_default="models/clevr",
+    show_default="models/clevr, for sounds models/nsynth-duo",
     help="Folder that export.py wrote.",
 )
+@click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default="recomposed.png",
-    help="The picture to write; the figure is written beside it, as NAME_figure.png.",
+    show_default="recomposed.png or .wav",
+    help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.",
 )
-def main(inputs, slots, folder, out):
-    """Recompose pictures from the slots of INPUT...
+def main(inputs, slots, folder, vocoder, out):
+    """Recompose pictures, or sounds, from the slots of INPUT...
 
     \b
     python recompose.py a.png b.png --slots 0,2
     python recompose.py a.png b.png --slots 0,2 --slots 1 --out mixed.png
+    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav
     """
-    if out.suffix.lower() != ".png":
-        raise click.UsageError(f"--out {out}: expected a name that ends in .png")
+    # 1. Check the arguments, and read the model.
+    kind = kind_of(inputs)
+    suffixes = SUFFIXES if kind == "mvae-sound" else (".png",)
+    out = out or Path(f"recomposed{suffixes[0]}")
+    if out.suffix.lower() not in suffixes:
+        raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
+    if vocoder and kind != "mvae-sound":
+        raise click.UsageError("--vocoder is for sounds")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         check_output(path, inputs)
+    model = Model(folder or SHIPPED[kind], kind)
 
-    # 1. Read the model and the inputs.
-    model = Model(folder)
-    chosen = chosen_slots(slots, len(inputs), model.n_slots)
-    pictures = np.stack([load_picture(path, model.size, model.crop) for path in inputs])
-
-    # 2. Take every input apart; z = mu, so that the same input always gives the same result.
-    encoded = model.encode(pictures)
-    layer = model.decode(encoded["mu"], encoded["cell"])
-
-    # 3. Put the chosen slots together on the first input's background.
-    taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
-    background = encoded["background"][:1] if "background" in encoded else None
-    result = model.compose(taken, background)[0]
-
-    # 4. Write the picture, and the figure that explains it.
-    figure = explain(model, pictures, [path.name for path in inputs], encoded, layer, chosen, result)
-    save(Image.fromarray(to_uint8(result)), out)
-    save(figure, beside)
-    click.echo(f"{out}: {taken.shape[1]} slots of {len(inputs)} pictures; {beside} explains it")
+    # 2. Take the inputs apart, put the chosen slots together, write the result and the figure that explains it.
+    if kind == "mvae-sound":
+        result, figure, n = recompose_sounds(model, inputs, slots, vocoder)
+        save_sound(out, result, model.about["sample_rate"])
+    else:
+        result, figure, n = recompose_pictures(model, inputs, slots)
+        save(out, lambda p: result.save(p, format="PNG"))
+    save(beside, lambda p: figure.save(p, format="PNG"))
+    click.echo(f"{out}: {n} slots of {len(inputs)} inputs; {beside} explains it")
 
 
 if __name__ == "__main__":

@@ -26,22 +26,30 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from common import (
+    FOLDER,
     OPS,
     POSITIVE,
     BroadcastDecoder,
+    ColumnShuffle,
     FiniteRange,
     PresetCommand,
     ResBlock,
+    Spectrogram,
     alpha_masks,
     autocast,
     beta_at,
+    column_conv,
     compose,
     descend,
     earlier_curve,
     gather_cells,
     gaussian_kl,
     gaussian_log_likelihood,
+    griffin_lim,
     learning_rate_at,
+    log_compress,
+    log_expand,
+    log_spectral_distance,
     pick_device,
     plotted,
     position_grid,
@@ -54,7 +62,8 @@ from common import (
     train,
     write_json,
 )
-from recompose import contact_sheet, kl_tile, load_picture, square, to_uint8
+from recompose import contact_sheet, heat_map, kl_tile, load_picture, square, to_uint8
+from train_vae_audio import SAMPLES, SPLITS, Families, load_notes, stft, train_classifier
 
 # ---------------------------------------------------------------- Data: built-in sprites
 
@@ -536,19 +545,136 @@ def fetch_clevr(data_root):
         raise click.ClickException(f"CLEVR v1.0 could not be fetched into {data_root}: {error}") from error
 
 
-def load_data(dataset, data_root, download, size, objects, seed, device):
-    """The data set of `--dataset`; raises click.UsageError where its folder is not what was expected."""
-    if download and (dataset != "clevr" or not data_root):
-        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB); it needs --dataset clevr and --data-root")
-    if download:
+# ---------------------------------------------------------------- Data: two notes at once
+
+SOUND_FFT = 4096  # samples of a frame: notes last, and what tells two of them apart are narrow harmonics
+FRAMES = 32  # times that a model sees a sound at
+LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
+INTERVALS = {"any": range(1, 12), "musical": (3, 4, 5, 7, 8, 9)}  # semitones between two notes, less whole octaves
+
+
+class Samples:
+    """For the cache of `train_vae_audio.Notes`, which keeps spectrograms: notes as they sound, one bin of samples."""
+
+    representation, n_fft, bins = "samples", 0, 1
+
+    def frames(self, samples):
+        return samples
+
+    def __call__(self, waveform):
+        return waveform[None]
+
+
+def root_mean_square(waveform):
+    """(..., samples) -> (..., 1)."""
+    return waveform.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
+
+
+def whole_hops(waveform):
+    """(..., samples) -> the same, and silence to a whole number of hops: of SAMPLES the STFT has 2 FRAMES frames."""
+    return F.pad(waveform, (0, -waveform.shape[-1] % (SOUND_FFT // 4)))
+
+
+class SoundLevels(nn.Module):
+    """Waveforms -> what a model of sounds sees, levels of `bands` logarithmic bands: (B, FRAMES, bands, 1).
+
+    Every sound is brought to LOUDNESS; the STFT's frames are averaged in FRAMES spans of time.
+    """
+
+    def __init__(self, bands):
+        super().__init__()
+        self.spectrogram = Spectrogram("log", SOUND_FFT, bands)
+        self.span = math.ceil((math.ceil(SAMPLES / self.spectrogram.hop) + 1) / FRAMES)
+
+    def forward(self, waveform):
+        """(B, SAMPLES) -> levels (B, FRAMES, bands, 1)."""
+        heard = whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))
+        return self.of_magnitude(self.spectrogram.magnitude(heard))
+
+    def of_magnitude(self, magnitude):
+        """STFT magnitudes (B, F, T) -> levels (B, FRAMES, bands, 1)."""
+        bands = self.spectrogram.bank @ magnitude
+        spans = bands.unflatten(2, (FRAMES, self.span))  # (B, bands, FRAMES, span)
+        return log_compress(spans.mean(3)).transpose(1, 2)[..., None]
+
+    def stft_of(self, level):
+        """Levels (B, FRAMES, bands, 1) -> STFT magnitudes (B, F, T), interpolated between bands and times."""
+        bands = log_expand(level[..., 0].transpose(1, 2))  # (B, bands, FRAMES)
+        return self.spectrogram.stft_of(F.interpolate(bands, scale_factor=float(self.span), mode="linear"))
+
+
+class NoteDuos:
+    """Mixtures of two notes of different instruments, made when they are asked for; their stems are the truth.
+
+    Both notes have one loudness, but for up to `max_gain_db` that one is louder. Notes in unison, or whole octaves
+    apart, share all harmonics and are not mixed.
+    """
+
+    crop = None
+
+    def __init__(self, options, device):
+        self.notes = load_notes(options | {"transpose": 0}, Samples())
+        self.source, self.seed, self.device = self.notes.source, options["seed"], device
+        self.levels = SoundLevels(options["size"]).to(device)
+        self.apart = torch.tensor(INTERVALS[options["intervals"]])
+        self.max_gain_db, self.instrument = options["max_gain_db"], {}
+        for split in SPLITS:
+            names = [note.instrument for note in getattr(self.notes, split).notes]
+            number = {name: k for k, name in enumerate(sorted(set(names)))}
+            self.instrument[split] = torch.tensor([number[name] for name in names])
+            self.draw(split, 1, random_generator("any"))
+
+    def draw(self, split, n, generator):
+        """Notes and relative levels of n mixtures: indices (n, 2), decibels (n, 2)."""
+        pitch, instrument = getattr(self.notes, split).pitch, self.instrument[split]
+        chosen = torch.zeros(0, 2, dtype=torch.long)
+        for _ in range(100):
+            pair = torch.randint(len(pitch), (8 * n, 2), generator=generator)
+            interval = pitch[pair].diff(dim=1)[:, 0].abs() % 12
+            may = torch.isin(interval, self.apart) & (instrument[pair].diff(dim=1)[:, 0] != 0)
+            chosen = torch.cat([chosen, pair[may]])[:n]
+            if len(chosen) == n:
+                gain = self.max_gain_db / 2 * (2 * torch.rand(n, 1, generator=generator) - 1)
+                return chosen, torch.cat([gain, -gain], dim=1)
+        raise click.UsageError(f"{split}: there are hardly two notes of different instruments and pitches to be mixed")
+
+    def stems(self, split, pair, decibels):
+        """Waveforms (n, 2, SAMPLES), whose sum has LOUDNESS, and what root mean square the notes had (n, 2)."""
+        waveform = getattr(self.notes, split).batch(pair.flatten())[0][:, 0].unflatten(0, pair.shape)
+        before = root_mean_square(waveform)
+        waveform = waveform / before * 10 ** (decibels[..., None] / 20)
+        return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True)), before[..., 0]
+
+    def batch(self, step, first, last, total):
+        """Levels of the mixtures [first, last) of `total` at `step`."""
+        pair, decibels = self.draw("train", total, random_generator("mixtures", self.seed, step))
+        stems, _ = self.stems("train", pair[first:last], decibels[first:last])
+        return self.levels(stems.sum(1).to(self.device))
+
+    def held_out(self, split, n):
+        """n mixtures, the same in every run: stems (n, 2, SAMPLES), their loudness before, families (n, 2)."""
+        pair, decibels = self.draw(split, n, random_generator("held out"))
+        return *self.stems(split, pair, decibels), getattr(self.notes, split).family[pair]
+
+
+def load_data(options, device):
+    """The data set of the options; raises click.UsageError where its folder is not what was expected."""
+    dataset, data_root = options["dataset"], options["data_root"]
+    if options["download"] and (dataset == "sprites" or not data_root):
+        raise click.UsageError(
+            "--download fetches CLEVR v1.0 (18 GB) for --dataset clevr, NSynth (over 20 GB) for nsynth-duo; "
+            "it needs --data-root"
+        )
+    if options["download"] and dataset == "clevr":
         fetch_clevr(data_root)
-    if data_root and not data_root.is_dir():
+    if data_root and not options["download"] and not data_root.is_dir():
         raise click.UsageError(f"--data-root {data_root}: no such folder")
+    if dataset == "nsynth-duo":
+        return NoteDuos(options, device)
+    about = (options["size"], options["objects"], options["seed"], device)
     if dataset == "sprites":
-        return Sprites(size, objects, seed, device, data_root)
-    return (
-        ClevrFolder(data_root, size, objects, seed, device) if data_root else BuiltInClevr(size, objects, seed, device)
-    )
+        return Sprites(*about, data_root)
+    return ClevrFolder(data_root, *about) if data_root else BuiltInClevr(*about)
 
 
 # ---------------------------------------------------------------- Model
@@ -562,6 +688,8 @@ BESIDE = 1e-3  # what the KL of cells beside a chosen one still counts
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
+UPSCALE_SOUND = 2  # the same, of a spectrum
+LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 
@@ -586,26 +714,26 @@ class Encoder(nn.Module):
     where the decoder needs to know (`coords="absolute"`).
     """
 
-    def __init__(self, size, cells, d, channels, shift, told_position):
+    def __init__(self, shape, grid, d, channels, shift, told_position, conv, kernel):
         super().__init__()
         self.told_position, self.furthest = told_position, shift
         # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
-        layers = [nn.Conv2d(5 if told_position else 3, channels, 6, stride=2, padding=2)]
-        for _ in range(int(math.log2(size // cells)) - 1):
-            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 4, stride=2, padding=1)]
-        layers += [ResBlock(channels, norm=True) for _ in range(3)]
+        layers = [conv(shape[0] + 2 * told_position, channels, 6, stride=2, padding=2)]
+        for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
+            layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
+        layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
-        self.register_buffer("middles", position_grid(cells, cells), persistent=False)
+        self.register_buffer("middles", position_grid(*grid), persistent=False)
         if shift:
             self.shift = nn.Conv2d(channels, 2, 1)
             nn.init.zeros_(self.shift.weight)
             nn.init.zeros_(self.shift.bias)
         if told_position:
-            self.register_buffer("grid", position_grid(size, size), persistent=False)
+            self.register_buffer("grid", position_grid(*shape[1:]), persistent=False)
 
     def forward(self, image):
-        """image (B, 3, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l), features (B, channels)."""
+        """image (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l), features (B, channels)."""
         if self.told_position:
             image = torch.cat([image, self.grid.expand(image.shape[0], -1, -1, -1)], dim=1)
         h = self.trunk(image)
@@ -658,42 +786,55 @@ class MVAE(nn.Module):
     are combined and decoded on together. op "alpha": softmax masks over slots and background. In half picture widths,
     `shift`: how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound.
     `explore`: train with one slot more, from the cell of whose place the other slots explain least.
+
+    With a `domain` the data are sounds: levels (B, FRAMES, size, 1) of `size` bands, one cell wide, so that the height
+    of a picture is the logarithm of a frequency, and its colours are times. Layers are logarithms of magnitudes;
+    `domain` says as what they are combined: "magnitude", "power" (its square), or "log" (levels).
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, suppress, coords, background, shift, reach, explore
+        self, *, size, cells, n_slots, d, channels, op, compose_at, domain, suppress, coords, background, shift, reach,
+        explore,
     ):  # fmt: skip
         super().__init__()
-        self.explore = explore
+        self.explore, self.domain, self.bands = explore, domain, size
         self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
-        self.suppress, self.reach, self.cells = suppress, reach, cells
-        side = size // UPSCALE
-        parts = 3 if compose_at == "data" else channels
-        self.encoder = Encoder(size, cells, d, channels, shift, told_position=coords == "absolute")
-        self.slot_decoder = BroadcastDecoder(d, channels, (side, side), blocks=2, coords=coords)
-        out = (parts + (op == "alpha")) * (UPSCALE**2 if compose_at == "data" else 1)
-        self.to_layer = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+        self.suppress, self.reach = suppress, reach
+        if domain:
+            # Kernels of seven cells: those of one note stand octaves apart.
+            shape, self.grid_shape, conv, octaves, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 6, 7
+            upscale, shuffle, side = (UPSCALE_SOUND, 1), ColumnShuffle(UPSCALE_SOUND), (size // UPSCALE_SOUND, 1)
+        else:
+            shape, self.grid_shape, conv, octaves, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3, 3
+            upscale, shuffle, side = (UPSCALE, UPSCALE), nn.PixelShuffle(UPSCALE), (size // UPSCALE, size // UPSCALE)
+        self.patch = (shape[1] // self.grid_shape[0], shape[2] // self.grid_shape[1])  # what a cell has of the data
+        self.subpixels = math.prod(upscale)
+        parts = shape[0] if compose_at == "data" else channels
+        self.encoder = Encoder(shape, self.grid_shape, d, channels, shift, coords != "relative", conv, kernel)
+        self.slot_decoder = BroadcastDecoder(d, channels, side, 2, coords, octaves, conv)
+        out = (parts + (op == "alpha")) * (self.subpixels if compose_at == "data" else 1)
+        self.to_layer = nn.Sequential(nn.SiLU(), conv(channels, out, 3, padding=1))
         if compose_at == "data":
-            self.to_layer.append(nn.PixelShuffle(UPSCALE))
+            self.to_layer.append(shuffle)
             self.to_image = nn.Identity()
         else:
-            to_colours = nn.Conv2d(channels, 3 * UPSCALE**2, 3, padding=1)
-            self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), to_colours, nn.PixelShuffle(UPSCALE))
-        layer_side = size if compose_at == "data" else side
+            to_colours = conv(channels, shape[0] * self.subpixels, 3, padding=1)
+            self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
+        layer_shape = shape[1:] if compose_at == "data" else side
         self.background = None
         if background != "none":
             d_background = BACKGROUND_D if background == "latent" else 0
-            self.background = Background((parts, layer_side, layer_side), channels, d_background)
+            self.background = Background((parts, *layer_shape), channels, d_background)
         self.noise_size = (n_slots + explore) * d + (BACKGROUND_D if background == "latent" else 0)
-        self.register_buffer("grid", position_grid(layer_side, layer_side), persistent=False)
+        self.register_buffer("grid", position_grid(*layer_shape), persistent=False)
 
     @torch.no_grad()
     def start_from(self, mean):
-        """Start where the data are: the background as the mean picture (3, H, W), slots in its mean colour.
+        """Start where the data are: the background as their mean (C, H, W), slots in its mean colour.
 
         A slot that starts in a wrong colour is masked out at once and never returns.
         """
-        colour = mean.mean((1, 2)).repeat_interleave(UPSCALE**2)
+        colour = mean.mean((1, 2)).repeat_interleave(self.subpixels)
         if self.compose_at == "feature":
             self.to_image[2].bias.copy_(colour)
             return
@@ -702,14 +843,16 @@ class MVAE(nn.Module):
         convolution.bias.zero_()
         if self.background is not None:
             self.background.picture.copy_(mean)
-        if self.op == "sum":  # with a background, layers are what a slot adds to it
+        if self.domain:  # the slots' magnitudes add up to the mean
+            colour = (log_expand(colour) / self.n_slots).log()
+        elif self.op == "sum":  # with a background, layers are what a slot adds to it
             colour = torch.zeros_like(colour) if self.background is not None else colour / self.n_slots
-        convolution.bias[: 3 * UPSCALE**2] = colour
+        convolution.bias[: len(colour)] = colour
         if self.op == "alpha":
-            convolution.bias[3 * UPSCALE**2 :] = 1.0  # the background's logit is 0
+            convolution.bias[len(colour) :] = 1.0  # the background's logit is 0
 
     def encode(self, image, noise=None, explore=False):
-        """image (B, 3, H, W) in [0, 1] -> Encoding; `noise` (B, d) samples the background's latents.
+        """image (B, C, H, W) -> Encoding; `noise` (B, d) samples the background's latents.
 
         With `explore` the Encoding has a slot more, its last.
         """
@@ -747,8 +890,10 @@ class MVAE(nn.Module):
 
     def select_undrawn(self, score, mu, place, background, n):
         """The n cells of highest score (B, H_l * W_l), of which slots chosen before take what they draw: (B, n)."""
-        row, column = ((place.flatten(2) + 1) / 2 * self.cells).long().clamp(0, self.cells - 1).unbind(1)
-        stands = row * self.cells + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
+        rows, columns = self.grid_shape
+        row, column = ((place.flatten(2) + 1) / 2).unbind(1)
+        row, column = ((x * n).long().clamp(0, n - 1) for x, n in ((row, rows), (column, columns)))
+        stands = row * columns + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
         free, chosen = torch.ones_like(score), []
         for k in range(n):
             index = (score * free).argmax(1, keepdim=True)  # (B, 1)
@@ -757,9 +902,9 @@ class MVAE(nn.Module):
                 break
             drawn = self.drawn(gather_cells(mu, index), gather_cells(place, index), background).flatten(1)
             taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
-            near = F.max_pool2d(taken.view(-1, 1, self.cells, self.cells), WINDOW, stride=1, padding=WINDOW // 2)
+            near = F.max_pool2d(taken.view(-1, 1, rows, columns), WINDOW, stride=1, padding=WINDOW // 2)
             free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
-            beside = (place.flatten(2) - gather_cells(place, index).transpose(1, 2)).abs().amax(1) < 2 / self.cells
+            beside = (place.flatten(2) - gather_cells(place, index).transpose(1, 2)).abs().amax(1) < 2 / rows
             free = torch.where(beside | (near.flatten(1) > 0), BESIDE * free, free).masked_fill(taken > 0, -1.0)
         return torch.cat(chosen, dim=1)
 
@@ -772,13 +917,13 @@ class MVAE(nn.Module):
         """
         layer = self.decode(gather_cells(mu, index), gather_cells(place, index))
         error = (self.compose(layer, background) - image).square().sum(1, keepdim=True)
-        around = F.avg_pool2d(F.avg_pool2d(error, error.shape[-1] // self.cells), 3, stride=1, padding=1)
+        around = F.avg_pool2d(F.avg_pool2d(error, self.patch), 3, stride=1, padding=1)
         return around.flatten(1).scatter(1, index, -1.0).argmax(1, keepdim=True)
 
     def drawn(self, z, cell, background):
         """How much of every cell one slot draws, alone, 0 to 1: z (B, 1, D), cell (B, 1, 2) -> (B, H_l, W_l)."""
         behind, slot = self.responsibilities(self.decode(z, cell), background).unbind(1)  # (B, H, W) each
-        return F.avg_pool2d(slot / (behind + slot), slot.shape[-1] // self.cells)
+        return F.avg_pool2d(slot / (behind + slot), self.patch)
 
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
@@ -818,16 +963,28 @@ class MVAE(nn.Module):
         return window * layer
 
     def compose(self, layer, background=None):
-        """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, 3, H, W)."""
-        return self.to_image(compose(layer, background, self.op)).to(self.grid.dtype)
+        """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
+        if not self.domain or self.compose_at == "feature":
+            return self.to_image(compose(layer, background, self.op)).to(self.grid.dtype)
+        magnitude = layer.clamp(max=LOUDEST).exp()
+        if self.domain == "log":
+            return compose(log_compress(magnitude), background, self.op)
+        if self.domain == "power":
+            return log_compress((compose(magnitude.square(), background, self.op) + 1e-10).sqrt())
+        return log_compress(compose(magnitude, background, self.op))
 
     def forward(self, image, noise):
-        """image (B, 3, H, W), noise (B, noise_size) -> Encoding, image (B, 3, H, W), offset (B,)."""
+        """image (B, C, H, W), noise (B, noise_size) -> Encoding, image (B, C, H, W), offset (B,)."""
         slots = self.n_slots + self.explore
         encoding = self.encode(image, noise[:, slots * self.d :], self.explore)
         slot_noise = noise[:, : slots * self.d].unflatten(1, (slots, self.d))
         layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
-        return encoding, self.compose(layer, encoding.background), self.offset(layer, encoding)
+        mean = self.compose(layer, encoding.background)
+        return (
+            encoding,
+            mean,
+            self.offset(layer, encoding) if self.encoder.furthest else torch.zeros_like(mean[:, 0, 0, 0]),
+        )
 
     def offset(self, layer, encoding):
         """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared.
@@ -1043,6 +1200,140 @@ def evaluate(model, data, images, labels, sigma):
     return metrics
 
 
+# ---------------------------------------------------------------- Evaluation of sounds
+
+MIXTURES = 500  # of held-out notes, that a finished run is judged by
+WATCHED = 100  # of notes of the valid split, at every tenth of a run
+HEARD = 100  # of the MIXTURES, those whose slots go through Griffin-Lim and the family classifier
+
+
+def stft_of(waveform):
+    """(..., samples) -> complex (..., F, T), as SoundLevels sees magnitudes."""
+    window = torch.hann_window(SOUND_FFT, device=waveform.device)
+    heard = whole_hops(waveform.flatten(0, -2))
+    spectrum = torch.stft(heard, SOUND_FFT, SOUND_FFT // 4, window=window, return_complex=True)
+    return spectrum.unflatten(0, waveform.shape[:-1])
+
+
+def soft_masks(magnitude):
+    """Magnitudes of M sounds (B, M, F, T) -> the share of each in their power, which sum to one (Wiener 1949)."""
+    power = magnitude.square() + 1e-12
+    return power / power.sum(1, keepdim=True)
+
+
+def masked(waveform, masks):
+    """What masks (B, M, F, T) let through of sounds (B, samples), at the sounds' own phases: (B, M, samples)."""
+    spectrum = (stft_of(waveform)[:, None] * masks).flatten(0, 1)
+    window = torch.hann_window(SOUND_FFT, device=waveform.device)
+    parts = torch.istft(spectrum, SOUND_FFT, SOUND_FFT // 4, window=window, length=waveform.shape[1])
+    return parts.unflatten(0, masks.shape[:2])
+
+
+def si_sdr(estimate, target):
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019): (..., samples) twice -> (...)."""
+    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True).clamp(min=1e-20)
+    wanted = scale * target
+    distortion = (estimate - wanted).square().sum(-1)
+    return 10 * torch.log10(wanted.square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
+
+
+def assign(score):
+    """The slots that fit best to the stems, one to one: scores (B, N, S) -> slots (B, S)."""
+    best = [linear_sum_assignment(one.T.cpu().numpy(), maximize=True)[1] for one in score]
+    return torch.tensor(np.stack(best), device=score.device)
+
+
+class Separation(NamedTuple):
+    """Mixtures taken apart; B mixtures, S stems, each with the slot that fits it best."""
+
+    level: torch.Tensor  # (B, FRAMES, bands, 1) of the mixtures
+    mean: torch.Tensor  # (B, FRAMES, bands, 1), their reconstruction
+    encoding: Encoding
+    layer: torch.Tensor  # (B, S, ...), of the slots of the stems
+    alone: torch.Tensor  # (B, S, FRAMES, bands, 1), the slots decoded alone
+    parts: torch.Tensor  # (B, S, samples), the slots' soft masks on the mixtures
+    gained: torch.Tensor  # (B, S), dB of SI-SDR above that of the mixture itself
+
+
+def separate(model, levels, stems):
+    """Mixtures of stems (B, S, samples), encoded, every slot decoded, its mask applied: -> Separation."""
+    mixture = stems.sum(1)
+    level = levels(mixture)
+    encoding = model.encode(level)
+    layer = model.decode(encoding.mu, encoding.cell)
+    alone = torch.stack([model.compose(layer[:, k : k + 1]) for k in range(layer.shape[1])], dim=1)
+    magnitude = levels.stft_of(alone.flatten(0, 1)).unflatten(0, alone.shape[:2])
+    parts = masked(mixture, soft_masks(magnitude))
+    ratio = si_sdr(parts[:, :, None], stems[:, None])  # (B, N, S)
+    slot = assign(ratio)
+    b = torch.arange(len(slot), device=slot.device)[:, None]
+    gained = ratio.transpose(1, 2).gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
+    return Separation(level, model.compose(layer), encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
+
+
+def distance(level, reference):
+    """`log_spectral_distance` of levels (B, FRAMES, bands, 1), in dB: (B,)."""
+    return log_spectral_distance(level[..., 0].transpose(1, 2), reference[..., 0].transpose(1, 2))
+
+
+@torch.no_grad()
+def evaluate_sounds(model, data, split, n, sigma):
+    """Scores on n mixtures of a split's notes, z = mu. Recomposed are the slots of neighbours, one of each."""
+    stems, _, _ = data.held_out(split, n)
+    sums, gained = {}, []
+    for i in range(0, n, BLOCK):
+        some = stems[i : i + BLOCK].to(data.device)
+        found = separate(model, data.levels, some)
+        gained.append(found.gained.flatten().cpu())
+        own = torch.stack([data.levels(stem) for stem in some.unbind(1)], dim=1)  # (B, 2, FRAMES, bands, 1)
+        apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
+        recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
+        remix = stft_of(some[:, 0] + some.roll(1, 0)[:, 1]).abs()
+        score = {
+            "mse": (found.mean - found.level).square().mean((1, 2, 3)),
+            "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
+            "kl": found.encoding.kl_map.sum((1, 2)),
+            "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).double(),
+            "lsd": distance(found.mean, found.level),
+            "lsd_recomposed": distance(recomposed, data.levels.of_magnitude(remix)),
+        }
+        for name, value in score.items():
+            sums[name] = sums.get(name, 0) + value.sum().item()
+    gained = torch.cat(gained)
+    metrics = {name: total / n for name, total in sums.items()}
+    return metrics | {
+        "si_sdr_gained": gained.mean().item(),
+        "si_sdr_gained_median": gained.median().item(),
+        "si_sdr_gained_above_10": (gained > 10).double().mean().item(),
+    }
+
+
+def family_agreement(model, data, n):
+    """How often stage 2's classifier hears the family of a stem: in a slot alone, its mask, the mixture, the stem.
+
+    All are brought to the loudness that the note had. A slot alone is heard through Griffin-Lim.
+    """
+    classifier = train_classifier(data.notes)
+    stems, loudness, family = data.held_out("test", n)
+    right = {}
+    for i in range(0, n, BLOCK):
+        some = stems[i : i + BLOCK]
+        with torch.no_grad():
+            found = separate(model, data.levels, some.to(data.device))
+        magnitude = data.levels.stft_of(found.alone.flatten(0, 1)).cpu()
+        heard = {
+            "slot": griffin_lim(magnitude),
+            "masked": found.parts.flatten(0, 1).cpu(),
+            "mixture": some.sum(1).repeat_interleave(2, 0),
+            "stem": some.flatten(0, 1),
+        }
+        for name, waveform in heard.items():
+            louder = waveform * (loudness[i : i + BLOCK].reshape(-1, 1) / root_mean_square(waveform))
+            found_family = classifier(classifier.features(stft(louder)))
+            right.setdefault(name, []).append(found_family == family[i : i + BLOCK].flatten())
+    return {f"family_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+
+
 # ---------------------------------------------------------------- Figures
 
 SEGMENT_COLOURS = np.array(
@@ -1132,19 +1423,92 @@ def moved_figure(model, images, columns=7):
     return contact_sheet(sheet)
 
 
+CURVES = {
+    "ari_fg": "ARI-FG", "miou": "mIoU", "duplicates": "duplicates", "si_sdr_gained": "SI-SDR gained, mean (dB)",
+    "si_sdr_gained_median": "SI-SDR gained, median (dB)",
+}  # fmt: skip
+
+
 def curve_figure(curve):
-    """Scores against minutes of training, as far as there are masks to score with."""
+    """Scores against minutes of training, from the points of curve.json."""
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     minutes = [point["minutes"] for point in curve]
-    for name, label in (("ari_fg", "ARI-FG"), ("miou", "mIoU"), ("duplicates", "duplicates")):
+    for name, label in CURVES.items():
         if all(name in point for point in curve):
             axes.plot(minutes, [point[name] for point in curve], marker=".", label=label)
-    axes.set(xlabel="minutes of training", ylim=(0, 1))
+    axes.set(xlabel="minutes of training")
+    axes.set_ylim(0, None if "si_sdr_gained" in curve[0] else 1)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(loc="center right")
     return plotted(figure)
+
+
+# ---------------------------------------------------------------- Figures and sounds of mixtures
+
+
+def level_tile(level, top=None):
+    """Levels (FRAMES, bands, 1) as a picture: time to the right, frequency upwards, black to `top`."""
+    return heat_map(level[..., 0].T.flip(0).cpu().numpy(), top)
+
+
+def mixture_tiles(level, encoding, b):
+    """The tiles of a mixture and of its KL map, with the slots' numbers at their cells."""
+    kl_map, cell = encoding.kl_map[b].flip(0), encoding.cell[b] * torch.tensor([-1.0, 1.0], device=level.device)
+    marked = kl_tile(kl_map.cpu().numpy(), cell.cpu().numpy(), range(len(cell)))
+    return [(level_tile(level[b]), f"mixture {b}", False), (marked, "KL map", False)]
+
+
+@torch.no_grad()
+def separation_figure(model, data, rows=5):
+    """Mixtures: levels, KL map, reconstruction, and both slots alone, each beside the stem it should be."""
+    stems = data.held_out("test", rows)[0].to(data.device)
+    found, sheet = separate(model, data.levels, stems), []
+    own = [data.levels.of_magnitude(stft_of(stem).abs()) for stem in stems.unbind(1)]
+    for b in range(rows):
+        top = found.level[b].max().item()
+        row = [
+            *mixture_tiles(found.level, found.encoding, b),
+            (level_tile(found.mean[b], top), "reconstruction", False),
+        ]
+        for k in range(2):
+            row.append((level_tile(own[k][b], top), f"stem {k}", False))
+            row.append((level_tile(found.alone[b, k], top), f"its slot: {found.gained[b, k]:+.1f} dB", True))
+        sheet.append(row)
+    return contact_sheet(sheet)
+
+
+@torch.no_grad()
+def remix_figure(model, data, rows=4):
+    """Two mixtures a row, a slot of each, the two recomposed, and the true mixture of their stems."""
+    stems = data.held_out("test", 2 * rows)[0].to(data.device)
+    found, sheet = separate(model, data.levels, stems), []
+    layer = torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1)
+    recomposed = model.compose(layer)
+    true = data.levels.of_magnitude(stft_of(stems[0::2, 0] + stems[1::2, 1]).abs())
+    for r in range(rows):
+        a, b = 2 * r, 2 * r + 1
+        tiles = {
+            f"mixture {a}": found.level[a], "its slot": found.alone[a, 0], f"mixture {b}": found.level[b],
+            "one of its slots": found.alone[b, 1], "recomposed": recomposed[r], "true mixture": true[r],
+        }  # fmt: skip
+        sheet.append([(level_tile(level), name, name == "recomposed") for name, level in tiles.items()])
+    return contact_sheet(sheet)
+
+
+@torch.no_grad()
+def hear(model, data, run, step, mixtures=2):
+    """Mixtures and their slots, masked and through Griffin-Lim, as sounds of the run."""
+    stems = data.held_out("test", mixtures)[0].to(data.device)
+    found = separate(model, data.levels, stems)
+    for b in range(mixtures):
+        top = 2 * stems[b].sum(0).abs().max()
+        run.sound(f"mixture{b}", stems[b].sum(0) / top, step)
+        decoded = griffin_lim(data.levels.stft_of(found.alone[b]).cpu())
+        for k in range(2):
+            run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k] / top, step)
+            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded[k] / top.cpu(), step)
 
 
 # ---------------------------------------------------------------- Command line
@@ -1154,6 +1518,9 @@ PRESETS = {
                 "minutes": 10.0},
     "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 4.0,
               "warmup": 0.4, "batch": 16, "minutes": 20.0},
+    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
+                   "suppress": "window", "coords": "both", "background": "none", "shift": 0.0, "reach": 0.0,
+                   "explore": False, "sigma": 0.15, "beta": 4.0, "minutes": 15.0},
 }  # fmt: skip
 
 MODEL_OPTIONS = (
@@ -1164,6 +1531,7 @@ MODEL_OPTIONS = (
     "channels",
     "op",
     "compose_at",
+    "domain",
     "suppress",
     "coords",
     "background",
@@ -1180,6 +1548,7 @@ RESUMABLE = {
     "compile_model",
     "data_root",
     "download",
+    "cache",
     "out",
     "resume",
     "dry_run",
@@ -1210,17 +1579,30 @@ class ObjectCount(click.ParamType):
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells = options["size"], options["cells"]
+    size, cells, sound = options["size"], options["cells"], options["dataset"] == "nsynth-duo"
     if size % UPSCALE or size // cells not in (2, 4, 8, 16, 32) or size % cells:
         raise click.UsageError(
             f"--size {size} --cells {cells}: the size must be a multiple of {UPSCALE}, and 2, 4, 8, ... times the cells"
         )
-    if options["n_slots"] + options["explore"] > cells**2:
-        raise click.UsageError(f"--N {options['n_slots']}: a map of {cells} x {cells} cells has no so many")
+    if options["n_slots"] + options["explore"] > (cells if sound else cells**2):
+        raise click.UsageError(
+            f"--N {options['n_slots']}: a map of {cells} x {1 if sound else cells} cells has no so many"
+        )
     if options["channels"] % 8:
         raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
-    if options["op"] in ("alpha", "max", "min") and options["background"] == "none":
+    if options["op"] in ("alpha", "max", "min") and options["background"] == "none" and not sound:
         raise click.UsageError(f"--op {options['op']} needs a --background to show where no slot draws anything")
+    if sound != (options["domain"] is not None):
+        raise click.UsageError("--domain is for sounds, --dataset nsynth-duo, and they need one")
+    if sound and (options["op"] == "alpha" or options["background"] != "none"):
+        raise click.UsageError("--dataset nsynth-duo: sounds have no --background, and hence no --op alpha")
+    if sound and (options["suppress"] == "drawn" or options["shift"] or options["reach"]):
+        raise click.UsageError(
+            "--dataset nsynth-duo: a note is drawn over all frequencies; --suppress drawn, --shift and --reach are for "
+            "pictures"
+        )
+    if sound and options["n_slots"] < 2:
+        raise click.UsageError("--N 1: two notes need two slots")
 
 
 def run_name(options):
@@ -1229,20 +1611,50 @@ def run_name(options):
 
 def headline(metrics):
     """The scores a person watches, in one line."""
-    names = ("mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "cell_offset", "recomposition_psnr")
+    names = (
+        "mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "cell_offset", "recomposition_psnr",
+        "si_sdr_gained", "si_sdr_gained_median", "own_instrument", "lsd", "lsd_recomposed", "family_slot",
+        "family_masked", "family_mixture",
+    )  # fmt: skip
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+
+
+def report_pictures(model, data, images, labels, run, step, due, sigma):
+    """Figures of a run on pictures, and, where they are due, its scores."""
+    run.figure("decomposition", decomposition_figure(model, images[:6]), step)
+    run.figure("recomposition", recomposition_figure(model, images[:8]), step)
+    if not due:
+        return None
+    run.figure("traversals", traversal_figure(model, images), step)
+    run.figure("moved", moved_figure(model, images[:6]), step)
+    return evaluate(model, data, images, labels, sigma)
+
+
+def report_sounds(model, data, run, step, due, sigma):
+    """Figures of a run on mixtures, and, where they are due, sounds and scores on notes of the valid split."""
+    run.figure("separation", separation_figure(model, data), step)
+    run.figure("remix", remix_figure(model, data), step)
+    if not due:
+        return None
+    hear(model, data, run, step)
+    return evaluate_sounds(model, data, "valid", WATCHED, sigma)
 
 
 @click.command(cls=PresetCommand, presets=PRESETS, context_settings={"show_default": True})
 @click.option("--dataset", type=click.Choice(list(PRESETS)), default="sprites")
-@click.option("--size", type=click.IntRange(16), default=64, help="Height and width of the pictures.")
+@click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
 @click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
+@click.option("--families", type=Families(), default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")
+@click.option("--intervals", type=click.Choice(list(INTERVALS)), default="any", help="Of two notes, octaves apart.")
+@click.option("--max-gain-db", type=FiniteRange(0), default=6.0, help="How much louder one note may be.")
+@click.option("--cache", type=FOLDER, default="data/spectrograms", help="Folder that keeps notes.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
 @click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
+@click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
 @click.option(
     "--background",
     type=click.Choice(["none", "picture", "latent"]),
@@ -1258,9 +1670,9 @@ def headline(metrics):
 )
 @click.option(
     "--coords",
-    type=click.Choice(["relative", "absolute"]),
+    type=click.Choice(["relative", "absolute", "both"]),
     default="relative",
-    help="What the decoder is told: the offset from the slot's cell, or the place in the picture.",
+    help="What the decoder is told: the offset from the slot's cell, the place in the picture, or both.",
 )
 @click.option("--shift", type=FiniteRange(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
@@ -1289,9 +1701,8 @@ def main(context, **options):
     rank, world = start_distributed(device)
 
     # 2. Data.
-    names = ("dataset", "data_root", "download", "size", "objects", "seed")
-    data = load_data(*(options[name] for name in names), device)
-    images, labels = data.held_out(HELD_OUT)
+    data, sound = load_data(options, device), options["domain"] is not None
+    images, labels = (None, None) if sound else data.held_out(HELD_OUT)
 
     # 3. Build, initialise from the data, move to the device; go on from the checkpoint where there is one.
     torch.manual_seed(options["seed"])
@@ -1318,21 +1729,26 @@ def main(context, **options):
         return update(forward, optimizer, image, noise, beta, lr, options)
 
     def report(step, minutes, due):
-        run.figure("decomposition", decomposition_figure(model, images[:6]), step)
-        run.figure("recomposition", recomposition_figure(model, images[:8]), step)
+        if sound:
+            metrics = report_sounds(model, data, run, step, due, options["sigma"])
+        else:
+            metrics = report_pictures(model, data, images, labels, run, step, due, options["sigma"])
         if not due:
             return None
-        run.figure("traversals", traversal_figure(model, images), step)
-        run.figure("moved", moved_figure(model, images[:6]), step)
-        metrics = evaluate(model, data, images, labels, options["sigma"])
-        run.scalars({f"test/{name}": value for name, value in metrics.items()}, step)
+        run.scalars({f"{'valid' if sound else 'test'}/{name}": value for name, value in metrics.items()}, step)
         run.metrics(metrics | {"step": step, "minutes": minutes, "data": data.source})
         curve.append({"step": step, "minutes": minutes, **metrics})
         write_json(run.folder / "curve.json", curve)
         run.figure("curve", curve_figure(curve), step)
         return headline(metrics)
 
-    step, _, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
+    step, minutes, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
+    if rank == 0 and complete and sound:
+        click.echo("evaluating: some minutes on a CPU")
+        metrics = evaluate_sounds(model, data, "test", MIXTURES, options["sigma"])
+        metrics |= family_agreement(model, data, HEARD)
+        run.metrics(metrics | {"mixtures": MIXTURES, "step": step, "minutes": minutes, "data": data.source})
+        click.echo(headline(metrics))
     run.close()
     if rank == 0 and complete:
         click.echo(f"done: {run.folder}/metrics.json and {run.folder}/figures; next: python export.py {run.folder}")

@@ -293,7 +293,7 @@ def write_cache(path, notes, spectrogram, split):
     Raises click.ClickException where the disk is full, or no note can be used.
     """
     seen, example, used = Counter(), {}, []
-    size = len(notes) * spectrogram.bins * (SAMPLES // spectrogram.hop + 1) * 2 / 1e9
+    size = len(notes) * spectrogram.bins * spectrogram.frames(SAMPLES) * 2 / 1e9
     threads, cores = torch.get_num_threads(), os.cpu_count()
     torch.set_num_threads(1)
     wait = 0 if sys.stderr.isatty() else 30
@@ -342,7 +342,7 @@ def cached(split, notes, spectrogram, families, folder):
     """
     stem = folder / f"{split}-{spectrogram.representation}-{cache_key(notes, spectrogram)}"
     data, listing = stem.with_suffix(".f16"), stem.with_suffix(".json")
-    shape = (spectrogram.bins, SAMPLES // spectrogram.hop + 1)
+    shape = (spectrogram.bins, spectrogram.frames(SAMPLES))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = json.loads(listing.read_text()) if listing.is_file() else []

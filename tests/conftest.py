@@ -22,6 +22,7 @@ def small_and_steady():
     """Two threads, and evaluations over few scenes: with a handful of steps, every step is followed by one."""
     torch.set_num_threads(2)
     train_mvae.HELD_OUT, train_mvae.PAIRS = 8, 4
+    train_mvae.MIXTURES, train_mvae.WATCHED, train_mvae.HEARD = 6, 4, 2
     train_vae_audio.NOTES_EACH, train_vae_audio.EVALUATED, train_vae_audio.FamilyClassifier.STEPS = 3, 8, 20
     train_vae_audio.INSTRUMENTS = {"train": range(2), "valid": range(2, 3), "test": range(3, 4)}
 
@@ -109,6 +110,18 @@ def notes_run(tmp_path_factory):
     args = ["--families", "bass,flute", "--condition", "both", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 1]
     cache = tmp_path_factory.mktemp("cache")
     train(*args, "--device", "cpu", "--cache", cache, "--out", folder, main=train_vae_audio.main)
+    result = CliRunner().invoke(export.main, [str(folder)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def duo_run(tmp_path_factory):
+    """A run of a few steps on mixtures of synthesised notes, and its export."""
+    folder = tmp_path_factory.mktemp("runs") / "duo"
+    small = ["--size", 64, "--cells", 16, "--channels", 8, "--D", 4, "--batch", 4, "--device", "cpu"]
+    data = ["--dataset", "nsynth-duo", "--families", "bass,flute", "--cache", tmp_path_factory.mktemp("cache")]
+    train(*data, *small, "--steps", 2, "--out", folder)
     result = CliRunner().invoke(export.main, [str(folder)])
     assert result.exit_code == 0, (result.output, result.exception)
     return folder

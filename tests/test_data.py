@@ -258,6 +258,6 @@ def test_wrong_folders_say_what_was_looked_for(tmp_path):
     with pytest.raises(click.UsageError, match="damaged"):
         ClevrFolder(root, 16, (2, 3), 0, device)
     with pytest.raises(click.UsageError, match="no such folder"):
-        train_mvae.load_data("clevr", tmp_path / "nowhere", False, 16, (2, 3), 0, device)
+        train_mvae.load_data({"dataset": "clevr", "data_root": tmp_path / "nowhere", "download": False}, device)
     with pytest.raises(click.UsageError, match="--download"):
-        train_mvae.load_data("sprites", None, True, 16, (2, 3), 0, device)
+        train_mvae.load_data({"dataset": "sprites", "data_root": None, "download": True}, device)

@@ -25,12 +25,13 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "suppress": "drawn", "coords": "relative", "background": "latent", "shift": 0.3, "reach": 0.6,
+        "domain": None, "suppress": "drawn", "coords": "relative", "background": "latent", "shift": 0.3, "reach": 0.6,
         "explore": True,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
-    model.start_from(torch.full((3, 32, 32), 0.3))
+    shape = (train_mvae.FRAMES, 32, 1) if model.domain else (3, 32, 32)
+    model.start_from(torch.full(shape, 0.3))
     return model
 
 
@@ -495,7 +496,7 @@ def test_training_finds_objects(tmp_path, monkeypatch):
         (["--op", "max", "--background", "none"], 2, "needs a --background"),
         (["--lr", "nan"], 2, "no finite number"),
         (["--minutes", "inf"], 2, "no finite number"),
-        (["--download"], 2, "needs --dataset clevr"),
+        (["--download"], 2, "it needs --data-root"),
         (["--objects", "6-3"], 2, "smaller number first"),
         (["--objects", "many"], 2, "no number or range"),
         (["--data-root", "nowhere"], 2, "no such folder"),

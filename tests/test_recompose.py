@@ -108,7 +108,7 @@ def test_neither_torch_nor_common_is_imported(clevr_run, inputs, tmp_path):
 
 def test_the_shipped_model_runs_on_the_shipped_pictures(tmp_path):
     """The README's command, as it stands there, but for the place of its output."""
-    folder = recompose.SHIPPED_MODEL
+    folder = recompose.SHIPPED["mvae-image"]
     out = tmp_path / "out.png"
     result = run(folder / "a.png", folder / "b.png", "--slots", "0,2", "--out", out)
     assert result.exit_code == 0, result.output
@@ -229,7 +229,7 @@ def test_wrong_model_folders_are_refused(clevr_run, inputs, tmp_path):
     foreign = torch.nn.Linear(2, 2).eval()
     torch.onnx.export(foreign, (torch.zeros(1, 2),), tmp_path / "m" / "encoder.onnx", verbose=False)
     refused(attempt(), "not written together")
-    for name in recompose.GRAPHS:
+    for name in recompose.GRAPHS["mvae-image"]:
         graph = onnx.load(clevr_run / "export" / f"{name}.onnx")
         graph.metadata_props[0].value = "[1]"
         onnx.save(graph, tmp_path / "m" / f"{name}.onnx")
