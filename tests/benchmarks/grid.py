@@ -34,7 +34,7 @@ SELECTION = {
     "and exploring (the default)": [],
     "the default, KL of selected cells": ["--kl-cells", "selected"],
 }  # fmt: skip
-COUNTS = (2, 3, 4, 6, 8)
+COUNTS = (2, 4, 6, 8)
 OPERATORS = {
     f"{op}, {where}, N = {n}": ["--op", op, "--compose", where, "--N", str(n)]
     for op in OPS
