@@ -330,7 +330,7 @@ def write_cache(path, notes, spectrogram, split):
         path.unlink()
         raise click.ClickException(f"{split}: none of {len(notes)} notes can be used")
     click.echo(
-        f"{split}: {len(used)} spectrograms in {seconds:.1f} s, {len(notes) / seconds:.0f} notes/s on {cores} cores"
+        f"{split}: {len(used)} notes cached in {seconds:.1f} s, {len(notes) / seconds:.0f} notes/s on {cores} cores"
     )
     return used
 

@@ -1,9 +1,10 @@
 """The benchmarks still run; what they measure is asserted nowhere."""
 
+import torch
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.benchmarks import grid, griffin_lim, recompose, renderer
+from tests.benchmarks import grid, griffin_lim, recompose, renderer, separation
 
 
 def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
@@ -39,3 +40,19 @@ def test_the_grid_trains_each_row_once_and_prints_a_table(tmp_path):
     assert printed[0].stdout == printed[1].stdout
     assert "| and exploring (the default) |" in printed[0].stdout
     assert (tmp_path / "sprites-selection.png").stat().st_size > 1000
+
+
+def test_ways_to_part_two_notes_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(separation.run, ["--mixtures", "2"])
+    assert result.exit_code == 0, result.exception
+    assert "NMF, two components: " in result.output and "ideal masks: " in result.output
+
+
+def test_factors_of_a_matrix_of_two_components_are_found():
+    first, second = torch.tensor([[4.0], [1.0], [0.0]]), torch.tensor([[0.0], [2.0], [3.0]])
+    true = torch.stack([first @ torch.tensor([[1.0, 1.0, 0.0, 0.0]]), second @ torch.tensor([[0.0, 1.0, 1.0, 2.0]])])
+    found = separation.factorize(true.sum(0)[None], 2)[0]
+    torch.testing.assert_close(found.sum(0), true.sum(0), atol=1e-2, rtol=1e-2)
+    order = [0, 1] if found[0, 0, 0] > found[1, 0, 0] else [1, 0]
+    torch.testing.assert_close(found[order], true, atol=0.1, rtol=0)
