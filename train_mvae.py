@@ -1139,29 +1139,32 @@ def slots_of(model, image, label, wanted):
 def score_recomposition(model, data, n):
     """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction of A.
 
-    Both are PSNRs on object pixels, so that their difference is the price of recomposing. A and B are placed as one
-    scene: their objects do not run into each other when drawn together.
+    All are PSNRs on object pixels, so that their differences are the price of recomposing; "shown" are the pixels of
+    the new scene that its objects show in their own sources too: what is hidden there no model can know. A and B are
+    placed as one scene: their objects do not run into each other when drawn together.
     """
     both = data.pairs(n)
     index = torch.arange(both["present"].shape[1], device=both["present"].device)
     in_a, half = index < len(index) // 2, index % 2 == 0
     truth, true_label = data.render(showing(both, half))
     image, label = data.render(showing(both, in_a))
+    image_b, label_b = data.render(showing(both, ~in_a))
     encoding, layer, from_a = slots_of(model, image, label, half)
-    _, _, from_b = slots_of(model, *data.render(showing(both, ~in_a)), half)
+    _, _, from_b = slots_of(model, image_b, label_b, half)
     plain = model.compose(layer, encoding.background)
-    recomposed, reconstructed = [], []
+    shown = (true_label > 0) & ((true_label == label) | (true_label == label_b))
+    scores = {"recomposition_psnr": [], "recomposition_psnr_shown": [], "reconstruction_psnr": []}
     for k in range(n):
-        if not (true_label[k] > 0).any() or not (label[k] > 0).any():
+        if not shown[k].any() or not (label[k] > 0).any():
             continue
         background = None if encoding.background is None else encoding.background[k : k + 1]
         parts = torch.cat([from_a[k], from_b[k]])[None]  # (1, M, C, h, w)
         parts = parts if parts.shape[1] else nothing(layer[k : k + 1], model.op)
-        recomposed.append(psnr(model.compose(parts, background)[0], truth[k], true_label[k] > 0))
-        reconstructed.append(psnr(plain[k], image[k], label[k] > 0))
-    if not recomposed:
-        return {}
-    return {"recomposition_psnr": float(np.mean(recomposed)), "reconstruction_psnr": float(np.mean(reconstructed))}
+        recomposed = model.compose(parts, background)[0]
+        scores["recomposition_psnr"].append(psnr(recomposed, truth[k], true_label[k] > 0))
+        scores["recomposition_psnr_shown"].append(psnr(recomposed, truth[k], shown[k]))
+        scores["reconstruction_psnr"].append(psnr(plain[k], image[k], label[k] > 0))
+    return {name: float(np.mean(values)) for name, values in scores.items() if values}
 
 
 @torch.no_grad()

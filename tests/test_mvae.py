@@ -355,6 +355,7 @@ def test_recomposition_scores_a_perfect_model_perfectly_and_a_blind_one_badly():
     perfect = oracle_scores()
     assert perfect["reconstruction_psnr"] > 20  # a pixel on an edge mixes two colours, but has one label
     assert perfect["recomposition_psnr"] > 15  # what was hidden in its own scene cannot be shown, nor who is in front
+    assert perfect["recomposition_psnr_shown"] > perfect["recomposition_psnr"]
     swapped = oracle_scores(lambda layer: layer.flip(1))  # the right segments, but their colours swapped
     assert swapped["recomposition_psnr"] < perfect["recomposition_psnr"] - 3
 
