@@ -30,14 +30,20 @@ def measure(command):
 
 
 def main():
+    pictures = [str(ROOT / "models" / "clevr" / name) for name in ("a.png", "b.png")]
+    sounds = [str(ROOT / "models" / "nsynth-duo" / name) for name in ("a.flac", "b.flac")]
     with tempfile.TemporaryDirectory() as folder:
-        pictures = [str(ROOT / "models" / "clevr" / name) for name in ("a.png", "b.png")]
-        ours = [sys.executable, "recompose.py", *pictures, "--slots", "0,2", "--out", f"{folder}/out.png"]
-        time_ours, memory_ours = measure(ours)
-    time_torch, memory_torch = measure([sys.executable, "-c", "import torch"])
-    print(f"recompose.py:  {time_ours:.2f} s, {memory_ours:.0f} MB")
-    print(f"import torch:  {time_torch:.2f} s, {memory_torch:.0f} MB")
-    print(f"ratio:         {time_ours / time_torch:.2f} of the time, {memory_ours / memory_torch:.2f} of the memory")
+        commands = {
+            "two pictures": ["recompose.py", *pictures, "--slots", "0,2", "--out", f"{folder}/out.png"],
+            "two sounds": ["recompose.py", *sounds, "--slots", "0", "--out", f"{folder}/out.wav"],
+            "two sounds, --vocoder": ["recompose.py", *sounds, "--vocoder", "--out", f"{folder}/out.wav"],
+            "import torch": ["-c", "import torch"],
+        }
+        measured = {name: measure([sys.executable, *command]) for name, command in commands.items()}
+    seconds_torch, memory_torch = measured["import torch"]
+    for name, (seconds, memory) in measured.items():
+        share = f"{seconds / seconds_torch:.2f} of the time, {memory / memory_torch:.2f} of the memory of import torch"
+        print(f"{name:22} {seconds:.2f} s, {memory:.0f} MB: {share}")
 
 
 if __name__ == "__main__":
