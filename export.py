@@ -69,7 +69,7 @@ from common import (
     spectral_convergence,
     versions,
 )
-from train_mvae import LOUDNESS, MVAE, SOUND_FFT, SoundLevels, root_mean_square, stft_of, whole_hops
+from train_mvae import LOUDNESS, MVAE, SOUND_FFT, SoundLevels, stft_of
 from train_vae_audio import SAMPLES, NoteVAE
 from train_vae_mnist import SIDE, VAE
 
@@ -119,16 +119,27 @@ class VAEDecoderGraph(nn.Module):
         return self.model.decode(z).sigmoid().unflatten(1, (1, SIDE, SIDE))
 
 
+class BlockMagnitude(nn.Module):
+    """STFT magnitudes as torchaudio's, in operations that ONNX knows: (B, samples) -> (B, F, T)."""
+
+    def __init__(self, n_fft):
+        super().__init__()
+        self.stft = BlockSTFT(n_fft)
+
+    def forward(self, waveform):
+        return self.stft.magnitude(waveform)
+
+
 class NoteEncoderGraph(nn.Module):
     outputs = ("mu", "logvar", "kl")
 
     def __init__(self, model):
         super().__init__()
         self.model = part(model, "encoder", "spectrogram")
-        self.stft = BlockSTFT(model.spectrogram.n_fft)
+        self.model.spectrogram.magnitude = BlockMagnitude(model.spectrogram.n_fft)
 
     def forward(self, waveform, pitch=None, family=None):
-        level = self.model.spectrogram.level(self.stft.magnitude(waveform))
+        level = self.model.spectrogram(waveform)
         mu, logvar = self.model.encode(level, self.model.label(pitch, family))
         return mu, logvar, gaussian_kl(mu, logvar).sum(1)
 
@@ -184,11 +195,11 @@ class EncoderGraph(nn.Module):
 class SoundEncoderGraph(EncoderGraph):
     def __init__(self, model):
         super().__init__(model)
-        self.levels, self.stft = SoundLevels(model.bands), BlockSTFT(SOUND_FFT)
+        self.levels = SoundLevels(model.bands)
+        self.levels.spectrogram.magnitude = BlockMagnitude(SOUND_FFT)
 
     def forward(self, waveform):
-        heard = whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))
-        return super().forward(self.levels.of_magnitude(self.stft.magnitude(heard)))
+        return super().forward(self.levels(waveform))
 
 
 class DecoderGraph(nn.Module):

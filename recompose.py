@@ -13,6 +13,7 @@ the training scripts too.
 """
 
 import contextlib
+import io
 import json
 import struct
 from pathlib import Path
@@ -21,10 +22,11 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-GRAPHS = {"mvae-image": ("encoder", "decoder", "composer"), "mvae-sound": ("encoder", "decoder", "composer", "vocoder")}
+GRAPHS = ("encoder", "decoder", "composer")  # and for sounds, where it is asked for, "vocoder"
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
+OTHER_SOUNDS = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 
 # ---------------------------------------------------------------- Pictures
 
@@ -207,12 +209,12 @@ def contact_sheet(rows):
 class Model:
     """The exported graphs of one folder, run by onnxruntime; arrays in, dicts of named arrays out."""
 
-    def __init__(self, folder, kind):
+    def __init__(self, folder, kind, graphs=GRAPHS):
         """Raises click.UsageError where `folder` holds no whole export of a model of that kind."""
         import onnxruntime  # here, so that `--help` and bad arguments answer at once
 
         self.sessions, described = {}, []
-        for name in GRAPHS[kind]:
+        for name in graphs:
             path = Path(folder) / f"{name}.onnx"
             if not path.is_file():
                 what = "sounds" if kind == "mvae-sound" else "pictures"
@@ -346,10 +348,14 @@ def recompose_sounds(model, inputs, slots, vocoder):
         rows.append(row)
     result = inverse_stft(total, *sizes, about["samples"])
     if vocoder:
-        taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
+        # The encoder hears all inputs equally loud; layers, logarithms of magnitudes, get their levels back.
+        loudness = np.log(np.sqrt(np.square(waveforms).mean(1)))
+        level = (loudness - loudness.max() if about["compose"] == "data" else 0 * loudness).astype(np.float32)
+        taken = np.concatenate([layer[b, numbers] + level[b] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
         decoded = model.vocode(model.compose(taken))[0].astype(np.float64)
         result = decoded * np.sqrt(np.square(result).mean() / max(np.square(decoded).mean(), 1e-20))
-    tile = spectrum_tile(np.abs(stft(result, *sizes)), np.abs(stft(result, *sizes)).max())
+    magnitude = np.abs(stft(result, *sizes))
+    tile = spectrum_tile(magnitude, magnitude.max())
     figure = contact_sheet([*rows, [(tile, "recomposition of the framed slots", True)]])
     return result, figure, sum(map(len, chosen))
 
@@ -383,12 +389,16 @@ def save_sound(path, waveform, rate):
     peak = np.abs(waveform).max()
     if peak > 1:
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
-    form = path.suffix[1:].upper()
-    save(path, lambda p: soundfile.write(p, waveform / max(peak, 1), rate, format=form, subtype="PCM_16"))
+    encoded = io.BytesIO()  # soundfile's own errors of writing have many kinds
+    soundfile.write(encoded, waveform / max(peak, 1), rate, format=path.suffix[1:].upper(), subtype="PCM_16")
+    save(path, lambda p: p.write_bytes(encoded.getvalue()))
 
 
 def kind_of(inputs):
     """What the inputs are, "mvae-image" or "mvae-sound", by their names; raises click.UsageError for both at once."""
+    for path in inputs:
+        if path.suffix.lower() in OTHER_SOUNDS:
+            raise click.UsageError(f"{path}: sounds are read from WAV and FLAC files alone")
     sounds = [path.suffix.lower() in SUFFIXES for path in inputs]
     if any(sounds) and not all(sounds):
         raise click.UsageError(
@@ -441,7 +451,7 @@ def main(inputs, slots, folder, vocoder, out):
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         check_output(path, inputs)
-    model = Model(folder or SHIPPED[kind], kind)
+    model = Model(folder or SHIPPED[kind], kind, GRAPHS + ("vocoder",) * vocoder)
 
     # 2. Take the inputs apart, put the chosen slots together, write the result and the figure that explains it.
     if kind == "mvae-sound":

@@ -654,8 +654,9 @@ class NoteDuos:
         return self.levels(stems.sum(1).to(self.device))
 
     def held_out(self, split, n):
-        """n mixtures, the same in every run: stems (n, 2, SAMPLES), their loudness before, families (n, 2)."""
-        pair, decibels = self.draw(split, n, random_generator("held out"))
+        """The first n of the MIXTURES that all runs share: stems (n, 2, SAMPLES), loudness before, families (n, 2)."""
+        drawn = self.draw(split, max(n, MIXTURES), random_generator("held out"))
+        pair, decibels = (values[:n] for values in drawn)
         return *self.stems(split, pair, decibels), getattr(self.notes, split).family[pair]
 
 
@@ -696,7 +697,7 @@ LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means somethin
 
 
 class Encoding(NamedTuple):
-    """What the encoder says of B pictures; the slots stand in order of falling KL."""
+    """What the encoder says of B pictures or sounds; the slots stand in order of falling KL."""
 
     mu: torch.Tensor  # (B, N, D)
     logvar: torch.Tensor  # (B, N, D)
@@ -713,7 +714,7 @@ class Encoder(nn.Module):
     A slot stands up to `shift` from the middle of its cell, on either axis: an object's corner is easier to find than
     its middle, and a slot that stood there would need the reach of twice the object (docs/mvae-log.md). Told no
     position, the encoder treats an object the same wherever it is, and flat ground does not outrank objects. It is told
-    where the decoder needs to know (`coords="absolute"`).
+    where the decoder needs to know (`coords` "absolute" or "both").
     """
 
     def __init__(self, shape, grid, d, channels, shift, told_position, conv, kernel):
@@ -845,13 +846,20 @@ class MVAE(nn.Module):
         convolution.bias.zero_()
         if self.background is not None:
             self.background.picture.copy_(mean)
-        if self.domain:  # the slots' magnitudes add up to the mean
-            colour = (log_expand(colour) / self.n_slots).log()
+        if self.domain:  # so that layers, once combined, are the mean
+            colour = self.magnitude_of_each(colour).clamp(min=1e-4).log()  # times without sound have no logarithm
         elif self.op == "sum":  # with a background, layers are what a slot adds to it
             colour = torch.zeros_like(colour) if self.background is not None else colour / self.n_slots
         convolution.bias[: len(colour)] = colour
         if self.op == "alpha":
             convolution.bias[len(colour) :] = 1.0  # the background's logit is 0
+
+    def magnitude_of_each(self, level):
+        """The magnitude of N equal slots that are combined to a level."""
+        if self.op == "sum" and self.domain == "log":
+            return log_expand(level / self.n_slots)
+        parts = {"magnitude": self.n_slots, "power": math.sqrt(self.n_slots)}[self.domain] if self.op == "sum" else 1
+        return log_expand(level) / parts
 
     def encode(self, image, noise=None, explore=False):
         """image (B, C, H, W) -> Encoding; `noise` (B, d) samples the background's latents.
@@ -894,7 +902,7 @@ class MVAE(nn.Module):
         """The n cells of highest score (B, H_l * W_l), of which slots chosen before take what they draw: (B, n)."""
         rows, columns = self.grid_shape
         row, column = ((place.flatten(2) + 1) / 2).unbind(1)
-        row, column = ((x * n).long().clamp(0, n - 1) for x, n in ((row, rows), (column, columns)))
+        row, column = (row * rows).long().clamp(0, rows - 1), (column * columns).long().clamp(0, columns - 1)
         stands = row * columns + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
         free, chosen = torch.ones_like(score), []
         for k in range(n):
@@ -1008,7 +1016,7 @@ class MVAE(nn.Module):
 
 
 def objective(image, mean, encoding, offset, beta, options):
-    """Negative ELBO in nats per picture, its KL weighed by beta, plus the price of offsets; and its terms.
+    """Negative ELBO in nats per picture or sound, its KL weighed by beta, plus the price of offsets; and its terms.
 
     --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" charges the
     slots alone. With relative coordinates nothing else ties a slot to the middle of what it draws: a common offset of
@@ -1209,14 +1217,13 @@ def evaluate(model, data, images, labels, sigma):
 
 MIXTURES = 500  # of held-out notes, that a finished run is judged by
 WATCHED = 100  # of notes of the valid split, at every tenth of a run
-HEARD = 100  # of the MIXTURES, those whose slots go through Griffin-Lim and the family classifier
 
 
-def stft_of(waveform):
+def stft_of(waveform, n_fft=SOUND_FFT):
     """(..., samples) -> complex (..., F, T), as SoundLevels sees magnitudes."""
-    window = torch.hann_window(SOUND_FFT, device=waveform.device)
+    window = torch.hann_window(n_fft, device=waveform.device)
     heard = whole_hops(waveform.flatten(0, -2))
-    spectrum = torch.stft(heard, SOUND_FFT, SOUND_FFT // 4, window=window, return_complex=True)
+    spectrum = torch.stft(heard, n_fft, n_fft // 4, window=window, return_complex=True)
     return spectrum.unflatten(0, waveform.shape[:-1])
 
 
@@ -1228,9 +1235,10 @@ def soft_masks(magnitude):
 
 def masked(waveform, masks):
     """What masks (B, M, F, T) let through of sounds (B, samples), at the sounds' own phases: (B, M, samples)."""
-    spectrum = (stft_of(waveform)[:, None] * masks).flatten(0, 1)
-    window = torch.hann_window(SOUND_FFT, device=waveform.device)
-    parts = torch.istft(spectrum, SOUND_FFT, SOUND_FFT // 4, window=window, length=waveform.shape[1])
+    n_fft = 2 * (masks.shape[2] - 1)
+    spectrum = (stft_of(waveform, n_fft)[:, None] * masks).flatten(0, 1)
+    window = torch.hann_window(n_fft, device=waveform.device)
+    parts = torch.istft(spectrum, n_fft, n_fft // 4, window=window, length=waveform.shape[1])
     return parts.unflatten(0, masks.shape[:2])
 
 
@@ -1283,14 +1291,18 @@ def distance(level, reference):
 
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
-    """Scores on n mixtures of a split's notes, z = mu. Recomposed are the slots of neighbours, one of each."""
+    """Scores on n mixtures of a split's notes, z = mu, slots under the best permutation.
+
+    "own_instrument": the share of mixtures in which both slots are nearer, in levels, to their own stem than to the
+    other. Recomposed are the slots of neighbours, one of each, against the mixture of their stems.
+    """
     stems, _, _ = data.held_out(split, n)
     sums, gained = {}, []
     for i in range(0, n, BLOCK):
         some = stems[i : i + BLOCK].to(data.device)
         found = separate(model, data.levels, some)
         gained.append(found.gained.flatten().cpu())
-        own = torch.stack([data.levels(stem) for stem in some.unbind(1)], dim=1)  # (B, 2, FRAMES, bands, 1)
+        own = data.levels.of_magnitude(stft_of(some.flatten(0, 1)).abs()).unflatten(0, (-1, 2))  # as loud as in the sum
         apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
         recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
         remix = stft_of(some[:, 0] + some.roll(1, 0)[:, 1]).abs()
@@ -1316,7 +1328,8 @@ def evaluate_sounds(model, data, split, n, sigma):
 def family_agreement(model, data, n):
     """How often stage 2's classifier hears the family of a stem: in a slot alone, its mask, the mixture, the stem.
 
-    All are brought to the loudness that the note had. A slot alone is heard through Griffin-Lim.
+    All are brought to the loudness that the note had. A slot alone is heard through Griffin-Lim. What is heard in a
+    mixture is held against both stems, and right for both only where they are of one family: "ceiling".
     """
     classifier = train_classifier(data.notes)
     stems, loudness, family = data.held_out("test", n)
@@ -1336,7 +1349,9 @@ def family_agreement(model, data, n):
             louder = waveform * (loudness[i : i + BLOCK].reshape(-1, 1) / root_mean_square(waveform))
             found_family = classifier(classifier.features(stft(louder)))
             right.setdefault(name, []).append(found_family == family[i : i + BLOCK].flatten())
-    return {f"family_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+    alike = (family[:, 0] == family[:, 1]).double().mean().item()
+    shares = {f"family_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
+    return shares | {"family_mixture_ceiling": (1 + alike) / 2}
 
 
 # ---------------------------------------------------------------- Figures
@@ -1468,7 +1483,7 @@ def mixture_tiles(level, encoding, b):
 @torch.no_grad()
 def separation_figure(model, data, rows=5):
     """Mixtures: levels, KL map, reconstruction, and both slots alone, each beside the stem it should be."""
-    stems = data.held_out("test", rows)[0].to(data.device)
+    stems = data.held_out("valid", rows)[0].to(data.device)
     found, sheet = separate(model, data.levels, stems), []
     own = [data.levels.of_magnitude(stft_of(stem).abs()) for stem in stems.unbind(1)]
     for b in range(rows):
@@ -1487,7 +1502,7 @@ def separation_figure(model, data, rows=5):
 @torch.no_grad()
 def remix_figure(model, data, rows=4):
     """Two mixtures a row, a slot of each, the two recomposed, and the true mixture of their stems."""
-    stems = data.held_out("test", 2 * rows)[0].to(data.device)
+    stems = data.held_out("valid", 2 * rows)[0].to(data.device)
     found, sheet = separate(model, data.levels, stems), []
     layer = torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1)
     recomposed = model.compose(layer)
@@ -1505,7 +1520,7 @@ def remix_figure(model, data, rows=4):
 @torch.no_grad()
 def hear(model, data, run, step, mixtures=2):
     """Mixtures and their slots, masked and through Griffin-Lim, as sounds of the run."""
-    stems = data.held_out("test", mixtures)[0].to(data.device)
+    stems = data.held_out("valid", mixtures)[0].to(data.device)
     found = separate(model, data.levels, stems)
     for b in range(mixtures):
         top = 2 * stems[b].sum(0).abs().max()
@@ -1585,9 +1600,10 @@ class ObjectCount(click.ParamType):
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     size, cells, sound = options["size"], options["cells"], options["dataset"] == "nsynth-duo"
-    if size % UPSCALE or size // cells not in (2, 4, 8, 16, 32) or size % cells:
+    unit = UPSCALE_SOUND if sound else UPSCALE
+    if size % unit or size // cells not in (2, 4, 8, 16, 32) or size % cells:
         raise click.UsageError(
-            f"--size {size} --cells {cells}: the size must be a multiple of {UPSCALE}, and 2, 4, 8, ... times the cells"
+            f"--size {size} --cells {cells}: the size must be a multiple of {unit}, and 2, 4, 8, ... times the cells"
         )
     if options["n_slots"] + options["explore"] > (cells if sound else cells**2):
         raise click.UsageError(
@@ -1606,6 +1622,8 @@ def check_options(options):
             "--dataset nsynth-duo: a note is drawn over all frequencies; --suppress drawn, --shift and --reach are for "
             "pictures"
         )
+    if sound and options["compose_at"] == "feature" and options["domain"] != "magnitude":
+        raise click.UsageError("--compose feature combines feature maps, in no --domain: leave that at magnitude")
     if sound and options["n_slots"] < 2:
         raise click.UsageError("--N 1: two notes need two slots")
 
@@ -1650,7 +1668,12 @@ def report_sounds(model, data, run, step, due, sigma):
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
 @click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
 @click.option("--families", type=Families(), default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")
-@click.option("--intervals", type=click.Choice(list(INTERVALS)), default="any", help="Of two notes, octaves apart.")
+@click.option(
+    "--intervals",
+    type=click.Choice(list(INTERVALS)),
+    default="any",
+    help="Between two notes: any but unisons and octaves, or consonances.",
+)
 @click.option("--max-gain-db", type=FiniteRange(0), default=6.0, help="How much louder one note may be.")
 @click.option("--cache", type=FOLDER, default="data/spectrograms", help="Folder that keeps notes.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
@@ -1741,27 +1764,29 @@ def main(context, **options):
             metrics = report_pictures(model, data, images, labels, run, step, due, options["sigma"])
         if not due:
             return None
-        run.scalars({f"{'valid' if sound else 'test'}/{name}": value for name, value in metrics.items()}, step)
-        run.metrics(metrics | {"step": step, "minutes": minutes, "data": data.source})
+        split = "valid" if sound else "test"
+        run.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
+        run.metrics(metrics | {"split": split, "step": step, "minutes": minutes, "data": data.source})
         curve.append({"step": step, "minutes": minutes, **metrics})
         write_json(run.folder / "curve.json", curve)
         run.figure("curve", curve_figure(curve), step)
         return headline(metrics)
 
     step, minutes, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
+    if dist.is_initialized():  # the others need not wait for what process 0 does now
+        dist.destroy_process_group()
     if rank == 0 and complete and sound:
         click.echo("evaluating: some minutes on a CPU")
         metrics = evaluate_sounds(model, data, "test", MIXTURES, options["sigma"])
-        metrics |= family_agreement(model, data, HEARD)
-        run.metrics(metrics | {"mixtures": MIXTURES, "step": step, "minutes": minutes, "data": data.source})
+        metrics |= family_agreement(model, data, MIXTURES)
+        about = {"split": "test", "mixtures": MIXTURES, "step": step, "minutes": minutes, "data": data.source}
+        run.metrics(metrics | about)
         click.echo(headline(metrics))
     run.close()
     if rank == 0 and complete:
         click.echo(f"done: {run.folder}/metrics.json and {run.folder}/figures; next: python export.py {run.folder}")
     elif rank == 0:
         click.echo(f"stopped at step {step}; go on with: python train_mvae.py --resume {run.folder}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1125,16 +1125,19 @@ def check_options(options):
         raise click.UsageError(
             "--download fetches NSynth (over 20 GB); it needs --data-root, the folder to fetch it into"
         )
-    if not options["data_root"] and not set(options["families"]) <= set(TIMBRES):
-        raise click.UsageError(
-            f"--families: the built-in synthesiser has {', '.join(TIMBRES)}; others need --data-root"
-        )
     if options["data_root"] and not options["download"] and not options["data_root"].is_dir():
         raise click.UsageError(f"--data-root {options['data_root']}: no such folder")
 
 
 def load_notes(options, spectrogram):
-    """The notes of the options. Under torchrun process 0 makes the cache, and the others wait for it."""
+    """The notes of the options; under torchrun process 0 makes the cache, and the others wait for it.
+
+    Raises click.UsageError where there are no such notes.
+    """
+    if not options["data_root"] and not set(options["families"]) <= set(TIMBRES):
+        raise click.UsageError(
+            f"--families: the built-in synthesiser has {', '.join(TIMBRES)}; others need --data-root"
+        )
     rank = dist.get_rank() if dist.is_initialized() else 0
     if options["download"] and dist.is_initialized():
         raise click.UsageError("--download: fetch the data in a single process first, then start several")

@@ -22,7 +22,7 @@ def small_and_steady():
     """Two threads, and evaluations over few scenes: with a handful of steps, every step is followed by one."""
     torch.set_num_threads(2)
     train_mvae.HELD_OUT, train_mvae.PAIRS = 8, 4
-    train_mvae.MIXTURES, train_mvae.WATCHED, train_mvae.HEARD = 6, 4, 2
+    train_mvae.MIXTURES, train_mvae.WATCHED = 6, 4
     train_vae_audio.NOTES_EACH, train_vae_audio.EVALUATED, train_vae_audio.FamilyClassifier.STEPS = 3, 8, 20
     train_vae_audio.INSTRUMENTS = {"train": range(2), "valid": range(2, 3), "test": range(3, 4)}
 

@@ -46,7 +46,7 @@ def test_ways_to_part_two_notes_are_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(separation.run, ["--mixtures", "2"])
     assert result.exit_code == 0, result.exception
-    assert "NMF, two components: " in result.output and "ideal masks: " in result.output
+    assert "NMF, two components, n_fft 1024: " in result.output and "ideal masks: " in result.output
 
 
 def test_factors_of_a_matrix_of_two_components_are_found():

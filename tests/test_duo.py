@@ -54,6 +54,11 @@ def test_notes_of_a_mixture_are_of_two_instruments_at_the_intervals_asked_for(du
         assert {abs(notes[a].pitch - notes[b].pitch) % 12 for a, b in pair.tolist()} <= {3, 4, 5, 7, 8, 9}
 
 
+def test_few_held_out_mixtures_are_the_first_of_many(duos):
+    few, many = duos.held_out("test", 2), duos.held_out("test", 6)
+    assert all(torch.equal(a, b[:2]) for a, b in zip(few, many, strict=True))
+
+
 def test_batches_hang_on_the_step_alone_and_processes_share_them(duos):
     whole = duos.batch(5, 0, 4, 4)
     assert whole.shape == (4, train_mvae.FRAMES, 64, 1)
@@ -149,6 +154,22 @@ def test_layers_are_combined_in_the_domain_asked_for(op, domain, by_hand):
     torch.testing.assert_close(level, torch.full_like(level, by_hand(0.3, 0.7)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("op", "domain"), [("sum", "magnitude"), ("sum", "power"), ("sum", "log"), ("mean", "log"), ("max", "power")]
+)
+@torch.no_grad()
+def test_all_operators_start_from_the_mean_of_the_data(op, domain):
+    model = sound_model(op=op, domain=domain)
+    mean = torch.linspace(0, 2, train_mvae.FRAMES)[:, None, None].expand(-1, 32, 1)  # and silence at the first time
+    model.start_from(mean)
+    model.to_layer[1].weight.zero_()
+    layer = model.decode(torch.zeros(1, 2, 4), torch.zeros(1, 2, 2))
+    level = model.compose(layer)[0, :, 0, 0]
+    assert torch.isfinite(layer).all()
+    torch.testing.assert_close(level[1:], mean[1:, 0, 0], atol=1e-3, rtol=1e-3)
+    assert level[0] < 0.05
+
+
 @pytest.mark.parametrize("compose_at", ["data", "feature"])
 def test_a_model_of_sounds_is_the_same_class_and_all_of_it_learns(compose_at):
     model = sound_model(compose_at=compose_at)
@@ -164,7 +185,7 @@ def test_a_model_of_sounds_is_the_same_class_and_all_of_it_learns(compose_at):
 
 def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
     metrics = json.loads((duo_run / "metrics.json").read_text())
-    assert metrics["mixtures"] == 6 and metrics["data"] == "built-in additive synthesiser"
+    assert (metrics["split"], metrics["mixtures"]) == ("test", 6) and metrics["data"] == "built-in additive synthesiser"
     shares = ("own_instrument", "family_slot", "family_masked", "family_mixture", "family_stem")
     assert all(0 <= metrics[name] <= 1 for name in shares)
     assert {"si_sdr_gained", "si_sdr_gained_median", "lsd", "lsd_recomposed", "kl"} <= metrics.keys()
@@ -183,6 +204,8 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
         (["--suppress", "drawn"], "for pictures"),
         (["--shift", "0.3"], "for pictures"),
         (["--N", "1"], "two notes need two slots"),
+        (["--families", "mallet,bass"], "the built-in synthesiser has"),
+        (["--compose", "feature", "--domain", "log"], "in no --domain"),
         (["--data-root", "nowhere"], "no such folder"),
     ],
 )
@@ -252,6 +275,31 @@ def test_a_slot_of_each_sound_is_what_pytorch_makes(duo_run, sounds, tmp_path):
     assert loud[1] == pytest.approx(loud[0], rel=0.01)
 
 
+def test_by_the_vocoder_inputs_keep_their_levels(duo_run, sounds, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        recompose.Model, "vocode", lambda self, spectrum: heard.append(spectrum) or np.ones((1, SAMPLES))
+    )
+    soft = 1e-3 * soundfile.read(sounds / "b.flac")[0]
+    soundfile.write(tmp_path / "soft.wav", soft, 16000, subtype="FLOAT")
+    args = ["--vocoder", "--model", duo_run / "export", "--out", tmp_path / "o.wav"]
+    for inputs in (
+        [sounds / "a.wav"],
+        [sounds / "a.wav", tmp_path / "soft.wav"],
+        [sounds / "a.wav", sounds / "b.flac"],
+    ):
+        assert run(*inputs, *args).exit_code == 0
+    one, with_soft, with_loud = (spectrum.sum() for spectrum in heard)
+    assert with_soft == pytest.approx(one, rel=0.01) and with_loud > 1.3 * one
+
+
+def test_a_sound_that_cannot_be_written_ends_in_one_clear_line(duo_run, sounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(recompose.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    result = run(sounds / "a.wav", "--model", duo_run / "export", "--out", tmp_path / "o.wav")
+    assert result.exit_code == 1 and "cannot be written: No space left" in result.output
+    assert not list(tmp_path.glob("o.wav*"))
+
+
 def recompose_model(folder):
     import export
 
@@ -274,6 +322,7 @@ def test_what_is_no_sound_for_this_model_is_refused_in_one_line(duo_run, sounds,
         ([tmp_path / "nan.wav", *model], "no numbers"),
         ([tmp_path / "half.wav", *model], "damaged"),
         ([tmp_path / "none.wav", *model], "no such file"),
+        ([tmp_path / "song.mp3", *model], "WAV and FLAC files alone"),
         ([sounds / "a.wav", tmp_path / "p.png", *model], "cannot be recomposed together"),
         ([sounds / "a.wav", "--slots", "2", *model], "this model has slots 0 to 1"),
         ([sounds / "a.wav", "--out", tmp_path / "x.png", *model], "ends in .wav or .flac"),
@@ -287,4 +336,4 @@ def test_what_is_no_sound_for_this_model_is_refused_in_one_line(duo_run, sounds,
 
 def test_a_model_of_pictures_is_refused_for_sounds(clevr_run, sounds, tmp_path):
     result = run(sounds / "a.wav", "--model", clevr_run / "export", "--out", tmp_path / "o.wav")
-    assert result.exit_code == 2 and "expected the export of a train_mvae.py run on sounds" in result.output
+    assert result.exit_code == 2 and "a model of kind 'mvae-image'; expected 'mvae-sound'" in result.output

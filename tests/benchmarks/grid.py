@@ -47,7 +47,7 @@ OPERATORS = {
     for n in COUNTS
 }
 DOMAINS = {f"{op}, {domain}": ["--op", op, "--domain", domain] for op, domain in (
-    ("sum", "magnitude"), ("sum", "power"), ("sum", "log"), ("mean", "magnitude"), ("mean", "log"), ("max", "log"),
+    ("sum", "magnitude"), ("sum", "power"), ("max", "log"), ("sum", "log"), ("mean", "log"), ("mean", "magnitude"),
     ("min", "log"),
 )} | {"sum, feature maps": ["--compose", "feature"]}  # fmt: skip
 ROWS = {"selection": SELECTION, "operators": OPERATORS, "domains": DOMAINS}
@@ -60,7 +60,8 @@ SCORES = {
 def train(folder, options, steps):
     """Run train_mvae.py into `folder`, or to its end; returns its metrics."""
     done = folder / "metrics.json"
-    if not done.is_file() or json.loads(done.read_text())["step"] < steps:
+    scores = json.loads(done.read_text()) if done.is_file() else {"step": 0}
+    if scores["step"] < steps or scores["split"] != "test":
         args = ["--resume", str(folder)] if (folder / "checkpoint.pt").is_file() else [*options, "--out", str(folder)]
         command = [sys.executable, "train_mvae.py", *args, "--steps", str(steps)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

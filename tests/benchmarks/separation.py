@@ -8,10 +8,9 @@ from pathlib import Path
 
 import click
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from common import random_generator
-from train_mvae import MIXTURES, PRESETS, NoteDuos, main, masked, si_sdr, soft_masks, stft_of
+from train_mvae import MIXTURES, PRESETS, NoteDuos, assign, main, masked, si_sdr, soft_masks, stft_of
 
 AT_ONCE = 20
 
@@ -35,18 +34,11 @@ def ways(levels, stems):
     """{name: masks (B, 2, F, T)} of mixtures of stems (B, 2, samples)."""
     magnitude = stft_of(stems).abs()  # (B, 2, F, T)
     seen = levels.stft_of(levels.of_magnitude(magnitude.flatten(0, 1))).unflatten(0, magnitude.shape[:2])
-    found = factorize(stft_of(stems.sum(1)).abs(), 2)
-    return {
-        "NMF, two components": found / found.sum(1, keepdim=True).clamp(min=1e-12),
-        "ideal masks at the model's resolution": soft_masks(seen),
-        "ideal masks": soft_masks(magnitude),
-    }
-
-
-def best(ratio):
-    """SI-SDR (B, estimates, stems) -> that of every stem under the best permutation (B, 2)."""
-    chosen = [linear_sum_assignment(one.T.numpy(), maximize=True)[1] for one in ratio]
-    return torch.stack([one[columns, [0, 1]] for one, columns in zip(ratio, chosen, strict=True)])
+    masks = {}
+    for n_fft in (512, 1024, 2048, 4096):
+        found = factorize(stft_of(stems.sum(1), n_fft).abs(), 2)
+        masks[f"NMF, two components, n_fft {n_fft}"] = found / found.sum(1, keepdim=True).clamp(min=1e-12)
+    return masks | {"ideal masks at the model's resolution": soft_masks(seen), "ideal masks": soft_masks(magnitude)}
 
 
 @click.command(context_settings={"show_default": True})
@@ -62,8 +54,9 @@ def run(data_root, mixtures):
     for some in stems.split(AT_ONCE):
         before = si_sdr(some.sum(1, keepdim=True), some)
         for name, masks in ways(data.levels, some).items():
-            ratio = si_sdr(masked(some.sum(1), masks)[:, :, None], some[:, None])
-            gained.setdefault(name, []).append((best(ratio) - before).flatten())
+            ratio = si_sdr(masked(some.sum(1), masks)[:, :, None], some[:, None])  # (B, estimates, stems)
+            best = ratio.mT.gather(2, assign(ratio)[..., None])[..., 0]
+            gained.setdefault(name, []).append((best - before).flatten())
     click.echo(f"{mixtures} mixtures, {data.source}")
     for name, parts in gained.items():
         values = torch.cat(parts)
