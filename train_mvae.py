@@ -3,7 +3,7 @@
     python train_mvae.py --dataset sprites                        # 10 minutes; ARI-FG 0.96
     python train_mvae.py --dataset clevr --data-root CLEVR_v1.0   # 20 minutes; ARI-FG 0.98 (docs/mvae.md)
     python train_mvae.py --dataset clevr --N 4 --op sum
-    python train_mvae.py --dataset nsynth-duo --data-root nsynth  # 15 minutes; SI-SDR gained 21 dB (docs/mvae-audio.md)
+    python train_mvae.py --dataset nsynth-duo --data-root nsynth  # 15 minutes; SI-SDR gained 20 dB (docs/mvae-audio.md)
     torchrun --nproc-per-node=2 train_mvae.py --dataset clevr
 
 Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised. A run folder holds
