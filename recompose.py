@@ -1,80 +1,85 @@
-"""Take pictures, or sounds, apart into slots and put slots of any number of them together, with onnxruntime alone.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.1", "pillow>=11", "click>=8.2", "soundfile>=0.13", "onnxruntime>=1.22"]
+# ///
+"""Take pictures or sounds apart into slots, and put slots of any number of them together; needs no PyTorch.
 
     python recompose.py a.png b.png                        # every slot of both, on the background of a.png
     python recompose.py a.png b.png --slots 0,2            # slots 0 and 2 of each
     python recompose.py a.png b.png --slots 0,2 --slots 1  # slots 0 and 2 of a.png, slot 1 of b.png
-    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav  # an instrument of each
+    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav  # one instrument of each
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
-every slot decoded alone, the recomposition. A slot of a sound is heard as a mask on the spectrum of its input, or,
-with `--vocoder`, as what it decodes to alone, through Griffin-Lim. The models are folders that `export.py` wrote.
-PyTorch is not needed, nor imported: this file and a model folder can be taken elsewhere. The drawing functions serve
-the training scripts too.
+every slot decoded alone, the recomposition. A slot of a sound is heard as a soft mask on the spectrum of its input, or,
+with `--vocoder`, as what it decodes to, through Griffin-Lim. Models are folders written by `export.py`. This file and
+such a folder can be taken elsewhere: `uv run recompose.py ...` installs what it needs.
 """
 
-import contextlib
 import io
 import json
+import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 GRAPHS = ("encoder", "decoder", "composer")  # and for sounds, where it is asked for, "vocoder"
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
-OTHER_SOUNDS = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
+PATH = click.Path(path_type=Path)
 
-# ---------------------------------------------------------------- Pictures
+# ---------------------------------------------------------------- Files
+
+
+def write_atomically(path, write):
+    """Call write(temporary path) and rename, so that a file is written whole or not at all; passes on errors."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_picture(path):
-    """Any still picture of 8 or 16 bits -> RGB; raises click.UsageError for all else, damaged files included."""
+    """Any still picture of 8 or 16 bits -> RGB; raises click.UsageError for all others, damaged files included."""
     try:
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1:
-                raise click.UsageError(
-                    f"{path}: an animated picture of {picture.n_frames} frames; expected a still one"
-                )
+                raise click.UsageError(f"{path}: animated, {picture.n_frames} frames; expected a still picture")
             picture.load()
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which PIL's own conversion would clip to white
+            if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper
                 values = np.asarray(picture, np.float64)
-                if values.min() < 0 or values.max() > 65535:
-                    raise click.UsageError(f"{path}: a picture of 32 bits a pixel; expected 8 or 16 a channel")
+                if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise click.UsageError(f"{path}: 32 bits a pixel; expected 8 or 16 bits a channel")
                 return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-            if picture.mode == "F":
-                raise click.UsageError(f"{path}: a floating-point picture; expected 8 or 16 bits a channel")
             if picture.has_transparency_data:
                 white = Image.new("RGBA", picture.size, "white")
                 return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
             return picture.convert("RGB")
     except FileNotFoundError as error:
         raise click.UsageError(f"{path}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise click.UsageError(f"{path}: not a picture (PNG, JPEG, ... expected)") from error
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise click.UsageError(f"{path}: damaged or unreadable picture ({error})") from error
+        raise click.UsageError(f"{path}: damaged, or no picture (PNG, JPEG, ...) nor WAV or FLAC sound") from error
 
 
 def square(picture, crop, where):
-    """The square of a picture that a model sees.
+    """The square of a picture that a model sees; raises click.UsageError where there is none.
 
     crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; a picture that is square already
-    is taken whole. crop "none": the picture must be square. Raises click.UsageError where no such square exists.
+    is taken whole. crop "none": the picture must be square.
     """
     width, height = picture.size
     if width == height:
         return picture
-    if crop != "clevr":
-        raise click.UsageError(f"{where}: {width}x{height} pixels; this model takes square pictures")
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
-    if top < 0 or top + side > height:
-        raise click.UsageError(
-            f"{where}: {width}x{height} pixels; CLEVR's crop needs a height of at least 0.64 of the width"
-        )
+    if crop != "clevr" or top < 0 or top + side > height:
+        reason = "CLEVR's crop needs a height of at least 0.64 W" if crop == "clevr" else "this model takes squares"
+        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}")
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
@@ -84,32 +89,38 @@ def load_picture(path, size, crop):
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
 
 
-# ---------------------------------------------------------------- Sounds
+def read_sound(path):
+    """A sound file -> its samples, float32 (n, channels), and their rate in Hz.
 
-
-def load_sound(path, rate, samples):
-    """A sound file -> its samples (samples,), mixed down to one channel, silence after them.
-
-    Raises click.UsageError where there is none, it is damaged, silent, too long, of another rate, or holds no numbers.
+    Raises click.UsageError where it is missing, damaged, empty, silent, or holds samples that are not finite.
     """
     import soundfile  # here, because pictures do without
 
-    if not path.is_file():
+    if not Path(path).is_file():
         raise click.UsageError(f"{path}: no such file")
     try:
-        waveform, found = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise click.UsageError(f"{path}: damaged, or no sound (WAV or FLAC expected)") from error
+        raise click.UsageError(f"{path}: damaged or not a sound (WAV or FLAC expected)") from error
+    mixed = samples.mean(1)
+    if not np.isfinite(mixed).all():
+        raise click.UsageError(f"{path}: samples must be finite; some are NaN or infinite")
+    if np.abs(mixed).max(initial=0) < 1e-5:
+        raise click.UsageError(f"{path}: {'silent' if len(mixed) else 'empty'}")
+    return samples, rate
+
+
+def load_sound(path, rate, samples):
+    """A sound file -> (samples,), one channel, zero-padded; click.UsageError if longer, or of another sample rate."""
+    waveform, found = read_sound(path)
     if found != rate:
-        raise click.UsageError(f"{path}: {found} samples a second; this model takes {rate}")
+        raise click.UsageError(f"{path}: sampled at {found} Hz; this model takes {rate} Hz")
     if len(waveform) > samples:
         raise click.UsageError(f"{path}: {len(waveform) / rate:.2f} s; this model takes up to {samples / rate:g} s")
-    waveform = waveform.mean(1)
-    if not np.isfinite(waveform).all():
-        raise click.UsageError(f"{path}: holds samples that are no numbers")
-    if not len(waveform) or np.abs(waveform).max() < 1e-5:
-        raise click.UsageError(f"{path}: silent")
-    return np.pad(waveform, (0, samples - len(waveform)))
+    return np.pad(waveform.mean(1), (0, samples - len(waveform)))
+
+
+# ---------------------------------------------------------------- Spectra
 
 
 def hann(n_fft):
@@ -117,20 +128,19 @@ def hann(n_fft):
 
 
 def stft(waveform, n_fft, hop):
-    """(samples,), lengthened to whole hops -> complex (F, T); frames stand in the middle of their samples."""
+    """(samples,), zero-padded to whole hops -> complex (F, T); frames are centred, the ends reflected."""
     longer = np.pad(waveform, (0, -len(waveform) % hop))
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(longer, n_fft // 2, mode="reflect"), n_fft)[::hop]
     return np.fft.rfft(frames * hann(n_fft)).T
 
 
 def inverse_stft(spectrum, n_fft, hop, samples):
-    """The sound of which `spectrum` (F, T) is the STFT, or comes nearest in squares: (samples,)."""
-    window, frames = hann(n_fft), spectrum.shape[1]
-    summed, weight = np.zeros((frames - 1) * hop + n_fft), np.zeros((frames - 1) * hop + n_fft)
-    for t, frame in enumerate(np.fft.irfft(spectrum.T) * window):
-        summed[t * hop : t * hop + n_fft] += frame
-        weight[t * hop : t * hop + n_fft] += window**2
-    return (summed / np.maximum(weight, 1e-8))[n_fft // 2 :][:samples]
+    """Complex (F, T) -> (samples,): the sound whose STFT is nearest in least squares (Griffin and Lim 1984)."""
+    window = hann(n_fft)
+    summed = np.zeros((2, (spectrum.shape[1] - 1) * hop + n_fft))  # of windowed frames, and of squared windows
+    for t, frame in enumerate(np.fft.irfft(spectrum.T)):
+        summed[:, t * hop : t * hop + n_fft] += window * np.stack([frame, window])
+    return (summed[0] / np.maximum(summed[1], 1e-8))[n_fft // 2 :][:samples]
 
 
 def soft_masks(magnitude):
@@ -144,6 +154,14 @@ def soft_masks(magnitude):
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # inferno
 TILE, GAP, LINE = 128, 10, 18
 ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
+LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begins
+FINE = 4  # rings and numbers are drawn so many times larger, then reduced, for smooth edges
+
+
+class Tile(NamedTuple):
+    image: object  # uint8 (H, W, 3), or a PIL picture
+    caption: str = ""
+    framed: bool = False
 
 
 def to_uint8(picture):
@@ -154,103 +172,163 @@ def to_uint8(picture):
 def heat_map(values, top=None):
     """(H, W) -> uint8 (H, W, 3), from 0 (black) to `top` or the largest value (light yellow)."""
     place = np.clip(values / max(float(values.max()) if top is None else top, 1e-9), 0, 1) * (len(HEAT) - 1)
-    channels = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
+    return np.stack([np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
 
 
 def enlarge(picture):
-    """uint8 (H, W, 3) -> a PIL tile; pixels stay visible as squares."""
-    return Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
+    """uint8 (H, W, 3) -> a PIL tile, TILE high and as wide in proportion; its pixels stay visible as squares."""
+    height, width = picture.shape[:2]
+    return Image.fromarray(picture).resize((round(TILE * width / height), TILE), Image.Resampling.NEAREST)
 
 
-def kl_tile(kl_map, cell, chosen):
-    """The KL map with the slots' numbers at their cells: kl_map (H_l, W_l), cell (N, 2) in [-1, 1], chosen: indices."""
-    tile = enlarge(heat_map(kl_map))
-    draw = ImageDraw.Draw(tile)
+def annotate(tile, ramp, top, unit, x=("", ""), y=("", "")):
+    """A PIL tile with labels at the ends of its axes and a colour bar: ramp (n, 3), colours from 0 to `top`."""
     font = ImageFont.load_default(10)
-    for k, (y, x) in enumerate((cell + 1) / 2 * TILE):
-        box = (x - 7, y - 7, x + 7, y + 7)
-        draw.ellipse(box, fill=ACCENT if k in chosen else INK, outline=PAPER)
-        draw.text((x, y), str(k), fill=PAPER, font=font, anchor="mm")
-    return tile
+    most = f"{top:.0f} {unit}".strip() if top >= 10 else f"{top:.2g} {unit}".strip()
+    left = round(max(map(font.getlength, y))) + 5 * any(y)
+    right, bottom = left + tile.width, tile.height
+    sheet = Image.new("RGB", (right + round(font.getlength(most)) + 17, bottom + 14 * any(x)), PAPER)
+    sheet.paste(tile, (left, 0))
+    sheet.paste(Image.fromarray(ramp[::-1, None]).resize((6, bottom)), (right + 6, 0))  # (n, 1, 3)
+    draw = ImageDraw.Draw(sheet)
+    for place, text, anchor in (
+        ((right + 15, bottom), "0", "ls"), ((right + 15, 1), most, "lt"),
+        ((left, bottom + 2), x[0], "la"), ((right, bottom + 2), x[1], "ra"),
+        ((left - 3, bottom), y[0], "rs"), ((left - 3, 1), y[1], "rt"),
+    ):  # fmt: skip
+        draw.text(place, text, fill=INK, font=font, anchor=anchor)
+    return sheet
+
+
+def fit(values):
+    """(H, W) -> float32 (TILE, TILE); cells that grow stay visible as squares, cells that shrink are averaged."""
+    return np.asarray(Image.fromarray(np.asarray(values, np.float32)).resize((TILE, TILE), Image.Resampling.BOX))
+
+
+def heat_tile(values, top=None, unit="", x=("", ""), y=("", "")):
+    """(H, W), row 0 on top -> a PIL tile, 0 to `top` or the maximum; ends of axes: x (left, right), y (bottom, top)."""
+    top = float(values.max()) if top is None else top
+    ramp = heat_map(np.linspace(0, 1, TILE)[None], 1)[0]
+    return annotate(Image.fromarray(heat_map(fit(values), top)), ramp, top, unit, x, y)
+
+
+def kl_tile(picture, kl_map, cell, chosen):
+    """The KL map over the greyed picture it is of, rings and numbers at the slots' cells, a colour bar in nats.
+
+    picture uint8 (H, W, 3), kl_map (H_l, W_l), cell (N, 2) as (y, x) in [-1, 1], chosen: indices of slots.
+    """
+    top, grey = float(kl_map.max()), 0.6 * fit(np.asarray(picture).mean(2))
+    share = fit(kl_map) / max(top, 1e-9)
+
+    def blend(share, grey):  # low KL lets the picture show through; from half of the highest on all is heat
+        opaque = np.clip(2 * share, 0, 1)[..., None]
+        return (opaque * heat_map(share, 1) + (1 - opaque) * grey[..., None]).astype(np.uint8)
+
+    size, r, font = FINE * TILE, FINE * 6, ImageFont.load_default(FINE * 11)
+    tile = Image.fromarray(blend(share, grey)).resize((size, size), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(tile)
+    for k, (y, x) in enumerate((np.asarray(cell) + 1) / 2 * size):
+        halo, colour = (ACCENT, ACCENT) if k in chosen else (INK, PAPER)
+        draw.circle((x, y), r + 2, outline=halo, width=9)
+        draw.circle((x, y), r, outline=colour, width=5)
+        right, above = x + 3 * r < size, y > 3 * r  # the number's place, where there is room for it
+        place = (x + (r if right else -r) * 0.8, y - (r if above else -r) * 0.6)
+        anchor = ("l" if right else "r") + ("s" if above else "t")
+        draw.text(place, str(k), fill=PAPER, font=font, anchor=anchor, stroke_width=FINE, stroke_fill=halo)
+    return annotate(tile.reduce(FINE), blend(np.linspace(0, 1, TILE), np.full(TILE, 60)), top, "nats")
+
+
+def spectrum_levels(magnitude, top, rate):
+    """STFT magnitudes (F, T) -> (TILE, T): dB of the 60 below `top`, rows in equal steps of pitch, highest first."""
+    frequency = np.geomspace(rate / 2, LOWEST, TILE)
+    bins = (frequency / (rate / 2) * (len(magnitude) - 1)).round().astype(int)
+    return np.maximum(60 + 20 * np.log10(np.maximum(magnitude[bins] / max(top, 1e-20), 1e-9)), 0)
+
+
+def spectrum_tile(magnitude, top, seconds, rate):
+    """STFT magnitudes (F, T) of so many seconds at `rate` Hz -> a PIL tile of their dB, 60 dB being `top`."""
+    axes = {"x": ("0", f"{seconds:g} s"), "y": (f"{LOWEST:.0f} Hz", f"{rate / 2000:g} kHz")}
+    return heat_tile(spectrum_levels(magnitude, top, rate), 60, "dB", **axes)
 
 
 def shorten(text, font, width):
     """The text, or as much of its end as fits into so many pixels, after an ellipsis."""
-    short = text
-    while font.getlength(short) > width:
-        short = f"…{short.lstrip('…')[1:]}"
-    return short
+    while font.getlength(text) > width:
+        text = f"…{text.lstrip('…')[1:]}"
+    return text
 
 
-def contact_sheet(rows):
-    """Rows of (tile, caption, framed) -> one PIL picture; a tile is a PIL picture or uint8 (H, W, 3).
+def contact_sheet(rows, title="", labels=()):
+    """Rows of Tiles, in columns -> one PIL picture, `title` above them, one of `labels` to the left of each row.
 
-    A caption is cut to its tile's width, but for the last of a row.
+    A caption is cut to its tile's width, but for the last of a row, which widens no column either.
     """
-    width = max(map(len, rows)) * (TILE + GAP) + GAP
-    sheet = Image.new("RGB", (width, len(rows) * (TILE + LINE + GAP) + GAP), PAPER)
+    font, large = ImageFont.load_default(12), ImageFont.load_default(15)
+    rows = [[t._replace(image=enlarge(t.image)) if isinstance(t.image, np.ndarray) else t for t in row] for row in rows]
+    labels = [shorten(label, font, TILE) for label in labels]
+    left = [GAP + (round(max(map(font.getlength, labels))) + GAP if any(labels) else 0)]
+    for c in range(max(map(len, rows)) - 1):
+        left.append(left[c] + GAP + max(row[c].image.width for row in rows if len(row) > c + 1))
+    top = [GAP + (24 if title else 0)]
+    for row in rows:
+        top.append(top[-1] + LINE + GAP + max(tile.image.height for tile in row))
+    ends = [left[len(row) - 1] + max(row[-1].image.width, font.getlength(row[-1].caption)) for row in rows]
+    sheet = Image.new("RGB", (round(max(*ends, GAP + large.getlength(title))) + GAP, top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    for r, row in enumerate(rows):
-        for c, (tile, caption, framed) in enumerate(row):
-            x, y = GAP + c * (TILE + GAP), GAP + r * (TILE + LINE + GAP)
-            caption = caption if c == len(row) - 1 else shorten(caption, font, TILE)
+    draw.text((GAP, GAP - 2), title, fill=INK, font=large)
+    for label, y in zip(labels, top, strict=False):
+        draw.text((GAP, y + LINE + TILE / 2), label, fill=INK, font=font, anchor="lm")
+    for row, y in zip(rows, top, strict=False):
+        for x, (tile, caption, framed) in zip(left, row, strict=False):
+            caption = caption if tile is row[-1].image else shorten(caption, font, tile.width)
             draw.text((x, y + 1), caption, fill=ACCENT if framed else INK, font=font)
             if framed:
-                draw.rectangle((x - 3, y + LINE - 3, x + TILE + 2, y + LINE + TILE + 2), outline=ACCENT, width=3)
-            sheet.paste(tile if isinstance(tile, Image.Image) else enlarge(tile), (x, y + LINE))
+                box = (x - 4, y + LINE - 4, x + tile.width + 3, y + LINE + tile.height + 3)
+                draw.rectangle(box, outline=ACCENT, width=3)
+            sheet.paste(tile, (x, y + LINE))
     return sheet
 
 
 # ---------------------------------------------------------------- Model
 
 
+def finite(values, where):
+    """The values; raises click.ClickException where one is NaN or infinite, so that no such result is written."""
+    if not np.isfinite(values).all():
+        raise click.ClickException(f"{where} gives values that are not finite; nothing is written")
+    return values
+
+
 class Model:
-    """The exported graphs of one folder, run by onnxruntime; arrays in, dicts of named arrays out."""
+    """An exported folder's graphs, in onnxruntime; raises click.UsageError where one is missing, or of another kind."""
 
     def __init__(self, folder, kind, graphs=GRAPHS):
-        """Raises click.UsageError where `folder` holds no whole export of a model of that kind."""
-        import onnxruntime  # here, so that `--help` and bad arguments answer at once
+        import onnxruntime  # here, so that `--help` and wrong arguments answer at once
 
         self.sessions, described = {}, []
         for name in graphs:
             path = Path(folder) / f"{name}.onnx"
             if not path.is_file():
-                what = "sounds" if kind == "mvae-sound" else "pictures"
-                raise click.UsageError(
-                    f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run on {what}"
-                )
+                raise click.UsageError(f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run")
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
                 raise click.UsageError(f"{path}: not a readable ONNX graph ({str(error).splitlines()[0]})") from error
             described.append(self.sessions[name].get_modelmeta().custom_metadata_map.get("model"))
-        if None in described or len(set(described)) > 1:
-            raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py")
         try:
-            self.about = json.loads(described[0])
+            (text,) = set(described)  # the same in every graph
+            self.about = json.loads(text)
             self.n_slots, found = self.about["N"], self.about["kind"]
-            needed = ("sample_rate", "samples", "n_fft", "hop") if kind == "mvae-sound" else ("size", "crop")
-            if found == kind and not all(name in self.about for name in needed):
-                raise KeyError
         except (KeyError, TypeError, ValueError) as error:
-            raise click.UsageError(f"--model {folder}: its graphs were not written by export.py") from error
+            raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py") from error
         if found != kind:
             raise click.UsageError(f"--model {folder}: a model of kind {found!r}; expected {kind!r}")
 
     def run(self, graph, **inputs):
+        """Named arrays -> named arrays; raises click.ClickException where an output is not finite."""
         session = self.sessions[graph]
-        values = session.run(None, inputs)
+        values = [finite(value, f"{graph}.onnx") for value in session.run(None, inputs)]
         return {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
-
-    def encode(self, pictures):
-        """uint8 (B, H, W, 3) -> the encoder's outputs."""
-        return self.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-
-    def decode(self, z, cell):
-        """z (B, N, D), cell (B, N, 2) -> layer (B, N, ...)."""
-        return self.run("decoder", z=z, cell=cell)["layer"]
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
@@ -266,13 +344,13 @@ class Model:
 
 
 def parse_slots(context, parameter, values):
-    """("0,2", "1") -> [[0, 2], [1]]; raises click.BadParameter for what is no list of slot numbers."""
+    """("0,2", "1") -> [[0, 2], [1]]; raises click.BadParameter for all but lists of slot numbers."""
     lists = []
     for value in values:
         try:
             numbers = [int(part) for part in value.split(",")]
         except ValueError as error:
-            raise click.BadParameter(f"{value!r} is no list of slot numbers such as 0,2") from error
+            raise click.BadParameter(f"{value!r}: expected slot numbers such as 0,2") from error
         if min(numbers) < 0 or len(set(numbers)) < len(numbers):
             raise click.BadParameter(f"{value!r}: slot numbers start at 0, and each is named once")
         lists.append(numbers)
@@ -283,69 +361,61 @@ def chosen_slots(lists, n_inputs, n_slots):
     """The slots of every input, checked against the model: -> one list of numbers an input."""
     if len(lists) > 1 and len(lists) != n_inputs:
         raise click.UsageError(f"--slots is given {len(lists)} times for {n_inputs} inputs; give it once, or once each")
-    every = [list(range(n_slots))]
-    chosen = (lists or every) * (n_inputs if len(lists) <= 1 else 1)
-    highest = max(max(numbers) for numbers in chosen)
-    if highest >= n_slots:
-        raise click.UsageError(f"--slots names slot {highest}; this model has slots 0 to {n_slots - 1}")
-    return chosen
+    lists = lists or [list(range(n_slots))]
+    if max(map(max, lists)) >= n_slots:
+        raise click.UsageError(f"--slots: this model has slots 0 to {n_slots - 1}")
+    return lists if len(lists) == n_inputs else lists * n_inputs
 
 
-def picture_row(model, picture, name, encoded, layer, b, chosen):
-    """An input of the figure: the picture, its KL map, every slot alone."""
-    background = encoded["background"][b : b + 1] if "background" in encoded else None
-    row = [(picture, name, False), (kl_tile(encoded["kl_map"][b], encoded["cell"][b], chosen), "KL map", False)]
-    for k in range(model.n_slots):
-        alone = model.compose(layer[b : b + 1, k : k + 1], background)[0]
-        row.append((to_uint8(alone), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen))
-    return row
+def figure_of(rows, result, inputs):
+    """Per input (tile, KL tile, tiles of its slots, their KL in nats, the chosen ones) -> the figure, a PIL picture."""
+    sheet = []
+    for tile, kl, slots, nats, chosen in rows:
+        alone = [Tile(slot, f"slot {k}: {nats[k]:.0f} nats", k in chosen) for k, slot in enumerate(slots)]
+        sheet.append([Tile(tile, "input"), Tile(kl, "KL map"), *alone])
+    sheet.append([Tile(result, "of the framed slots", True)])
+    names = [path.name for path in inputs]
+    return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", [*names, "recomposition"])
 
 
 def recompose_pictures(model, inputs, slots):
     """Picture files -> the recomposition, the figure that explains it (both PIL), and how many slots it has."""
     chosen = chosen_slots(slots, len(inputs), model.n_slots)
     pictures = np.stack([load_picture(path, model.about["size"], model.about["crop"]) for path in inputs])
-    encoded = model.encode(pictures)  # z = mu below, so that the same input always gives the same result
-    layer = model.decode(encoded["mu"], encoded["cell"])
+    encoded = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...); z = mu: repeatable
+    background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)
     taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
-    background = encoded["background"][:1] if "background" in encoded else None
-    result = to_uint8(model.compose(taken, background)[0])
-    rows = [picture_row(model, pictures[b], path.name, encoded, layer, b, chosen[b]) for b, path in enumerate(inputs)]
-    figure = contact_sheet([*rows, [(result, "recomposition of the framed slots", True)]])
-    return Image.fromarray(result), figure, taken.shape[1]
-
-
-def spectrum_tile(magnitude, top):
-    """STFT magnitudes (F, T) as a picture: time to the right, frequency upwards in equal steps of pitch, 60 dB."""
-    bins = np.geomspace(len(magnitude) / 128, len(magnitude) - 1, TILE).round().astype(int)[::-1]
-    decibels = 20 * np.log10(np.maximum(magnitude[bins] / top, 1e-9))
-    return heat_map(np.maximum(decibels + 60, 0), 60)
+    result = to_uint8(finite(model.compose(taken, background[0])[0], "the recomposition"))
+    rows = []
+    for b, numbers in enumerate(chosen):
+        alone = [to_uint8(model.compose(layer[b : b + 1, k : k + 1], background[b])[0]) for k in range(model.n_slots)]
+        kl = kl_tile(pictures[b], encoded["kl_map"][b], encoded["cell"][b], numbers)
+        rows.append((pictures[b], kl, alone, encoded["kl"][b], numbers))
+    return Image.fromarray(result), figure_of(rows, result, inputs), taken.shape[1]
 
 
 def recompose_sounds(model, inputs, slots, vocoder):
     """Sound files -> the recomposition (samples,), the figure that explains it, and how many slots it has.
 
-    Of every chosen slot its soft mask on its input's spectrum is added up, with the input's phases and loudness; with
+    The soft masks of the chosen slots on their inputs' spectra are added up, with the inputs' phases and loudness; with
     `vocoder` the slots are combined by the model's operator and Griffin-Lim finds phases, as loud as the former.
     """
     about, chosen = model.about, chosen_slots(slots, len(inputs), model.n_slots)
-    sizes = about["n_fft"], about["hop"]
-    waveforms = np.stack([load_sound(path, about["sample_rate"], about["samples"]) for path in inputs])
+    sizes, rate = (about["n_fft"], about["hop"]), about["sample_rate"]
+    waveforms = np.stack([load_sound(path, rate, about["samples"]) for path in inputs])
     encoded = model.run("encoder", waveform=waveforms.astype(np.float32))
-    layer = model.decode(encoded["mu"], encoded["cell"])
-    total, rows = 0, []
-    for b, path in enumerate(inputs):
+    layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...)
+    total, rows, shown = 0, [], (about["samples"] / rate, rate)
+    for b, numbers in enumerate(chosen):
         alone = np.concatenate([model.compose(layer[b : b + 1, k : k + 1]) for k in range(model.n_slots)])  # (N, F, T)
         spectrum = stft(waveforms[b], *sizes)
-        masked = soft_masks(alone) * spectrum
-        total = total + masked[chosen[b]].sum(0)
-        top, heard = np.abs(spectrum).max(), alone.max()
-        upside_down = encoded["cell"][b] * np.array([-1, 1], np.float32)
-        row = [(spectrum_tile(np.abs(spectrum), top), path.name, False)]
-        row.append((kl_tile(encoded["kl_map"][b][::-1], upside_down, chosen[b]), "KL map", False))
-        for k in range(model.n_slots):
-            row.append((spectrum_tile(alone[k], heard), f"slot {k}: {encoded['kl'][b, k]:.0f} nats", k in chosen[b]))
-        rows.append(row)
+        total = total + (soft_masks(alone) * spectrum)[numbers].sum(0)
+        loudest, upside_down = np.abs(spectrum).max(), encoded["cell"][b] * np.array([-1, 1], np.float32)
+        level = spectrum_levels(np.abs(spectrum), loudest, rate)
+        kl = kl_tile(heat_map(level, 60), encoded["kl_map"][b][::-1], upside_down, numbers)
+        tiles = [spectrum_tile(magnitude, alone.max(), *shown) for magnitude in alone]
+        rows.append((spectrum_tile(np.abs(spectrum), loudest, *shown), kl, tiles, encoded["kl"][b], numbers))
     result = inverse_stft(total, *sizes, about["samples"])
     if vocoder:
         # The encoder hears all inputs equally loud; layers, logarithms of magnitudes, get their levels back.
@@ -354,95 +424,51 @@ def recompose_sounds(model, inputs, slots, vocoder):
         taken = np.concatenate([layer[b, numbers] + level[b] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
         decoded = model.vocode(model.compose(taken))[0].astype(np.float64)
         result = decoded * np.sqrt(np.square(result).mean() / max(np.square(decoded).mean(), 1e-20))
-    magnitude = np.abs(stft(result, *sizes))
-    tile = spectrum_tile(magnitude, magnitude.max())
-    figure = contact_sheet([*rows, [(tile, "recomposition of the framed slots", True)]])
-    return result, figure, sum(map(len, chosen))
-
-
-def check_output(path, inputs):
-    """Raise click.UsageError where `path` cannot be written or is an input, before any work is done."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise click.UsageError(
-            f"--out: {path} {'is a folder' if path.is_dir() else 'is in a folder that does not exist'}"
-        )
-    if path.resolve() in [other.resolve() for other in inputs]:
-        raise click.UsageError(f"--out: {path} would overwrite an input")
+    magnitude = np.abs(stft(finite(result, "the recomposition"), *sizes))
+    tile = spectrum_tile(magnitude, magnitude.max(), *shown)
+    return result, figure_of(rows, tile, inputs), sum(map(len, chosen))
 
 
 def save(path, write):
-    """Call write(temporary path) and rename: a file is written whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """`write_atomically`; raises click.ClickException where the file cannot be written."""
     try:
-        write(partial)
-        partial.replace(path)
+        write_atomically(path, write)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
 
 
 def save_sound(path, waveform, rate):
-    """16 bits a sample; a sound beyond full scale is made softer, and that is said."""
+    """Write 16 bits a sample; a sound beyond full scale is made softer, and the command line says so."""
     import soundfile
 
     peak = np.abs(waveform).max()
-    if peak > 1:
+    if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
     encoded = io.BytesIO()  # soundfile's own errors of writing have many kinds
     soundfile.write(encoded, waveform / max(peak, 1), rate, format=path.suffix[1:].upper(), subtype="PCM_16")
     save(path, lambda p: p.write_bytes(encoded.getvalue()))
 
 
-def kind_of(inputs):
-    """What the inputs are, "mvae-image" or "mvae-sound", by their names; raises click.UsageError for both at once."""
-    for path in inputs:
-        if path.suffix.lower() in OTHER_SOUNDS:
-            raise click.UsageError(f"{path}: sounds are read from WAV and FLAC files alone")
-    sounds = [path.suffix.lower() in SUFFIXES for path in inputs]
-    if any(sounds) and not all(sounds):
-        raise click.UsageError(
-            f"{inputs[sounds.index(True)]} is a sound and {inputs[sounds.index(False)]} is none; "
-            "pictures and sounds cannot be recomposed together"
-        )
-    return "mvae-sound" if all(sounds) else "mvae-image"
-
-
 @click.command(context_settings={"show_default": True})
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=click.Path(path_type=Path))
-@click.option(
-    "--slots",
-    multiple=True,
-    callback=parse_slots,
-    metavar="K,K",
-    show_default="all",
-    help="Slots to keep: once for every input, or once each, in the inputs' order.",
-)
-@click.option(
-    "--model",
-    "folder",
-    type=click.Path(path_type=Path),
-    show_default="models/clevr, for sounds models/nsynth-duo",
-    help="Folder that export.py wrote.",
-)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=PATH)
+@click.option("--slots", multiple=True, callback=parse_slots, metavar="K,K", show_default="all",
+              help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
+@click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    show_default="recomposed.png or .wav",
-    help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.",
-)
+@click.option("--out", type=PATH, show_default="recomposed.png or .wav",
+              help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip
 def main(inputs, slots, folder, vocoder, out):
     """Recompose pictures, or sounds, from the slots of INPUT...
 
     \b
     python recompose.py a.png b.png --slots 0,2
-    python recompose.py a.png b.png --slots 0,2 --slots 1 --out mixed.png
     python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav
     """
     # 1. Check the arguments, and read the model.
-    kind = kind_of(inputs)
-    suffixes = SUFFIXES if kind == "mvae-sound" else (".png",)
+    sounds = {path.suffix.lower() in SUFFIXES for path in inputs}
+    if len(sounds) > 1:
+        raise click.UsageError("pictures and sounds cannot be recomposed together")
+    kind, suffixes = ("mvae-sound", SUFFIXES) if True in sounds else ("mvae-image", (".png",))
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
@@ -450,7 +476,12 @@ def main(inputs, slots, folder, vocoder, out):
         raise click.UsageError("--vocoder is for sounds")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
-        check_output(path, inputs)
+        if path.is_dir():
+            raise click.UsageError(f"--out: {path} is a folder")
+        if not path.parent.is_dir():
+            raise click.UsageError(f"--out: {path} is in a folder that does not exist")
+        if path.resolve() in [other.resolve() for other in inputs]:
+            raise click.UsageError(f"--out: {path} would overwrite an input")
     model = Model(folder or SHIPPED[kind], kind, GRAPHS + ("vocoder",) * vocoder)
 
     # 2. Take the inputs apart, put the chosen slots together, write the result and the figure that explains it.
@@ -461,7 +492,8 @@ def main(inputs, slots, folder, vocoder, out):
         result, figure, n = recompose_pictures(model, inputs, slots)
         save(out, lambda p: result.save(p, format="PNG"))
     save(beside, lambda p: figure.save(p, format="PNG"))
-    click.echo(f"{out}: {n} slots of {len(inputs)} inputs; {beside} explains it")
+    count = f"{n} slot{'s' * (n > 1)} of {len(inputs)} input{'s' * (len(inputs) > 1)}"
+    click.echo(f"{out}: {count}; {beside} explains it")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,59 @@
 """Multi-Entity VAE (Nash et al. 2017): the top-N cells of a posterior map become slots, each decoded alone.
 
-    python train_mvae.py --dataset sprites                        # 10 minutes; ARI-FG 0.96
-    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0   # 20 minutes; ARI-FG 0.98 (docs/mvae.md)
+    python train_mvae.py --dataset sprites
+    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0
     python train_mvae.py --dataset clevr --N 4 --op sum
-    python train_mvae.py --dataset nsynth-duo --data-root nsynth  # 15 minutes; SI-SDR gained 20 dB (docs/mvae-audio.md)
+    python train_mvae.py --dataset nsynth-duo --data-root nsynth
     torchrun --nproc-per-node=2 train_mvae.py --dataset clevr
 
-Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised. A run folder holds
-checkpoint.pt, metrics.json, figures, sounds and TensorBoard curves; `python export.py RUN_DIR` makes its graphs for
-recompose.py.
+For who wants to see pictures (64 x 64), or mixtures of two notes (4 s at 16 kHz), fall apart into their entities
+without labels. Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised.
+What it reaches, by data set, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
 """
 
+import inspect
 import json
 import math
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+import torchaudio
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torchvision.datasets import CLEVRClassification
 
-from common import (
-    FOLDER,
-    OPS,
-    POSITIVE,
-    BroadcastDecoder,
-    ColumnShuffle,
-    FiniteRange,
-    PresetCommand,
-    ResBlock,
-    Spectrogram,
-    alpha_masks,
-    autocast,
-    beta_at,
-    column_conv,
-    compose,
-    descend,
-    earlier_curve,
-    gather_cells,
-    gaussian_kl,
-    gaussian_log_likelihood,
-    griffin_lim,
-    learning_rate_at,
-    log_compress,
-    log_expand,
-    log_spectral_distance,
-    pick_device,
-    plotted,
-    position_grid,
-    random_generator,
-    reparameterize,
-    select_cells,
-    settle_run,
-    start_distributed,
-    start_run,
-    train,
-    write_json,
-)
-from recompose import contact_sheet, heat_map, kl_tile, load_picture, square, to_uint8
-from train_vae_audio import SAMPLES, SPLITS, Families, load_notes, stft, train_classifier
+from common import (  # isort: skip
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Families, Finite, Graph, GriffinLim, ResBlock, Run,
+    alpha_masks, autocast, beta_at, compose, gather_cells, gaussian_kl, griffin_lim, learning_rate_at, load_file,
+    load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator,
+    reparameterize, settle_options, start_device, training_command
+)  # fmt: skip
+from recompose import Tile, contact_sheet, heat_map, kl_tile, load_picture, spectrum_tile, square, to_uint8
+
+SCRIPT = Path(__file__).stem
+
+
+def position_grid(height, width):
+    """The (y, x) of the middle of every cell of a grid: (2, height, width)."""
+    axes = [(2 * torch.arange(n) + 1) / n - 1 for n in (height, width)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
 
 # ---------------------------------------------------------------- Data: built-in sprites
 
 
 def uniform(low, high, shape, generator):
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def integers(low, high, shape, generator):
+    return torch.randint(low, high, shape, generator=generator, device=generator.device)
 
 
 def place_apart(n, count, extent, clearance, generator):
@@ -90,17 +72,11 @@ def place_apart(n, count, extent, clearance, generator):
     return chosen
 
 
-def hsv_to_rgb(hue, saturation, value):
-    """Each (...) in [0, 1] -> (..., 3)."""
-    k = (torch.tensor([5.0, 3.0, 1.0], device=hue.device) + 6 * hue[..., None]) % 6
-    return value[..., None] * (1 - saturation[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
-
-
 class Sprites:
     """Coloured shapes on black, drawn in batches on the device: ellipses, squares and triangles, or real dSprites.
 
-    Radii are 0.22 to 0.38 and centres at least 0.3 apart, in half picture widths: sprites overlap, none is hidden.
-    A scene is a dict of tensors (n, K, ...); the later objects lie in front.
+    Radii are 0.22 to 0.38 and centres at least 0.3 apart, in half picture widths: sprites overlap, none is hidden. A
+    scene is a dict of tensors (n, K, ...); later objects lie in front. Raises click.UsageError without usable dSprites.
     """
 
     crop = "none"
@@ -109,62 +85,51 @@ class Sprites:
         self.size, self.objects, self.seed, self.device = size, objects, seed, device
         self.source, self.library = "built-in sprites", None
         if data_root:
-            files = sorted(data_root.glob("dsprites*.npz"))
-            if not files:
-                raise click.UsageError(
-                    f"--data-root {data_root}: no dsprites*.npz there; leave it out for built-in shapes"
-                )
-            if size not in (32, 64):
-                raise click.UsageError(f"--size {size}: dSprites are 64 pixels wide; expected 32 or 64")
-            try:
-                with np.load(files[0]) as archive:
-                    self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise click.UsageError(f"{files[0]}: damaged, or without the array 'imgs' of dSprites") from error
-            self.source = f"dSprites shapes ({files[0].name})"
+            file = min(data_root.glob("dsprites*.npz"), default=None)
+            if not file or size not in (32, 64):
+                raise click.UsageError(f"--data-root {data_root}: expected dsprites*.npz there, and --size 32 or 64")
+            read = {"imgs": np.ndarray}  # (737280, 64, 64) uint8
+            self.library = torch.from_numpy(
+                load_file(file, lambda path: dict(np.load(path)), read, click.UsageError)["imgs"]
+            )
+            self.source = f"dSprites shapes ({file.name})"
 
-    def draw(self, n, generator, lots=1):
-        """n scenes; with `lots` > 1 of so many times the objects, each lot a scene of its own and all of them one."""
-        low, high = self.objects
-        k = lots * high
-        count = torch.randint(low, high + 1, (n, lots), generator=generator, device=self.device)
-        scene = {
-            "present": (torch.arange(high, device=self.device) < count[..., None]).flatten(1),  # (n, K)
-            "rgb": hsv_to_rgb(*(uniform(least, 1, (n, k), generator) for least in (0.0, 0.5, 0.6))),
-        }
-        if self.library is not None:
-            shape = torch.randint(len(self.library), (n, k), generator=generator, device=self.device)
-            return scene | {"shape": shape}
-        return scene | {
-            "shape": torch.randint(3, (n, k), generator=generator, device=self.device),
-            "centre": place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator),
-            "radius": uniform(0.22, 0.38, (n, k), generator),
-            "angle": uniform(0, 2 * math.pi, (n, k), generator),
-        }
+    def sample(self, n, generator, times=1):
+        """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
+        low, k = (times * count for count in self.objects)
+        scene = {"present": torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)}
+        hue, saturation, value = (uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
+        phase = (torch.tensor([5.0, 3.0, 1.0], device=self.device) + 6 * hue) % 6  # (n, K, 3), HSV to RGB
+        scene["rgb"] = value * (1 - saturation * torch.minimum(phase, 4 - phase).clamp(0, 1))
+        scene["shape"] = integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
+        if self.library is None:
+            clearance = torch.full((n, k, k), 0.3, device=self.device)
+            scene["centre"] = place_apart(n, k, 0.75, clearance, generator)
+            scene["radius"] = uniform(0.22, 0.38, (n, k), generator)
+            scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
+        return scene
 
     def outlines(self, scene, side):
         """The pixels of every object: (n, K, side, side) bool."""
+        shape, present = (scene[name][..., None, None] for name in ("shape", "present"))
         if self.library is not None:
-            images = self.library[scene["shape"].cpu()].to(self.device).bool()
-            return images[..., :: 64 // side, :: 64 // side] & scene["present"][..., None, None]
+            return (
+                self.library[scene["shape"].cpu()].to(self.device).bool()[..., :: 64 // side, :: 64 // side] & present
+            )
         offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
         y, x = (offset / scene["radius"][..., None, None, None]).unbind(2)
         cos, sin = (f(scene["angle"])[..., None, None] for f in (torch.cos, torch.sin))
         u, v = cos * x + sin * y, cos * y - sin * x
-        ellipse = u.square() + (v / 0.75).square() < 1
-        box = torch.maximum(u.abs(), v.abs()) < 0.8
+        ellipse, box = u.square() + (v / 0.75).square() < 1, torch.maximum(u.abs(), v.abs()) < 0.8
         triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1)
-        shape = scene["shape"][..., None, None]
-        chosen = torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle))
-        return chosen & scene["present"][..., None, None]
+        return torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle)) & present
 
     def render(self, scene):
         """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
 
         Drawn at twice the size and averaged, so that edges are smooth.
         """
-        side = 2 * self.size
-        outlines = self.outlines(scene, min(side, 64) if self.library is not None else side)
+        outlines = self.outlines(scene, 2 * self.size if self.library is None else min(2 * self.size, 64))
         label = torch.zeros_like(outlines[:, 0], dtype=torch.long)
         for k in range(outlines.shape[1]):
             label = torch.where(outlines[:, k], k + 1, label)
@@ -173,18 +138,14 @@ class Sprites:
         fine = label.shape[-1] // self.size
         return F.avg_pool2d(image, fine), label[:, ::fine, ::fine]
 
-    def batch(self, step, first, last, total):
-        """Pictures `first` to `last` of the `total` of a step: (last - first, 3, size, size) in [0, 1]."""
-        scene = self.draw(total, random_generator("sprites", self.seed, step, device=self.device))
-        return self.render({name: value[first:last] for name, value in scene.items()})[0]
+    def batch(self, step, own, total):
+        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
+        scene = self.sample(total, random_generator("sprites", self.seed, step, device=self.device))
+        return self.render({name: value[own] for name, value in scene.items()})[0]
 
-    def held_out(self, n):
-        """n scenes no training step draws: (images, labels)."""
-        return self.render(self.draw(n, random_generator("held-out sprites", device=self.device)))
-
-    def pairs(self, n):
-        """n scenes of two lots of objects, the first half of them and the second."""
-        return self.draw(n, random_generator("sprite pairs", device=self.device), lots=2)
+    def scenes(self, split, n):
+        """The first n scenes of a split that no training step draws: images, labels."""
+        return self.render(self.sample(n, random_generator("sprites", split, device=self.device)))
 
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
@@ -204,20 +165,16 @@ POWER = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2))  # of every lamp
 AMBIENT = 0.118
 LAMP_WIDTH = 1.2
 BLOCK = 64  # scenes drawn, or files read, at a time
+POOL = 10_000  # scenes drawn for training
 
 
-def camera_frame(camera):
-    """Rows right, up, forward of a camera at (n, 3) that looks at the origin: (n, 3, 3)."""
+def crop_rays(side, camera):
+    """Rays through the pixels of CLEVR's crop (0.6 W wide, W/64 below the middle): camera (n, 3) -> (n, side^2, 3)."""
+    y, x = 0.3 * position_grid(side, side).to(camera.device)
+    rays = torch.stack([x / FOCAL, -(y + 1 / 64) / FOCAL, torch.ones_like(x)], dim=-1).flatten(0, 1)
     forward = F.normalize(-camera, dim=-1)
-    vertical = torch.tensor([0.0, 0.0, 1.0], device=camera.device).expand_as(forward)
-    right = F.normalize(torch.linalg.cross(forward, vertical), dim=-1)
-    return torch.stack([right, torch.linalg.cross(right, forward), forward], dim=1)
-
-
-def crop_rays(side, device):
-    """Rays through the pixels of CLEVR's crop (0.6 W wide, W/64 below the middle), camera frame: (side^2, 3)."""
-    y, x = 0.3 * position_grid(side, side).to(device)
-    return torch.stack([x / FOCAL, -(y + 1 / 64) / FOCAL, torch.ones_like(x)], dim=-1).flatten(0, 1)
+    right = F.normalize(torch.linalg.cross(forward, forward.new_tensor([[0.0, 0.0, 1.0]])), dim=-1)
+    return rays @ torch.stack([right, torch.linalg.cross(right, forward), forward], dim=1)
 
 
 def turn(vector, angle):
@@ -237,8 +194,7 @@ def hit_distance(shape, half, origin, ray):
         a, b = (-half[..., None] - origin) * inverse, (half[..., None] - origin) * inverse
         near, far = torch.minimum(a, b).amax(-1), torch.maximum(a, b).amin(-1)
     else:
-        axes = 3 if shape == SPHERE else 2
-        o, d = origin[..., :axes], ray[..., :axes]
+        o, d = (vector[..., : 3 if shape == SPHERE else 2] for vector in (origin, ray))
         a, b, c = d.square().sum(-1), (o * d).sum(-1), o.square().sum(-1) - half.square()
         root = (b.square() - a * c).clamp(min=0).sqrt()
         near, far = (-b - root) / a, (-b + root) / a  # equal where the ray passes by
@@ -248,52 +204,68 @@ def hit_distance(shape, half, origin, ray):
     return torch.where(near < far, near, torch.inf)
 
 
-def eighth_power(x):
-    """x^8 by squaring, which is several times faster than `pow`."""
-    return x.square().square().square()
+class Pool:
+    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
+
+    crop = "clevr"
+
+    def __init__(self, length, size, objects, seed, device):
+        self.images, self.made = torch.empty((length, 3, size, size), dtype=torch.uint8), set()
+        self.size, self.objects, self.seed, self.device = size, objects, seed, device
+
+    def batch(self, step, own, total):
+        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1].
+
+        Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
+        """
+        position = step * total + torch.arange(total)[own]
+        epoch, index = position // len(self.images), position % len(self.images)
+        for e in epoch[epoch > 0].unique().tolist():
+            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
+            index = torch.where(epoch == e, order[index], index)
+        for block in {int(i) // BLOCK for i in index} - self.made:
+            first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
+            self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8
+            self.made.add(block)
+        return self.images[index].to(self.device, non_blocking=True).float() / 255
 
 
-def surface_normal(point, shape, half, angle):
-    """Normal at a point of an object's surface, its edges slightly rounded: point (P, 3), the rest (P,) -> (P, 3)."""
-    q = turn(point, angle) / half[:, None]
-    cube = q * eighth_power(q).square()  # of the largest coordinate alone, but near an edge
-    rim = eighth_power(q[:, :2].norm(dim=-1, keepdim=True)).square()
-    cylinder = torch.cat([q[:, :2] * rim, cube[:, 2:]], dim=-1)
-    normal = torch.where(shape[:, None] == SPHERE, q, torch.where(shape[:, None] == CYLINDER, cylinder, cube))
-    return turn(F.normalize(normal, dim=-1), -angle)
-
-
-class ClevrRenderer:
-    """A vectorised ray caster for CLEVR-like scenes: spheres, cylinders, cubes; rubber or metal; soft lamps.
+class BuiltInClevr(Pool):
+    """CLEVR-like scenes by a vectorised ray caster: spheres, cylinders, cubes; rubber or metal; soft lamps.
 
     A scene is a dict of tensors: of objects (n, K, ...), and `camera` (n, 3) and `lamps` (n, 3, 3).
     """
 
-    def __init__(self, size, objects, device):
-        self.size, self.objects, self.device = size, objects, device
+    source = "built-in CLEVR-like renderer"
 
-    def draw(self, n, generator, lots=1):
-        """n scenes; with `lots` > 1 of so many times the objects, each lot a scene of its own and all of them one."""
-        low, high = self.objects
-        k, device = lots * high, self.device
-        radius = torch.tensor(RADII, device=device)[torch.randint(2, (n, k), generator=generator, device=device)]
-        shape = torch.randint(3, (n, k), generator=generator, device=device)
-        colour = torch.randint(len(COLOURS), (n, k), generator=generator, device=device)
-        count = torch.randint(low, high + 1, (n, lots), generator=generator, device=device)
+    def __init__(self, size, objects, seed, device):
+        super().__init__(POOL, size, objects, seed, device)
+
+    def make(self, first, last):
+        generator = random_generator("clevr", self.seed, first, device=self.device)
+        return (self.render(self.sample(last - first, generator))[0] * 255).round().to(torch.uint8)
+
+    def scenes(self, split, n):
+        """The first n scenes of a split that no training step sees: images, labels."""
+        generator = random_generator("clevr", split, device=self.device)
+        parts = [self.render(self.sample(min(BLOCK, n - i), generator)) for i in range(0, n, BLOCK)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def sample(self, n, generator, times=1):
+        """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
+        low, k = (times * count for count in self.objects)
+        radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
+        radius, shape = radii[integers(0, 2, (n, k), generator)], integers(0, 3, (n, k), generator)
+        scene = {"shape": shape, "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius)}
+        scene["rgb"] = colours[integers(0, len(COLOURS), (n, k), generator)] / 255
+        scene["present"] = torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)
+        scene["camera"] = camera + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
+        scene["lamps"] = lamps + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
         clearance = radius[:, :, None] + radius[:, None] + 0.25  # CLEVR's rule
-        camera = torch.tensor(CAMERA, device=device) + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
-        lamps = torch.tensor(LAMPS, device=device) + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
-        return {
-            "present": (torch.arange(high, device=device) < count[..., None]).flatten(1),  # (n, K)
-            "shape": shape,
-            "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius),
-            "xy": place_apart(n, k, 3.0, clearance, generator),
-            "angle": uniform(0, 2 * math.pi, (n, k), generator),
-            "rgb": torch.tensor(COLOURS, device=device)[colour] / 255,
-            "metal": torch.rand((n, k), generator=generator, device=device) < 0.5,
-            "camera": camera,
-            "lamps": lamps,
-        }
+        scene["xy"] = place_apart(n, k, 3.0, clearance, generator)
+        scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
+        scene["metal"] = uniform(0, 1, (n, k), generator) < 0.5
+        return scene
 
     @torch.no_grad()
     def render(self, scene):
@@ -301,225 +273,127 @@ class ClevrRenderer:
 
         Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         """
-        side = 2 * self.size
-        frame = camera_frame(scene["camera"])
+        side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
-        depth, label = self.nearest(scene, frame, centre, side)  # (n, side^2) each
-
-        rays = crop_rays(self.size // 2, self.device) @ frame  # (n, size^2 / 4, 3), world frame
-        distance = scene["camera"][:, None, 2:] / -rays[..., 2:]
-        ground = self.shade_ground(scene["camera"][:, None] + distance * rays, centre, scene)
-        ground = ground.transpose(1, 2).unflatten(2, (self.size // 2, self.size // 2))  # (n, 3, size / 2, size / 2)
+        rays = crop_rays(small, scene["camera"])
+        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)
+        ground = ground.transpose(1, 2).unflatten(2, (small, small))  # (n, 3, small, small)
         light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
-
+        rays = crop_rays(side, scene["camera"])
+        depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
         i, pixel = torch.nonzero(label, as_tuple=True)
-        ray = torch.einsum("pj,pjk->pk", crop_rays(side, self.device)[pixel], frame[i])
-        point = scene["camera"][i] + depth[i, pixel, None] * ray
-        light[i, pixel] = self.shade_objects(point, F.normalize(ray, dim=-1), i, label[i, pixel] - 1, centre, scene)
-
+        point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
+        ray = F.normalize(rays[i, pixel], dim=-1)
+        light[i, pixel] = self.shade_objects(point, ray, i, label[i, pixel] - 1, centre, scene)
         image = light.clamp(0, 1).pow(1 / 2.2).transpose(1, 2).unflatten(2, (side, side))
         return F.avg_pool2d(image, 2), label.unflatten(1, (side, side))[:, ::2, ::2]
 
-    def nearest(self, scene, frame, centre, side):
-        """Depth and label of the first object every ray meets: (n, side^2) each; label 0 where none is met.
-
-        An object is tested only against the pixels of a window around it, all objects of one kind at a time.
-        """
-        n, outside = len(centre), side * side  # pixel `outside` takes what falls off the picture
-        seen = torch.einsum("nij,nkj->nki", frame, centre - scene["camera"][:, None])  # camera frame
-        scale = FOCAL / 0.3 * side / 2 / seen[..., 2]  # pixels a unit of length
-        x = seen[..., 0] * scale + side / 2
-        y = -seen[..., 1] * scale + side / 2 * (1 - 1 / 64 / 0.3)
-        bounding = torch.tensor([1.0, 2**0.5, 3**0.5], device=self.device)[scene["shape"]] * scene["half"]
-        reach = 1.1 * bounding * scale
-
-        depth = torch.full((n, outside + 1), torch.inf, device=self.device)
-        label = torch.zeros((n, outside + 1), dtype=torch.long, device=self.device)
-        rays, found = crop_rays(side, self.device), []
-        small = scene["half"] < sum(RADII) / 2
+    def nearest(self, scene, centre, rays):
+        """Depth and label of the first object that every one of rays (n, W, 3) meets: (n, W) each; label 0: none."""
+        depth = torch.full(rays.shape[:2], torch.inf, device=self.device)
+        label, found = torch.zeros_like(depth, dtype=torch.long), []
         for shape in (SPHERE, CYLINDER, CUBE):
-            for kind in ((scene["shape"] == shape) & small, (scene["shape"] == shape) & ~small):
-                i, k = torch.nonzero(kind & scene["present"], as_tuple=True)
-                if len(i) == 0:
-                    continue
-                span = torch.arange(-int(reach[i, k].max()) - 1, int(reach[i, k].max()) + 2, device=self.device)
-                rows, columns = y[i, k].long()[:, None] + span, x[i, k].long()[:, None] + span  # (P, w) each
-                inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None]
-                pixel = torch.where(inside, rows[:, :, None] * side + columns[:, None], outside).flatten(1)  # (P, w^2)
-                angle = scene["angle"][i, k][:, None]
-                origin = turn((scene["camera"][i] - centre[i, k])[:, None], angle)
-                ray = turn(rays[pixel.clamp(max=outside - 1)] @ frame[i], angle)
-                hit = hit_distance(shape, scene["half"][i, k][:, None], origin, ray)
-                flat = i[:, None] * (outside + 1) + pixel
-                depth.view(-1).scatter_reduce_(0, flat.flatten(), hit.flatten(), "amin")
-                found.append((flat, hit, (k[:, None] + 1).expand_as(flat)))
-        for flat, hit, number in found:
-            first = (hit < torch.inf) & (hit == depth.view(-1)[flat])
-            label.view(-1)[flat[first]] = number[first]
-        return depth[:, :-1], label[:, :-1]
+            i, k = torch.nonzero((scene["shape"] == shape) & scene["present"], as_tuple=True)
+            angle, half = scene["angle"][i, k][:, None], scene["half"][i, k][:, None]
+            origin = turn((scene["camera"][i] - centre[i, k])[:, None], angle)
+            hit = hit_distance(shape, half, origin, turn(rays[i], angle))  # (P, W)
+            depth.scatter_reduce_(0, i[:, None].expand_as(hit), hit, "amin")
+            found.append((i, k, hit))
+        for i, k, hit in found:
+            p, pixel = torch.nonzero((hit < torch.inf) & (hit == depth[i]), as_tuple=True)
+            label[i[p], pixel] = k[p] + 1
+        return depth, label
 
     def shade_ground(self, point, centre, scene):
         """Light from the ground: ambient light, less what objects hide, and three lamps past the objects' shadows.
 
         Shadows and occlusion take an object for the sphere around its centre. point (n, P, 3) -> (n, P, 3).
         """
-        radius = torch.where(scene["present"], scene["half"], 0.0)
+        radius = torch.where(scene["present"], scene["half"], 0.0)[..., None]
         to_object = centre[:, :, None] - point[:, None]  # (n, K, P, 3)
         squared = to_object.square().sum(-1)
-        hidden = radius.square()[..., None] * to_object[..., 2] / squared**1.5  # share of the sky, cosine-weighted
+        hidden = radius.square() * to_object[..., 2] / squared**1.5  # share of the sky, cosine-weighted
         light = AMBIENT * (1 - 0.9 * hidden.clamp(0, 1)).prod(1)[..., None]  # (n, P, 1)
-        for lamp, power in enumerate(POWER):
-            to_lamp = scene["lamps"][:, None, lamp] - point  # (n, P, 3)
+        for lamp, power in zip(scene["lamps"].unbind(1), torch.tensor(POWER, device=self.device), strict=True):
+            to_lamp = lamp[:, None] - point  # (n, P, 3)
             distance = to_lamp.norm(dim=-1)
             along = torch.einsum("nkpc,npc->nkp", to_object, to_lamp / distance[..., None])
-            past = (squared - along.square()).clamp(min=0).sqrt() - radius[..., None]  # of the ray, past the surface
-            penumbra = LAMP_WIDTH * along / distance[:, None]
-            seen = (0.5 + 0.5 * past / penumbra.clamp(min=1e-3)).clamp(0, 1)
+            past = (squared - along.square()).clamp(min=0).sqrt() - radius  # of the ray, past the surface
+            penumbra = (LAMP_WIDTH * along / distance[:, None]).clamp(min=1e-3)
+            seen = (0.5 + 0.5 * past / penumbra).clamp(0, 1)
             seen = torch.where(along > 0, seen.square() * (3 - 2 * seen), 1.0).prod(1)  # (n, P)
-            falling = seen * to_lamp[..., 2] / distance**3  # cosine over squared distance
-            light = light + falling[..., None] * torch.tensor(power, device=self.device)
+            light = light + (seen * to_lamp[..., 2] / distance**3)[..., None] * power  # cosine over squared distance
         return light
 
     def shade_objects(self, point, ray, i, k, centre, scene):
         """Light from object k of scene i towards the camera, at `point` (P, 3) along unit `ray` (P, 3): (P, 3)."""
-        rgb, power = scene["rgb"][i, k], torch.tensor(POWER, device=self.device)
-        normal = surface_normal(point - centre[i, k], scene["shape"][i, k], scene["half"][i, k], scene["angle"][i, k])
+        shape, rgb, angle = scene["shape"][i, k, None], scene["rgb"][i, k], scene["angle"][i, k]
+        q = turn(point - centre[i, k], angle) / scene["half"][i, k, None]
+        cube = q.pow(17)  # of the largest coordinate alone, but near an edge, which is slightly rounded
+        cylinder = torch.cat([q[:, :2] * q[:, :2].norm(dim=-1, keepdim=True).pow(16), cube[:, 2:]], dim=-1)
+        normal = torch.where(shape == SPHERE, q, torch.where(shape == CYLINDER, cylinder, cube))
+        normal = turn(F.normalize(normal, dim=-1), -angle)
         mirrored = ray - 2 * (ray * normal).sum(-1, keepdim=True) * normal
-        to_lamp = scene["lamps"][i] - point[:, None]  # (P, 3 lamps, 3)
-        squared = to_lamp.square().sum(-1)
+        to_lamp, power = scene["lamps"][i] - point[:, None], torch.tensor(POWER, device=self.device)
+        squared = to_lamp.square().sum(-1)  # (P, 3 lamps)
         to_lamp = to_lamp / squared.sqrt()[..., None]
-
         lambert = (0.2 + 0.8 * (normal[:, None] * to_lamp).sum(-1)).clamp(min=0) / squared  # wide lamps reach round
         ambient = AMBIENT * (1.25 + 0.75 * normal[:, 2]) * (0.5 + 0.5 * (point[:, 2] / RADII[0]).clamp(0, 1))
         diffuse = ambient[:, None] + 0.9 * lambert @ power
         gloss = (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
-        rubber = rgb * diffuse + 0.05 * (eighth_power(gloss) / squared) @ power
-
+        rubber = rgb * diffuse + 0.05 * (gloss.pow(8) / squared) @ power
         to_ground = point[:, 2] / (-mirrored[:, 2]).clamp(min=1e-2)  # a mirror shows the lit ground, or the dark room
-        room = torch.where(mirrored[:, 2] < 0, 0.18 * torch.exp(-to_ground / 2), 0.04)
-        metal = (
-            rgb * (room[:, None] + 0.25 * diffuse)
-            + (0.15 + 0.85 * rgb) * 6 * (eighth_power(gloss).square() / squared) @ power
-        )
+        room = torch.where(mirrored[:, 2] < 0, 0.18 * torch.exp(-to_ground / 2), 0.04)[:, None]
+        metal = rgb * (room + 0.25 * diffuse) + (0.15 + 0.85 * rgb) * 6 * (gloss.pow(16) / squared) @ power
         return torch.where(scene["metal"][i, k, None], metal, rubber)
-
-
-class Pool:
-    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
-
-    def __init__(self, length, size, seed, device, make):
-        """make(first, last) -> uint8 (last - first, 3, size, size)."""
-        self.images = torch.empty((length, 3, size, size), dtype=torch.uint8)
-        self.ready = [False] * math.ceil(length / BLOCK)
-        self.seed, self.device, self.make = seed, device, make
-
-    def fetch(self, indices):
-        """indices (n,) -> (n, 3, size, size) in [0, 1] on the device."""
-        for block in {int(i) // BLOCK for i in indices}:
-            if not self.ready[block]:
-                first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
-                self.images[first:last] = self.make(first, last)
-                self.ready[block] = True
-        return self.images[indices].to(self.device, non_blocking=True).float() / 255
-
-    def batch(self, step, first, last, total):
-        """Pictures `first` to `last` of the `total` of a step; every epoch passes over all in an order of its own."""
-        position = step * total + torch.arange(first, last)
-        epoch = position // len(self.images)
-        indices = position % len(self.images)
-        for e in epoch.unique().tolist():
-            order = self.order(e)
-            indices = torch.where(epoch == e, order[indices], indices)
-        return self.fetch(indices)
-
-    def order(self, epoch):
-        """The first epoch goes straight, so that blocks fill one by one; the others are shuffled."""
-        if epoch == 0:
-            return torch.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=random_generator("order", self.seed, epoch))
-
-
-class BuiltInClevr(Pool):
-    """CLEVR-like scenes of the renderer above: a pool of 10,000 to train on, and held-out ones with exact masks."""
-
-    crop = "clevr"
-    source = "built-in CLEVR-like renderer"
-
-    def __init__(self, size, objects, seed, device):
-        self.renderer = ClevrRenderer(size, objects, device)
-        super().__init__(10_000, size, seed, device, self.draw_block)
-
-    def draw_block(self, first, last):
-        generator = random_generator("clevr", self.seed, first, device=self.device)
-        image, _ = self.renderer.render(self.renderer.draw(last - first, generator))
-        return (image * 255).round().to(torch.uint8)
-
-    def held_out(self, n):
-        generator = random_generator("held-out clevr", device=self.device)
-        parts = [self.renderer.render(self.renderer.draw(min(BLOCK, n - i), generator)) for i in range(0, n, BLOCK)]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def pairs(self, n):
-        """n scenes of two lots of objects, the first half of them and the second, under one camera and lamps."""
-        return self.renderer.draw(n, random_generator("clevr pairs", device=self.device), lots=2)
-
-    def render(self, scene):
-        return self.renderer.render(scene)
 
 
 class ClevrFolder(Pool):
     """The official CLEVR_v1.0 folder: images/{train,val}/*.png, scenes/*.json, and masks/{train,val}/*.png if there.
 
-    Only scenes whose number of objects is in `objects` are used, as far as scenes/*.json tells it.
+    The last tenth of the training files, at most 320, is `valid`; `test` is val. Only scenes whose number of objects is
+    in `objects` are used, as far as scenes/*.json tells it. Raises click.UsageError where files are missing or damaged.
     """
 
-    crop = "clevr"
-
     def __init__(self, root, size, objects, seed, device):
-        self.root, self.size, self.objects = self.find(root), size, objects
-        self.source = f"CLEVR folder {self.root.resolve().name}"
-        self.val = self.files("val")
-        train = self.files("train")
-        super().__init__(len(train), size, seed, device, lambda first, last: self.read(train[first:last]))
+        folders = [f for f in (root, root / "CLEVR_v1.0") if all((f / "images" / s).is_dir() for s in ("train", "val"))]
+        if not folders:
+            raise click.UsageError(f"--data-root {root}: no images/train and images/val there, nor in CLEVR_v1.0 below")
+        self.root, self.source = folders[0], f"CLEVR folder {folders[0].resolve().name}"
+        train, test = (self.list_files(split, *objects) for split in ("train", "val"))
+        kept = len(train) - min(320, len(train) // 10)
+        self.files = {"train": train[:kept], "valid": train[kept:], "test": test}
+        super().__init__(kept, size, objects, seed, device)
 
-    @staticmethod
-    def find(root):
-        for folder in (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0"):
-            if (folder / "images" / "train").is_dir() and (folder / "images" / "val").is_dir():
-                return folder
-        raise click.UsageError(
-            f"--data-root {root}: found no images/train and images/val there, nor in CLEVR_v1.0 below"
-        )
-
-    def files(self, split):
+    def list_files(self, split, low, high):
         files = sorted((self.root / "images" / split).glob("*.png"))
         annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
-        low, high = self.objects
         if annotation.is_file():
-            try:
-                counts = {s["image_filename"]: len(s["objects"]) for s in json.loads(annotation.read_text())["scenes"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise click.UsageError(f"{annotation} is damaged or is no CLEVR scene file") from error
-            files = [f for f in files if low <= counts.get(f.name, low) <= high]
+            scenes = load_file(
+                annotation, lambda path: json.loads(path.read_text()), {"scenes": list}, click.UsageError
+            )
+            counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
+            files = [file for file in files if low <= counts.get(file.name, low) <= high]
         if not files:
             raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {low} to {high} objects")
         return files
 
+    def make(self, first, last):
+        return self.read(self.files["train"][first:last])
+
     def read(self, files):
         with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-            images = list(pool.map(lambda f: load_picture(f, self.size, self.crop), files))
+            images = list(pool.map(lambda file: load_picture(file, self.size, self.crop), files))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def held_out(self, n):
-        """The first n validation scenes: images, and labels or None where there are no masks."""
-        files = self.val[:n]
-        images = self.read(files).to(self.device).float() / 255
-        masks = [self.root / "masks" / "val" / f.name for f in files]
-        missing = [m for m in masks if not m.is_file()]
-        if missing:
-            click.echo(f"{missing[0]} is not there: no scores of segmentation, which need a mask for every picture")
-            return images, None
-        return images, torch.from_numpy(np.stack([self.read_mask(m) for m in masks])).long().to(self.device)
+    def scenes(self, split, n):
+        """The first n scenes of a split: images, and labels or None where not every one has a mask."""
+        files = self.files[split][:n]
+        images, labels = self.read(files).to(self.device).float() / 255, None
+        masks = [self.root / "masks" / file.parent.name / file.name for file in files]
+        if all(mask.is_file() for mask in masks):
+            labels = torch.from_numpy(np.stack([self.read_mask(mask) for mask in masks])).long().to(self.device)
+        return images, labels
 
     def read_mask(self, path):
         """A mask -> the object's number in every pixel, 0 for the background: (size, size)."""
@@ -529,42 +403,18 @@ class ClevrFolder(Pool):
         except (OSError, SyntaxError, ValueError) as error:
             raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
         if mask.mode not in ("L", "P"):
-            raise click.UsageError(
-                f"{path}: expected a mask of 8 bits a pixel that number the objects, not {mask.mode}"
-            )
+            raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
         return np.asarray(square(mask, self.crop, path).resize((self.size, self.size), Image.Resampling.NEAREST))
-
-
-def fetch_clevr(data_root):
-    """Download and unpack CLEVR v1.0 (18 GB) through torchvision, unless it is there."""
-    from torchvision.datasets import CLEVRClassification
-
-    if dist.is_initialized():
-        raise click.UsageError("--download: fetch the data in a single process first, then start several")
-    try:
-        CLEVRClassification(data_root, download=True)
-    except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
-        raise click.ClickException(f"CLEVR v1.0 could not be fetched into {data_root}: {error}") from error
 
 
 # ---------------------------------------------------------------- Data: two notes at once
 
-SOUND_FFT = 4096  # samples of a frame: notes last, and what tells two of them apart are narrow harmonics
-FRAMES = 32  # times that a model sees a sound at
+SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
+FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
+LOWEST = 32.7  # Hz (C1), of the bands
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
-INTERVALS = {"any": range(1, 12), "musical": (3, 4, 5, 7, 8, 9)}  # semitones between two notes, less whole octaves
-
-
-class Samples:
-    """For the cache of `train_vae_audio.Notes`, which keeps spectrograms: notes as they sound, one bin of samples."""
-
-    representation, n_fft, bins = "samples", 0, 1
-
-    def frames(self, samples):
-        return samples
-
-    def __call__(self, waveform):
-        return waveform[None]
+MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
+MIXTURES = 500  # of test notes, that a finished run is judged by
 
 
 def root_mean_square(waveform):
@@ -573,182 +423,203 @@ def root_mean_square(waveform):
 
 
 def whole_hops(waveform):
-    """(..., samples) -> the same, and silence to a whole number of hops: of SAMPLES the STFT has 2 FRAMES frames."""
-    return F.pad(waveform, (0, -waveform.shape[-1] % (SOUND_FFT // 4)))
+    """(..., samples) -> the same, zero-padded to whole hops: of SAMPLES the STFT has FRAMES * SPAN frames."""
+    return F.pad(waveform, (0, -waveform.shape[-1] % HOP))
 
 
 class SoundLevels(nn.Module):
-    """Waveforms -> what a model of sounds sees, levels of `bands` logarithmic bands: (B, FRAMES, bands, 1).
+    """Waveforms -> what a model of sounds sees: levels log(1 + 100 m) of `bands` logarithmic bands, one cell wide.
 
-    Every sound is brought to LOUDNESS; the STFT's frames are averaged in FRAMES spans of time.
+    Bands are triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide. Every sound is
+    brought to LOUDNESS; the STFT's frames are averaged in FRAMES spans of time.
     """
 
     def __init__(self, bands):
         super().__init__()
-        self.spectrogram = Spectrogram("log", SOUND_FFT, bands)
-        self.span = math.ceil((math.ceil(SAMPLES / self.spectrogram.hop) + 1) / FRAMES)
+        self.magnitude = torchaudio.transforms.Spectrogram(SOUND_FFT, hop_length=HOP, power=1)
+        step = math.log2(RATE / 2 / LOWEST) / bands  # octaves
+        middle = LOWEST * 2 ** (step * torch.arange(bands, dtype=torch.float64)[:, None])
+        frequency = torch.arange(SOUND_FFT // 2 + 1, dtype=torch.float64) * RATE / SOUND_FFT
+        bank = (1 - (frequency - middle).abs() / (middle * (2**step - 1)).clamp(min=RATE / SOUND_FFT)).clamp(min=0)
+        bank = (bank / bank.sum(1, keepdim=True)).float()  # (bands, F), rows that sum to one
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("inverse", (bank / bank.sum(0).clamp(min=1e-9)).T.contiguous(), persistent=False)
 
     def forward(self, waveform):
         """(B, SAMPLES) -> levels (B, FRAMES, bands, 1)."""
-        heard = whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))
-        return self.of_magnitude(self.spectrogram.magnitude(heard))
+        return self.of_magnitude(self.magnitude(whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))))
 
     def of_magnitude(self, magnitude):
         """STFT magnitudes (B, F, T) -> levels (B, FRAMES, bands, 1)."""
-        bands = self.spectrogram.bank @ magnitude
-        spans = bands.unflatten(2, (FRAMES, self.span))  # (B, bands, FRAMES, span)
+        spans = (self.bank @ magnitude).unflatten(2, (FRAMES, SPAN))  # (B, bands, FRAMES, SPAN)
         return log_compress(spans.mean(3)).transpose(1, 2)[..., None]
 
-    def stft_of(self, level):
+    def to_stft_magnitude(self, level):
         """Levels (B, FRAMES, bands, 1) -> STFT magnitudes (B, F, T), interpolated between bands and times."""
         bands = log_expand(level[..., 0].transpose(1, 2))  # (B, bands, FRAMES)
-        return self.spectrogram.stft_of(F.interpolate(bands, scale_factor=float(self.span), mode="linear"))
+        return self.inverse @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
 class NoteDuos:
     """Mixtures of two notes of different instruments, made when they are asked for; their stems are the truth.
 
-    Both notes have one loudness, but for up to `max_gain_db` that one is louder. Notes in unison, or whole octaves
-    apart, share all harmonics and are not mixed.
+    Both notes have one loudness, but for up to MAX_GAIN_DB that one is louder. Notes in unison, or whole octaves apart,
+    share all harmonics and are not mixed. Raises click.UsageError where a split has hardly two notes to be mixed.
     """
 
     crop = None
 
     def __init__(self, options, device):
-        self.notes = load_notes(options | {"transpose": 0}, Samples())
-        self.source, self.seed, self.device = self.notes.source, options["seed"], device
-        self.levels = SoundLevels(options["size"]).to(device)
-        self.apart = torch.tensor(INTERVALS[options["intervals"]])
-        self.max_gain_db, self.instrument = options["max_gain_db"], {}
+        self.notes, self.source = load_notes(options)
+        self.seed, self.device, self.levels = options["seed"], device, SoundLevels(options["size"]).to(device)
         for split in SPLITS:
-            names = [note.instrument for note in getattr(self.notes, split).notes]
-            number = {name: k for k, name in enumerate(sorted(set(names)))}
-            self.instrument[split] = torch.tensor([number[name] for name in names])
-            self.draw(split, 1, random_generator("any"))
+            self.sample(split, 1, random_generator("any"))
 
-    def draw(self, split, n, generator):
+    def sample(self, split, n, generator):
         """Notes and relative levels of n mixtures: indices (n, 2), decibels (n, 2)."""
-        pitch, instrument = getattr(self.notes, split).pitch, self.instrument[split]
+        pitch, instrument = self.notes[split].pitch, self.notes[split].instrument
         chosen = torch.zeros(0, 2, dtype=torch.long)
         for _ in range(100):
             pair = torch.randint(len(pitch), (8 * n, 2), generator=generator)
-            interval = pitch[pair].diff(dim=1)[:, 0].abs() % 12
-            may = torch.isin(interval, self.apart) & (instrument[pair].diff(dim=1)[:, 0] != 0)
-            chosen = torch.cat([chosen, pair[may]])[:n]
+            interval, other = pitch[pair].diff(dim=1)[:, 0] % 12, instrument[pair].diff(dim=1)[:, 0]
+            chosen = torch.cat([chosen, pair[(interval != 0) & (other != 0)]])[:n]
             if len(chosen) == n:
-                gain = self.max_gain_db / 2 * (2 * torch.rand(n, 1, generator=generator) - 1)
+                gain = MAX_GAIN_DB / 2 * (2 * torch.rand(n, 1, generator=generator) - 1)
                 return chosen, torch.cat([gain, -gain], dim=1)
         raise click.UsageError(f"{split}: there are hardly two notes of different instruments and pitches to be mixed")
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, 2, SAMPLES), whose sum has LOUDNESS, and what root mean square the notes had (n, 2)."""
-        waveform = getattr(self.notes, split).batch(pair.flatten())[0][:, 0].unflatten(0, pair.shape)
+        waveform = self.notes[split].waveform(pair.flatten()).unflatten(0, pair.shape)
         before = root_mean_square(waveform)
         waveform = waveform / before * 10 ** (decibels[..., None] / 20)
         return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True)), before[..., 0]
 
-    def batch(self, step, first, last, total):
-        """Levels of the mixtures [first, last) of `total` at `step`."""
-        pair, decibels = self.draw("train", total, random_generator("mixtures", self.seed, step))
-        stems, _ = self.stems("train", pair[first:last], decibels[first:last])
-        return self.levels(stems.sum(1).to(self.device))
+    def batch(self, step, own, total):
+        """Levels of the slice `own` of the `total` mixtures of a step: (own, FRAMES, bands, 1)."""
+        pair, decibels = self.sample("train", total, random_generator("mixtures", self.seed, step))
+        return self.levels(self.stems("train", pair[own], decibels[own])[0].sum(1).to(self.device))
 
-    def held_out(self, split, n):
-        """The first n of the MIXTURES that all runs share: stems (n, 2, SAMPLES), loudness before, families (n, 2)."""
-        drawn = self.draw(split, max(n, MIXTURES), random_generator("held out"))
-        pair, decibels = (values[:n] for values in drawn)
-        return *self.stems(split, pair, decibels), getattr(self.notes, split).family[pair]
+    def mixtures(self, split, n):
+        """The first n of the mixtures that all runs share: stems (n, 2, SAMPLES), loudness before and family (n, 2)."""
+        pair, decibels = (values[:n] for values in self.sample(split, max(n, MIXTURES), random_generator("held out")))
+        return *self.stems(split, pair, decibels), self.notes[split].family[pair]
 
 
 def load_data(options, device):
     """The data set of the options; raises click.UsageError where its folder is not what was expected."""
-    dataset, data_root = options["dataset"], options["data_root"]
-    if options["download"] and (dataset == "sprites" or not data_root):
-        raise click.UsageError(
-            "--download fetches CLEVR v1.0 (18 GB) for --dataset clevr, NSynth (over 20 GB) for nsynth-duo; "
-            "it needs --data-root"
-        )
-    if options["download"] and dataset == "clevr":
-        fetch_clevr(data_root)
-    if data_root and not options["download"] and not data_root.is_dir():
-        raise click.UsageError(f"--data-root {data_root}: no such folder")
+    dataset, root, about = options["dataset"], options["data_root"], [options[k] for k in ("size", "objects", "seed")]
+    if options["download"] and (dataset == "sprites" or not root):
+        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB) or NSynth (over 20 GB); it needs --data-root")
     if dataset == "nsynth-duo":
         return NoteDuos(options, device)
-    about = (options["size"], options["objects"], options["seed"], device)
-    if dataset == "sprites":
-        return Sprites(*about, data_root)
-    return ClevrFolder(data_root, *about) if data_root else BuiltInClevr(*about)
+    if dataset == "sprites" or not root:
+        return Sprites(*about, device, root) if dataset == "sprites" else BuiltInClevr(*about, device)
+    if options["download"]:
+        try:
+            CLEVRClassification(root, download=True)
+        except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
+            raise click.ClickException(f"CLEVR v1.0 could not be fetched into {root}: {error}") from error
+    return ClevrFolder(root / ("clevr" * options["download"]), *about, device)
 
 
 # ---------------------------------------------------------------- Model
 
-UPSCALE = 4  # slots are decoded at a quarter of the picture's size and unfolded to it by sub-pixel convolution
-BACKGROUND_GRID = 8  # the background's latent moves a smooth picture of 8 x 8 knots: light and shade, but no objects
-BACKGROUND_D = 8
-NOTHING = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
-WINDOW = 3  # cells: of neighbours, only the one of highest KL becomes a slot
-BESIDE = 1e-3  # what the KL of cells beside a chosen one still counts
+UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data slots are decoded, before sub-pixel convolution
+BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
+NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
+NEIGHBOUR_WEIGHT = 1e-3  # what the KL of cells beside a chosen one still counts
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
-ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
-UPSCALE_SOUND = 2  # the same, of a spectrum
 LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
+# What the encoder says of B pictures or sounds, slots in order of falling KL: mu, logvar (B, N, D), cell (B, N, 2), the
+# (y, x) where every slot stands, kl (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_background (B,).
+Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_background")
 
-class Encoding(NamedTuple):
-    """What the encoder says of B pictures or sounds; the slots stand in order of falling KL."""
 
-    mu: torch.Tensor  # (B, N, D)
-    logvar: torch.Tensor  # (B, N, D)
-    cell: torch.Tensor  # (B, N, 2): the (y, x) where every slot stands
-    kl: torch.Tensor  # (B, N), nats
-    kl_map: torch.Tensor  # (B, H_l, W_l), nats
-    background: torch.Tensor | None  # (B, C, h, w)
-    kl_background: torch.Tensor  # (B,), nats
+def fourier_features(position, octaves):
+    """(..., 2, h, w) -> (..., 2 + 4 * octaves, h, w): positions, and sines and cosines of them of rising frequency."""
+    waves = [f(math.pi * 2**k * position) for k in range(octaves) for f in (torch.sin, torch.cos)]
+    return torch.cat([position, *waves], dim=-3)
+
+
+class BroadcastDecoder(nn.Module):
+    """Spatial-broadcast decoder (Watters et al. 2019): z (M, D), cell (M, 2) -> features (M, channels, h, w).
+
+    Every place is told its offset from the slot's own, so that a slot is drawn the same wherever it stands, and with
+    `absolute` its position in the data too.
+    """
+
+    def __init__(self, d, channels, grid, absolute, octaves, conv):
+        super().__init__()
+        self.octaves = octaves
+        self.register_buffer("grid", position_grid(*grid), persistent=False)
+        self.from_latent = nn.Linear(d, channels)
+        self.from_offset = nn.Conv2d(2 + 4 * octaves, channels, 1)
+        self.from_place = nn.Conv2d(2 + 4 * octaves, channels, 1) if absolute else None
+        self.body = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(2)])
+
+    def forward(self, z, cell):
+        h = self.from_latent(z)[:, :, None, None]
+        h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None], self.octaves))
+        if self.from_place is not None:
+            h = h + self.from_place(fourier_features(self.grid[None], self.octaves))
+        return self.body(h)
+
+
+def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):
+    """A convolution along the height of maps one cell wide, as spectra are."""
+    return nn.Conv2d(channels_in, channels_out, (kernel, 1), (stride, 1), (padding, 0))
+
+
+class ColumnShuffle(nn.Module):
+    """What `nn.PixelShuffle(2)` is to pictures, to maps one cell wide: (B, C * 2, H, 1) -> (B, C, H * 2, 1)."""
+
+    def forward(self, x):
+        return x.unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)
 
 
 class Encoder(nn.Module):
-    """Picture -> a posterior of D latents in every cell of a map, where its slot would stand, and pooled features.
+    """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
 
     A slot stands up to `shift` from the middle of its cell, on either axis: an object's corner is easier to find than
-    its middle, and a slot that stood there would need the reach of twice the object (docs/mvae-log.md). Told no
-    position, the encoder treats an object the same wherever it is, and flat ground does not outrank objects. It is told
-    where the decoder needs to know (`coords` "absolute" or "both").
+    its middle, and a slot that stood there would need the reach of twice the object (docs/mvae-log.md). With `absolute`
+    it is told positions; else it treats an object the same wherever it is, and flat ground does not outrank objects.
     """
 
-    def __init__(self, shape, grid, d, channels, shift, told_position, conv, kernel):
+    def __init__(self, shape, grid, d, channels, shift, absolute, conv, kernel):
         super().__init__()
-        self.told_position, self.furthest = told_position, shift
         # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
-        layers = [conv(shape[0] + 2 * told_position, channels, 6, stride=2, padding=2)]
+        layers = [conv(shape[0] + 2 * absolute, channels, 6, stride=2, padding=2)]
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
+        self.max_shift, self.shift = shift, nn.Conv2d(channels, 2, 1) if shift else None
+        for parameter in self.shift.parameters() if shift else ():
+            nn.init.zeros_(parameter)
         self.register_buffer("middles", position_grid(*grid), persistent=False)
-        if shift:
-            self.shift = nn.Conv2d(channels, 2, 1)
-            nn.init.zeros_(self.shift.weight)
-            nn.init.zeros_(self.shift.bias)
-        if told_position:
-            self.register_buffer("grid", position_grid(*shape[1:]), persistent=False)
+        self.register_buffer("grid", position_grid(*shape[1:]) if absolute else None, persistent=False)
 
-    def forward(self, image):
-        """image (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l), features (B, channels)."""
-        if self.told_position:
-            image = torch.cat([image, self.grid.expand(image.shape[0], -1, -1, -1)], dim=1)
-        h = self.trunk(image)
+    def forward(self, x):
+        if self.grid is not None:
+            x = torch.cat([x, self.grid.expand(x.shape[0], -1, -1, -1)], dim=1)
+        h = self.trunk(x)
         mu, logvar = self.head(h).to(self.middles.dtype).chunk(2, dim=1)
-        place = self.middles.expand(image.shape[0], -1, -1, -1)
-        if self.furthest:
-            place = place + self.furthest * self.shift(h).to(place.dtype).tanh()
+        place = self.middles.expand(x.shape[0], -1, -1, -1)
+        if self.shift is not None:
+            place = place + self.max_shift * self.shift(h).to(place.dtype).tanh()
         return mu, logvar + LOGVAR_START, place, h.to(place.dtype).mean((2, 3))
 
 
 class Background(nn.Module):
-    """What lies behind all slots: a learned picture, and with `d` > 0 latents that shade it smoothly."""
+    """What lies behind all slots: a learned picture, and with `d` > 0 latents that shade it smoothly.
+
+    features (B, F), noise (B, d) or None for z = mu -> background (B, C, h, w), KL (B,).
+    """
 
     def __init__(self, shape, features, d):
         super().__init__()
@@ -760,26 +631,15 @@ class Background(nn.Module):
             nn.init.normal_(self.shade.weight, std=0.03)
 
     def forward(self, features, noise):
-        """features (B, F), noise (B, d) or None for z = mu -> background (B, C, h, w), KL (B,)."""
         picture = self.picture.expand(features.shape[0], -1, -1, -1)
         if not self.d:
             return picture, torch.zeros_like(features[:, 0])
-        mu, logvar = self.posterior(features).chunk(2, dim=1)
+        mu, logvar = self.posterior(features).to(features.dtype).chunk(2, dim=1)  # the KL in full precision
         logvar = logvar + LOGVAR_START
         z = mu if noise is None else reparameterize(mu, logvar, noise)
         knots = self.shade(z).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
         shade = F.interpolate(knots, size=self.shape[1:], mode="bilinear", align_corners=False)
         return picture + shade, gaussian_kl(mu, logvar).sum(1)
-
-
-def nothing(layer, op):
-    """A layer that draws nothing, such as any slot is out of reach of its cell: (B, N, C, h, w) -> (B, 1, C, h, w)."""
-    empty = torch.zeros_like(layer[:, :1])
-    if op == "alpha":
-        empty[:, :, -1] = -NOTHING
-    elif op in ("max", "min"):
-        empty += NOTHING if op == "min" else -NOTHING
-    return empty
 
 
 class MVAE(nn.Module):
@@ -788,51 +648,46 @@ class MVAE(nn.Module):
     compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
     are combined and decoded on together. op "alpha": softmax masks over slots and background. In half picture widths,
     `shift`: how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound.
-    `explore`: train with one slot more, from the cell of whose place the other slots explain least.
-
-    With a `domain` the data are sounds: levels (B, FRAMES, size, 1) of `size` bands, one cell wide, so that the height
-    of a picture is the logarithm of a frequency, and its colours are times. Layers are logarithms of magnitudes;
-    `domain` says as what they are combined: "magnitude", "power" (its square), or "log" (levels).
+    `explore`: train with a slot from the cell around which the others explain least. With a `domain` the data are
+    sounds: levels (B, FRAMES, size, 1), one cell wide: the height of a picture is the logarithm of a frequency, its
+    colours are times. Layers are logarithms of magnitudes, combined as `domain` says: "magnitude", "power", "log".
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, domain, suppress, coords, background, shift, reach,
-        explore,
-    ):  # fmt: skip
+        self, *, size, cells, n_slots, d, channels, op, compose_at, domain, suppress, background, shift, reach, explore
+    ):
         super().__init__()
-        self.explore, self.domain, self.bands = explore, domain, size
-        self.n_slots, self.d, self.op, self.compose_at = n_slots, d, op, compose_at
-        self.suppress, self.reach = suppress, reach
-        if domain:
-            # Kernels of seven cells: those of one note stand octaves apart.
+        self.size, self.n_slots, self.d, self.op, self.domain, self.suppress = size, n_slots, d, op, domain, suppress
+        self.compose_at, self.reach, self.explore, sound = compose_at, reach, explore, bool(domain)
+        self.subpixels = UPSCALE_SOUND if sound else UPSCALE**2
+        if sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
             shape, self.grid_shape, conv, octaves, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 6, 7
-            upscale, shuffle, side = (UPSCALE_SOUND, 1), ColumnShuffle(UPSCALE_SOUND), (size // UPSCALE_SOUND, 1)
+            side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
         else:
             shape, self.grid_shape, conv, octaves, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3, 3
-            upscale, shuffle, side = (UPSCALE, UPSCALE), nn.PixelShuffle(UPSCALE), (size // UPSCALE, size // UPSCALE)
+            side, shuffle = (size // UPSCALE, size // UPSCALE), nn.PixelShuffle(UPSCALE)
         self.patch = (shape[1] // self.grid_shape[0], shape[2] // self.grid_shape[1])  # what a cell has of the data
-        self.subpixels = math.prod(upscale)
-        parts = shape[0] if compose_at == "data" else channels
-        self.encoder = Encoder(shape, self.grid_shape, d, channels, shift, coords != "relative", conv, kernel)
-        self.slot_decoder = BroadcastDecoder(d, channels, side, 2, coords, octaves, conv)
-        out = (parts + (op == "alpha")) * (self.subpixels if compose_at == "data" else 1)
-        self.to_layer = nn.Sequential(nn.SiLU(), conv(channels, out, 3, padding=1))
-        if compose_at == "data":
-            self.to_layer.append(shuffle)
-            self.to_image = nn.Identity()
-        else:
+        at_data = compose_at == "data"
+        parts, layer_shape = (shape[0], shape[1:]) if at_data else (channels, side)
+        self.encoder = Encoder(shape, self.grid_shape, d, channels, shift, sound, conv, kernel)
+        self.slot_decoder = BroadcastDecoder(d, channels, side, sound, octaves, conv)
+        out = (parts + (op == "alpha")) * (self.subpixels if at_data else 1)
+        self.to_layer = nn.Sequential(nn.SiLU(), conv(channels, out, 3, padding=1), *[shuffle] * at_data)
+        self.to_image = nn.Identity()
+        if not at_data:
             to_colours = conv(channels, shape[0] * self.subpixels, 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
-        layer_shape = shape[1:] if compose_at == "data" else side
-        self.background = None
-        if background != "none":
-            d_background = BACKGROUND_D if background == "latent" else 0
-            self.background = Background((parts, *layer_shape), channels, d_background)
-        self.noise_size = (n_slots + explore) * d + (BACKGROUND_D if background == "latent" else 0)
+        d_background = BACKGROUND_D if background == "latent" else 0
+        behind = Background((parts, *layer_shape), channels, d_background) if background != "none" else None
+        self.background = behind
+        # Where the number of layers counts, the exploring slot takes another's place: as many are trained as are used.
+        self.exchange = op == "mean" or (op == "sum" and background == "none")
+        self.trained_slots = n_slots + (explore and not self.exchange)
+        self.noise_sizes = [self.trained_slots * d, d_background]
         self.register_buffer("grid", position_grid(*layer_shape), persistent=False)
 
     @torch.no_grad()
-    def start_from(self, mean):
+    def start_at_mean(self, mean):
         """Start where the data are: the background as their mean (C, H, W), slots in its mean colour.
 
         A slot that starts in a wrong colour is masked out at once and never returns.
@@ -841,82 +696,78 @@ class MVAE(nn.Module):
         if self.compose_at == "feature":
             self.to_image[2].bias.copy_(colour)
             return
-        convolution = self.to_layer[1]
+        convolution, n = self.to_layer[1], self.n_slots if self.op == "sum" else 1
         convolution.weight.mul_(0.3)
         convolution.bias.zero_()
         if self.background is not None:
             self.background.picture.copy_(mean)
         if self.domain:  # so that layers, once combined, are the mean
-            colour = self.magnitude_of_each(colour).clamp(min=1e-4).log()  # times without sound have no logarithm
+            level, parts = (
+                (colour / n, 1) if self.domain == "log" else (colour, n ** {"magnitude": 1, "power": 0.5}[self.domain])
+            )
+            colour = (log_expand(level) / parts).clamp(min=1e-4).log()  # times without sound have no logarithm
         elif self.op == "sum":  # with a background, layers are what a slot adds to it
-            colour = torch.zeros_like(colour) if self.background is not None else colour / self.n_slots
+            colour = torch.zeros_like(colour) if self.background is not None else colour / n
         convolution.bias[: len(colour)] = colour
         if self.op == "alpha":
             convolution.bias[len(colour) :] = 1.0  # the background's logit is 0
 
-    def magnitude_of_each(self, level):
-        """The magnitude of N equal slots that are combined to a level."""
-        if self.op == "sum" and self.domain == "log":
-            return log_expand(level / self.n_slots)
-        parts = {"magnitude": self.n_slots, "power": math.sqrt(self.n_slots)}[self.domain] if self.op == "sum" else 1
-        return log_expand(level) / parts
+    def encode(self, image, noise=None, explore=False, n=None):
+        """image (B, C, H, W) -> Encoding of `n` slots, N by default; `noise` (B, d) samples the background's latents.
 
-    def encode(self, image, noise=None, explore=False):
-        """image (B, C, H, W) -> Encoding; `noise` (B, d) samples the background's latents.
-
-        With `explore` the Encoding has a slot more, its last.
+        With `explore` the Encoding's last slot is the exploring one: one more or, in every second picture, the last's.
         """
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
         if self.background is not None:
             background, kl_background = self.background(features, noise)
-        index = self.select(kl_map, mu, place, background, self.n_slots)
+        index = self.select(kl_map, mu, place, background, n or self.n_slots)
         if explore:
-            index = torch.cat([index, self.least_explained(image, mu, place, background, index)], dim=1)
-        kl = kl_map.flatten(1).gather(1, index)
+            extra = self.least_explained(image, mu, place, background, index)
+            if self.exchange:
+                every_second = torch.arange(len(extra), device=extra.device)[:, None] % 2 == 0
+                index, extra = index[:, :-1], torch.where(every_second, extra, index[:, -1:])
+            index = torch.cat([index, extra], dim=1)
         slots = (gather_cells(values, index) for values in (mu, logvar, place))
-        return Encoding(*slots, kl, kl_map, background, kl_background)
+        return Encoding(*slots, kl_map.flatten(1).gather(1, index), kl_map, background, kl_background)
 
     @torch.no_grad()
     def select(self, kl_map, mu, place, background, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
-        They are those of highest KL, which counts less the farther from its cell a slot would stand. With `suppress`
-        "drawn" they are chosen one after the other, and a cell counts as much less as slots chosen before it draw in
-        it, or where its own slot would stand; next to nothing when that is beside one of them. The other ways are
-        those of `select_cells`.
+        Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat. A
+        cell's score is its KL, which counts less the farther from its cell a slot would stand: else slots may settle,
+        all of them, at the end of one common shift (docs/mvae-log.md). `suppress` "neighbours": the 3 x 3 cells around;
+        "drawn": also cells as far as the slot draws in them, or where theirs would stand, and those that point beside it.
         """
-        score, kl = kl_map, kl_map.flatten(1)
-        if self.encoder.furthest:
-            # Else slots may settle, all of them, at the end of one common shift (docs/mvae-log.md).
-            away = (place - self.encoder.middles).square().sum(1)  # (B, H_l, W_l)
-            score = kl_map * torch.exp(-away / self.encoder.furthest**2)
-        if self.suppress == "drawn":
-            index = self.select_undrawn(score.flatten(1), mu, place, background, n)
-        else:
-            index = select_cells(score, n, WINDOW if self.suppress == "window" else 1)
-        return index.gather(1, kl.gather(1, index).topk(n).indices)
-
-    def select_undrawn(self, score, mu, place, background, n):
-        """The n cells of highest score (B, H_l * W_l), of which slots chosen before take what they draw: (B, n)."""
-        rows, columns = self.grid_shape
-        row, column = ((place.flatten(2) + 1) / 2).unbind(1)
-        row, column = (row * rows).long().clamp(0, rows - 1), (column * columns).long().clamp(0, columns - 1)
-        stands = row * columns + column  # (B, H_l * W_l): the cell that the slot of a cell stands in
-        free, chosen = torch.ones_like(score), []
+        (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
+        score, kl, chosen = kl_map.flatten(1), kl_map.flatten(1), []
+        if self.encoder.max_shift:
+            away = (place - self.encoder.middles.flatten(1)).square().sum(1)
+            score = score * torch.exp(-away / self.encoder.max_shift**2)
+        y, x = ((place + 1) / 2).unbind(1)
+        stands = (y * rows).long().clamp(0, rows - 1) * columns + (x * columns).long().clamp(0, columns - 1)
+        free = torch.ones_like(score)
         for k in range(n):
             index = (score * free).argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
             if k + 1 == n:
                 break
-            drawn = self.drawn(gather_cells(mu, index), gather_cells(place, index), background).flatten(1)
             taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
-            near = F.max_pool2d(taken.view(-1, 1, rows, columns), WINDOW, stride=1, padding=WINDOW // 2)
-            free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
-            beside = (place.flatten(2) - gather_cells(place, index).transpose(1, 2)).abs().amax(1) < 2 / rows
-            free = torch.where(beside | (near.flatten(1) > 0), BESIDE * free, free).masked_fill(taken > 0, -1.0)
-        return torch.cat(chosen, dim=1)
+            near = F.max_pool2d(taken.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1) > 0
+            if self.suppress == "drawn":
+                here, z = (
+                    gather_cells(values[..., None], index) for values in (place, mu.flatten(2))
+                )  # (B, 1, 2 or D)
+                drawn = self.drawn(z, here, background).flatten(1)
+                free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
+                near = near | ((place - here.transpose(1, 2)).abs().amax(1) < 2 / rows)
+            if self.suppress != "none":
+                free = torch.where(near, NEIGHBOUR_WEIGHT * free, free)
+            free = free.masked_fill(taken > 0, -1.0)
+        index = torch.cat(chosen, dim=1)
+        return index.gather(1, kl.gather(1, index).topk(n).indices)
 
     @torch.no_grad()
     def least_explained(self, image, mu, place, background, index):
@@ -939,38 +790,44 @@ class MVAE(nn.Module):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
 
         With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
-        makes to the picture of a layer that draws nothing, the background's share being VISIBLE.
+        makes to the picture of a neutral layer, the background's share being VISIBLE.
         """
         if self.op == "alpha":
             masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
-            scale = UPSCALE if self.compose_at == "feature" else 1
-            return F.interpolate(masks, scale_factor=scale, mode="bilinear") if scale > 1 else masks
-        empty = self.compose(nothing(layer, self.op), background)
-        alone = [self.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])]
-        change = torch.stack([(image - empty).abs().mean(1) for image in alone], dim=1)
-        return torch.cat([torch.full_like(change[:, :1], VISIBLE), change], dim=1)
+            return masks if self.compose_at == "data" else F.interpolate(masks, scale_factor=UPSCALE, mode="bilinear")
+        neutral = self.compose(self.neutral_layer(layer), background)
+        change = [(alone - neutral).abs().mean(1) for alone in self.alone(layer, background).unbind(1)]
+        return torch.stack([torch.full_like(change[0], VISIBLE), *change], dim=1)
+
+    def alone(self, layer, background=None):
+        """Every slot composed alone with the background: layer (B, N, C, h, w) -> (B, N, C, H, W)."""
+        return torch.stack([self.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])], dim=1)
+
+    def neutral_layer(self, layer):
+        """The operator's neutral element, which a slot is out of its reach: (B, N, C, h, w) -> (B, 1, C, h, w)."""
+        return self.fade(torch.zeros_like(layer[:, :1]), torch.zeros_like(layer[:, :1, :1]))
 
     def decode(self, z, cell):
-        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
+        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own.
+
+        Beyond `reach` of its cell a slot turns into the operator's neutral element. Without this edge a slot may be drawn
+        at any distance from its cell. All slots then settle on one common offset, and objects near the border on that
+        side are left without a cell (docs/mvae-log.md).
+        """
         h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
         layer = self.to_layer(h).to(self.grid.dtype).unflatten(0, z.shape[:2])
-        return self.fade(layer, cell) if self.reach else layer
-
-    def fade(self, layer, cell):
-        """Beyond `reach` of its cell a slot turns into what its operator passes over: layer -> layer.
-
-        Without this edge a slot may be drawn at any distance from its cell. All slots then settle on one common
-        offset, and objects near the border on that side are left without a cell (docs/mvae-log.md).
-        """
+        if not self.reach:
+            return layer
         squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        window = torch.exp(-(squared / self.reach**2).square().square())  # 1 - 2e-4 at a third of the reach, 0.37 at it
+        # 1 - 2e-4 at a third of the reach, 0.37 at it
+        return self.fade(layer, torch.exp(-(squared / self.reach**2).square().square()))
+
+    def fade(self, layer, window):
+        """layer (B, N, C, h, w) where window (B, N, 1, h, w) is 1, the neutral element where it is 0."""
         if self.op == "alpha":
-            return torch.cat([layer[:, :, :-1], window * (layer[:, :, -1:] + NOTHING) - NOTHING], dim=2)
-        if self.op == "max":
-            return window * (layer + NOTHING) - NOTHING
-        if self.op == "min":
-            return window * (layer - NOTHING) + NOTHING
-        return window * layer
+            return torch.cat([layer[:, :, :-1], window * (layer[:, :, -1:] + NEUTRAL) - NEUTRAL], dim=2)
+        neutral = {"max": -NEUTRAL, "min": NEUTRAL}.get(self.op, 0.0)
+        return window * (layer - neutral) + neutral
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
@@ -984,16 +841,16 @@ class MVAE(nn.Module):
         return log_compress(compose(magnitude, background, self.op))
 
     def forward(self, image, noise):
-        """image (B, C, H, W), noise (B, noise_size) -> Encoding, image (B, C, H, W), offset (B,)."""
-        slots = self.n_slots + self.explore
-        encoding = self.encode(image, noise[:, slots * self.d :], self.explore)
-        slot_noise = noise[:, : slots * self.d].unflatten(1, (slots, self.d))
-        layer = self.decode(reparameterize(encoding.mu, encoding.logvar, slot_noise), encoding.cell)
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), offset (B,)."""
+        of_slots, of_background = noise.split(self.noise_sizes, dim=1)
+        encoding = self.encode(image, of_background, self.explore)
+        z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
+        layer = self.decode(z, encoding.cell)
         mean = self.compose(layer, encoding.background)
         return (
             encoding,
             mean,
-            self.offset(layer, encoding) if self.encoder.furthest else torch.zeros_like(mean[:, 0, 0, 0]),
+            self.offset(layer, encoding) if self.encoder.max_shift else torch.zeros_like(mean[:, 0, 0, 0]),
         )
 
     def offset(self, layer, encoding):
@@ -1006,268 +863,151 @@ class MVAE(nn.Module):
             owned = self.responsibilities(layer, encoding.background)
             share = owned[:, 1:] / owned.sum(1, keepdim=True)  # (B, N, H, W)
             mass = share.sum((2, 3))
-            grid = position_grid(*share.shape[2:]).to(share)
-            middle = torch.einsum("bnhw,chw->bnc", share, grid) / mass.clamp(min=1e-6)[..., None]
+            middle = torch.einsum("bnhw,chw->bnc", share, position_grid(*share.shape[2:]).to(share))
+            middle = middle / mass.clamp(min=1e-6)[..., None]
             drawn = mass / (mass + SMALLEST * share[0, 0].numel())
         return (drawn * (middle - encoding.cell).square().sum(2)).sum(1)
 
 
 # ---------------------------------------------------------------- Objective
 
+ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
+CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
 
-def objective(image, mean, encoding, offset, beta, options):
+
+def gaussian_log_likelihood(x, mean, sigma):
+    """log N(x; mean, sigma^2) summed over all but the first axis: (B, ...) -> (B,), in nats."""
+    log_density = -0.5 * ((x - mean) / sigma).square() - math.log(sigma) - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).sum(1)
+
+
+def objective(image, mean, encoding, offset, beta, sigma):
     """Negative ELBO in nats per picture or sound, its KL weighed by beta, plus the price of offsets; and its terms.
 
-    --kl-cells "all" charges every cell, so that cells which are not selected fall to the prior; "selected" charges the
-    slots alone. With relative coordinates nothing else ties a slot to the middle of what it draws: a common offset of
-    all slots decodes as well, and then places say nothing of which slots hold one object (docs/mvae-log.md).
+    The KL is charged in every cell, so that cells which are not selected fall to the prior. Nothing else ties a slot to
+    the middle of what it draws: a common offset of all slots decodes as well (docs/mvae-log.md).
     """
-    reconstruction = -gaussian_log_likelihood(image, mean, options["sigma"]).mean()
-    charged = encoding.kl_map.flatten(1) if options["kl_cells"] == "all" else encoding.kl
-    kl = (charged.sum(1) + encoding.kl_background).mean()
-    terms = {
-        "loss/reconstruction": reconstruction,
-        "loss/kl": kl,
-        "loss/kl_background": encoding.kl_background.mean(),
-        "loss/offset": offset.mean(),
-    }
-    return reconstruction + beta * kl + ANCHOR * offset.mean(), terms
-
-
-def update(forward, optimizer, image, noise, beta, lr, options):
-    """One step of Adam; returns the terms, of this process's share, and the values used."""
-    with autocast(image.device, options["precision"]):
-        encoding, mean, offset = forward(image, noise)
-    values = descend(*objective(image, mean, encoding, offset, beta, options), optimizer, lr, CLIP)
-    negative_elbo = values["loss/reconstruction"] + values["loss/kl"]  # the objective weighs the KL by beta besides
-    return values | {"loss/negative_elbo": negative_elbo, "schedule/beta": beta, "schedule/lr": lr}
+    reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
+    kl, offset = (encoding.kl_map.sum((1, 2)) + encoding.kl_background).mean(), offset.mean()
+    terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/offset": offset}
+    terms |= {"loss/negative_elbo": reconstruction + kl, "loss/kl_background": encoding.kl_background.mean()}
+    return reconstruction + beta * kl + ANCHOR * offset, terms
 
 
 # ---------------------------------------------------------------- Evaluation
 
-HELD_OUT = 320  # scenes scored, as in the literature; and pairs of scenes recomposed
-PAIRS = 64
+SCENES = 320  # scored, as in the literature
 
 
 def adjusted_rand_index(predicted, true):
     """Adjusted Rand index (Hubert & Arabie 1985) of two labellings of the same P points: (P,), (P,) -> float."""
-    table = torch.bincount(true * (predicted.max() + 1) + predicted).double()
-    table = F.pad(table, (0, -len(table) % (int(predicted.max()) + 1))).view(-1, int(predicted.max()) + 1)
-
-    def pairs(counts):
-        return (counts * (counts - 1) / 2).sum()
-
-    together, rows, columns = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    expected = rows * columns / pairs(table.sum())
-    highest = (rows + columns) / 2
+    table = F.one_hot(true).double().T @ F.one_hot(predicted).double()
+    together, rows, columns, every = ((n * (n - 1) / 2).sum() for n in (table, table.sum(1), table.sum(0), table.sum()))
+    expected, highest = rows * columns / every, (rows + columns) / 2
     return 1.0 if highest == expected else float((together - expected) / (highest - expected))
 
 
-def overlaps(segment, label, n_slots):
-    """Pixels every object (row) shares with every slot (column), their sizes, the objects' labels.
+def match(segment, label, n_slots):
+    """Objects matched one to one to slots by intersection over union (Hungarian): segment, label (H, W) ->
 
-    segment (H, W), label (H, W) -> (K, N), (K,), (N,), (K,); objects smaller than SMALLEST are left out.
+    label, slot and IoU of every match, pixels shared (K, N), sizes of slots (N,). Objects below SMALLEST are left out.
     """
     values, sizes = label.unique(return_counts=True)
     objects = values[(values > 0) & (sizes >= SMALLEST * label.numel())]
     masks = label.flatten() == objects[:, None]  # (K, P)
     slots = segment.flatten() == torch.arange(1, n_slots + 1, device=segment.device)[:, None]  # (N, P)
-    return masks.double() @ slots.double().T, masks.sum(1), slots.sum(1), objects
-
-
-def match(shared, objects, slots):
-    """Objects matched one to one to slots by intersection over union (Hungarian): object rows, slot columns, IoU."""
-    iou = (shared / (objects[:, None] + slots - shared).clamp(min=1)).cpu().numpy()
-    rows, columns = linear_sum_assignment(-iou)
-    return rows, columns, iou
+    shared = masks.double() @ slots.double().T
+    iou = shared / (masks.sum(1)[:, None] + slots.sum(1) - shared).clamp(min=1)
+    rows, columns = linear_sum_assignment(-iou.cpu().numpy())
+    return objects[rows], columns, iou[rows, columns], shared, slots.sum(1)
 
 
 def segmentation_scores(responsibility, label):
-    """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> ARI-FG, mIoU, count error, duplicates.
+    """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
 
-    ARI-FG compares, on true object pixels, the slot with the largest responsibility. The others use the segments, in
-    which the background takes part. A slot holds an object when its segment fills SMALLEST of the picture; slots that
-    share most of their segment with one and the same object are duplicates but for one. A scene without an object of
-    at least SMALLEST has no scores: {}.
+    "ari_fg": on true object pixels, predicted label = the component with the largest responsibility, the background
+    among them, as deepmind's segmentation_metrics and EfficientMORL have it; "ari_fg_slots": of slots alone. A slot
+    holds an object when its segment fills SMALLEST of the picture; slots that share most of their segment with one and
+    the same object are duplicates but for one.
     """
-    n_slots = len(responsibility) - 1
-    foreground = label > 0
-    shared, objects, slots, labels = overlaps(responsibility.argmax(0), label, n_slots)
-    if len(labels) == 0:
+    foreground, segment = label > 0, responsibility.argmax(0)
+    _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
+    if not len(shared):
         return {}
-    ari = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
-    rows, columns, iou = match(shared, objects, slots)
-    active = slots >= SMALLEST * label.numel()
+    active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
-    claimed = owner[most > 0.5 * slots[active]]
+    claimed = owner[most > 0.5 * sizes[active]]
     return {
-        "ari_fg": ari,
-        "miou": iou[rows, columns].sum() / len(objects),
-        "slot_count_error": abs(int(active.sum()) - len(objects)),
-        "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum())),
-    }
+        "ari_fg": adjusted_rand_index(segment[foreground], label[foreground]),
+        "ari_fg_slots": adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground]),
+        "miou": iou.sum().item() / len(shared),
+        "slot_count_error": abs(int(active.sum()) - len(shared)),
+        "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum()))
+    }  # fmt: skip
 
 
-def cell_offsets(responsibility, cell):
-    """Distances of cells from the middle of what their slots own, in half picture widths: -> (number of active slots,).
-
-    responsibility (B, N + 1, H, W), cell (B, N, 2); slots that own less than SMALLEST of the picture are left out.
-    """
-    grid = position_grid(*responsibility.shape[2:]).to(cell.device)
-    owned = F.one_hot(responsibility.argmax(1), responsibility.shape[1])[..., 1:].permute(0, 3, 1, 2)  # (B, N, H, W)
-    area = owned.sum((2, 3))
-    middle = torch.einsum("bnhw,chw->bnc", owned.float(), grid) / area.clamp(min=1)[..., None]
-    return (middle - cell).norm(dim=-1)[area >= SMALLEST * owned[0, 0].numel()]
-
-
-def psnr(image, truth, where):
-    """Peak signal-to-noise ratio in dB on the pixels `where` (H, W) of pictures (3, H, W)."""
-    error = (image.clamp(0, 1) - truth).square()[:, where].mean()
-    return float(-10 * torch.log10(error.clamp(min=1e-10)))
-
-
-def showing(scene, wanted):
-    """The scene with only the objects `wanted` (K,) of its (n, K)."""
-    return scene | {"present": scene["present"] & wanted}
-
-
-def slots_of(model, image, label, wanted):
-    """Encode, and find for every picture the layers of the slots matched to the objects `wanted` (K,)."""
-    encoding = model.encode(image)
-    layer = model.decode(encoding.mu, encoding.cell)
-    segment = model.responsibilities(layer, encoding.background).argmax(1)
-    chosen = []
-    for b in range(len(image)):
-        shared, objects, slots, labels = overlaps(segment[b], label[b], model.n_slots)
-        rows, columns, iou = match(shared, objects, slots)
-        taken = wanted[labels[rows] - 1].cpu().numpy() & (iou[rows, columns] > 0)
-        chosen.append(layer[b, columns[taken]])
-    return encoding, layer, chosen
+def averages(scores):
+    """Dicts of the same numbers, empty ones left out -> their means."""
+    scores = [score for score in scores if score]
+    return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
 
 
 @torch.no_grad()
-def score_recomposition(model, data, n):
-    """Half the objects of A and half of B, through slots, against the scene drawn anew; and plain reconstruction of A.
-
-    All are PSNRs on object pixels, so that their differences are the price of recomposing; "shown" are the pixels of
-    the new scene that its objects show in their own sources too: what is hidden there no model can know. A and B are
-    placed as one scene: their objects do not run into each other when drawn together.
-    """
-    both = data.pairs(n)
-    index = torch.arange(both["present"].shape[1], device=both["present"].device)
-    in_a, half = index < len(index) // 2, index % 2 == 0
-    truth, true_label = data.render(showing(both, half))
-    image, label = data.render(showing(both, in_a))
-    image_b, label_b = data.render(showing(both, ~in_a))
-    encoding, layer, from_a = slots_of(model, image, label, half)
-    _, _, from_b = slots_of(model, image_b, label_b, half)
-    plain = model.compose(layer, encoding.background)
-    shown = (true_label > 0) & ((true_label == label) | (true_label == label_b))
-    scores = {"recomposition_psnr": [], "recomposition_psnr_shown": [], "reconstruction_psnr": []}
-    for k in range(n):
-        if not shown[k].any() or not (label[k] > 0).any():
-            continue
-        background = None if encoding.background is None else encoding.background[k : k + 1]
-        parts = torch.cat([from_a[k], from_b[k]])[None]  # (1, M, C, h, w)
-        parts = parts if parts.shape[1] else nothing(layer[k : k + 1], model.op)
-        recomposed = model.compose(parts, background)[0]
-        scores["recomposition_psnr"].append(psnr(recomposed, truth[k], true_label[k] > 0))
-        scores["recomposition_psnr_shown"].append(psnr(recomposed, truth[k], shown[k]))
-        scores["reconstruction_psnr"].append(psnr(plain[k], image[k], label[k] > 0))
-    return {name: float(np.mean(values)) for name, values in scores.items() if values}
-
-
-@torch.no_grad()
-def evaluate(model, data, images, labels, sigma):
-    """Scores on held-out pictures, z = mu: MSE, likelihood, KL by rank; with labels ARI-FG and its companions."""
-    sums, scenes, offsets = {}, [], []
-    for i in range(0, len(images), BLOCK):
-        image = images[i : i + BLOCK]
+def evaluate_pictures(model, data, split, n, sigma):
+    """Scores on n scenes, z = mu: with masks ARI-FG and its companions; MSE, of the mean picture too; KL by rank."""
+    images, labels = data.scenes(split, n)
+    scores, segmentations = [], []
+    for i, image in enumerate(images.split(1)):
         encoding = model.encode(image)
         layer = model.decode(encoding.mu, encoding.cell)
         mean = model.compose(layer, encoding.background)
-        score = {
-            "mse": (mean - image).square().mean((1, 2, 3)),
-            "log_likelihood": gaussian_log_likelihood(image, mean, sigma),
-            "kl": encoding.kl_map.sum((1, 2)) + encoding.kl_background,
-            "kl_background": encoding.kl_background,
-        }
-        ranks = min(model.n_slots + 2, encoding.kl_map[0].numel())
-        by_rank = encoding.kl_map.flatten(1).gather(1, select_cells(encoding.kl_map, ranks, WINDOW))
-        score |= {f"kl_rank/{r + 1}": by_rank[:, r] for r in range(ranks)}
-        for name, value in score.items():
-            sums[name] = sums.get(name, 0) + value.sum().item()
+        ranks = model.encode(image, n=min(model.n_slots + 2, encoding.kl_map.numel())).kl[0].tolist()
+        score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
+        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
+        score |= {"kl": encoding.kl_map.sum() + encoding.kl_background, "kl_background": encoding.kl_background}
+        scores.append({name: value.item() for name, value in score.items()})
+        scores[-1] |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
         if labels is not None:
-            owned = model.responsibilities(layer, encoding.background)
-            offsets += cell_offsets(owned, encoding.cell).tolist()
-            scored = (segmentation_scores(r, t) for r, t in zip(owned, labels[i : i + BLOCK], strict=True))
-            scenes += [scores for scores in scored if scores]
-    metrics = {name: total / len(images) for name, total in sums.items()}
-    if scenes:
-        metrics |= {name: float(np.mean([s[name] for s in scenes])) for name in scenes[0]}
-        metrics["scenes_scored"] = len(scenes)
-    if offsets:
-        metrics["cell_offset"] = float(np.mean(offsets))
-    if hasattr(data, "pairs"):
-        metrics |= score_recomposition(model, data, PAIRS)
-    return metrics
+            segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
+    return averages(segmentations) | averages(scores) | {"scenes": len(images)}
 
 
-# ---------------------------------------------------------------- Evaluation of sounds
-
-MIXTURES = 500  # of held-out notes, that a finished run is judged by
-WATCHED = 100  # of notes of the valid split, at every tenth of a run
-HEARD = 100  # of the MIXTURES, those whose slots go through Griffin-Lim
-AT_ONCE = 4  # mixtures heard at a time: Griffin-Lim takes twice as long where its spectra do not fit into the cache
-
-
-def stft_of(waveform, n_fft=SOUND_FFT):
+def complex_stft(waveform, n_fft=SOUND_FFT):
     """(..., samples) -> complex (..., F, T), as SoundLevels sees magnitudes."""
     window = torch.hann_window(n_fft, device=waveform.device)
-    heard = whole_hops(waveform.flatten(0, -2))
-    spectrum = torch.stft(heard, n_fft, n_fft // 4, window=window, return_complex=True)
+    spectrum = torch.stft(whole_hops(waveform.flatten(0, -2)), n_fft, n_fft // 4, window=window, return_complex=True)
     return spectrum.unflatten(0, waveform.shape[:-1])
 
 
-def soft_masks(magnitude):
-    """Magnitudes of M sounds (B, M, F, T) -> the share of each in their power, which sum to one (Wiener 1949)."""
-    power = magnitude.square() + 1e-12
-    return power / power.sum(1, keepdim=True)
+def apply_masks(waveform, magnitude):
+    """Soft masks on sounds (B, samples): each of M slots' share of their power, magnitude (B, M, F, T) (Wiener 1949).
 
-
-def masked(waveform, masks):
-    """What masks (B, M, F, T) let through of sounds (B, samples), at the sounds' own phases: (B, M, samples)."""
-    n_fft = 2 * (masks.shape[2] - 1)
-    spectrum = (stft_of(waveform, n_fft)[:, None] * masks).flatten(0, 1)
+    The sounds' own phases stay: -> (B, M, samples), which sum to the sounds.
+    """
+    power, n_fft = magnitude.square() + 1e-12, 2 * (magnitude.shape[2] - 1)
+    spectrum = (complex_stft(waveform, n_fft)[:, None] * (power / power.sum(1, keepdim=True))).flatten(0, 1)
     window = torch.hann_window(n_fft, device=waveform.device)
     parts = torch.istft(spectrum, n_fft, n_fft // 4, window=window, length=waveform.shape[1])
-    return parts.unflatten(0, masks.shape[:2])
+    return parts.unflatten(0, magnitude.shape[:2])
 
 
 def si_sdr(estimate, target):
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019): (..., samples) twice -> (...)."""
     scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True).clamp(min=1e-20)
-    wanted = scale * target
-    distortion = (estimate - wanted).square().sum(-1)
-    return 10 * torch.log10(wanted.square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
+    distortion = (estimate - scale * target).square().sum(-1)
+    return 10 * torch.log10((scale * target).square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
 
 
-def assign(score):
-    """The slots that fit best to the stems, one to one: scores (B, N, S) -> slots (B, S)."""
-    best = [linear_sum_assignment(one.T.cpu().numpy(), maximize=True)[1] for one in score]
-    return torch.tensor(np.stack(best), device=score.device)
+def assign(ratio):
+    """The slot that fits every stem best, one to one: scores (B, N, S) -> (B, S)."""
+    best = [linear_sum_assignment(one.T.cpu().numpy(), maximize=True)[1] for one in ratio]
+    return torch.tensor(np.stack(best), device=ratio.device)
 
 
-class Separation(NamedTuple):
-    """Mixtures taken apart; B mixtures, S stems, each with the slot that fits it best."""
-
-    level: torch.Tensor  # (B, FRAMES, bands, 1) of the mixtures
-    mean: torch.Tensor  # (B, FRAMES, bands, 1), their reconstruction
-    encoding: Encoding
-    layer: torch.Tensor  # (B, S, ...), of the slots of the stems
-    alone: torch.Tensor  # (B, S, FRAMES, bands, 1), the slots decoded alone
-    parts: torch.Tensor  # (B, S, samples), the slots' soft masks on the mixtures
-    gained: torch.Tensor  # (B, S), dB of SI-SDR above that of the mixture itself
+# Mixtures taken apart: levels (B, FRAMES, bands, 1) of the mixtures and of their reconstruction, Encoding; of the slot
+# that fits each stem best layers (B, S, ...), levels alone (B, S, FRAMES, bands, 1), masked mixtures (B, S, samples),
+# and dB of SI-SDR gained over the mixture itself (B, S).
+Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
 
 
 def separate(model, levels, stems):
@@ -1276,13 +1016,11 @@ def separate(model, levels, stems):
     level = levels(mixture)
     encoding = model.encode(level)
     layer = model.decode(encoding.mu, encoding.cell)
-    alone = torch.stack([model.compose(layer[:, k : k + 1]) for k in range(layer.shape[1])], dim=1)
-    magnitude = levels.stft_of(alone.flatten(0, 1)).unflatten(0, alone.shape[:2])
-    parts = masked(mixture, soft_masks(magnitude))
+    alone = model.alone(layer)
+    parts = apply_masks(mixture, levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]))
     ratio = si_sdr(parts[:, :, None], stems[:, None])  # (B, N, S)
-    slot = assign(ratio)
-    b = torch.arange(len(slot), device=slot.device)[:, None]
-    gained = ratio.transpose(1, 2).gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
+    slot, b = assign(ratio), torch.arange(len(stems), device=stems.device)[:, None]
+    gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
     return Separation(level, model.compose(layer), encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
 
 
@@ -1296,68 +1034,36 @@ def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu, slots under the best permutation.
 
     "own_instrument": the share of mixtures in which both slots are nearer, in levels, to their own stem than to the
-    other. Recomposed are the slots of neighbours, one of each, against the mixture of their stems.
+    other. Recomposed are the slots of neighbours, one of each, against the mixture of their stems; its baseline is the
+    first mixture as it is, as that of SI-SDR gained is 0.
     """
-    stems, _, _ = data.held_out(split, n)
-    sums, gained = {}, []
-    for i in range(0, n, BLOCK):
-        some = stems[i : i + BLOCK].to(data.device)
-        found = separate(model, data.levels, some)
-        gained.append(found.gained.flatten().cpu())
-        own = data.levels.of_magnitude(stft_of(some.flatten(0, 1)).abs()).unflatten(0, (-1, 2))  # as loud as in the sum
+    scores, gained = [], []
+    for some in data.mixtures(split, n)[0].to(data.device).split(BLOCK):
+        found, other = separate(model, data.levels, some), some.roll(1, 0)
+        own = data.levels.of_magnitude(complex_stft(some.flatten(0, 1)).abs()).unflatten(0, (-1, 2))
         apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
         recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-        remix = stft_of(some[:, 0] + some.roll(1, 0)[:, 1]).abs()
+        remix = data.levels.of_magnitude(complex_stft(some[:, 0] + other[:, 1]).abs())
         score = {
+            "si_sdr_gained": found.gained.mean(1),
+            "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
             "kl": found.encoding.kl_map.sum((1, 2)),
-            "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).double(),
             "lsd": distance(found.mean, found.level),
-            "lsd_recomposed": distance(recomposed, data.levels.of_magnitude(remix)),
-        }
-        for name, value in score.items():
-            sums[name] = sums.get(name, 0) + value.sum().item()
-    gained = torch.cat(gained)
-    metrics = {name: total / n for name, total in sums.items()}
-    return metrics | {
-        "si_sdr_gained": gained.mean().item(),
-        "si_sdr_gained_median": gained.median().item(),
-        "si_sdr_gained_above_10": (gained > 10).double().mean().item(),
+            "lsd_recomposed": distance(recomposed, remix),
+            "lsd_recomposed_baseline": distance(found.level, remix)
+        }  # fmt: skip
+        scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
+        gained += found.gained.flatten().tolist()
+    above = {
+        "si_sdr_gained_median": float(np.median(gained)),
+        "si_sdr_gained_above_10": float(np.mean(np.array(gained) > 10)),
     }
+    return averages(scores) | above | {"mixtures": n}
 
 
-def family_agreement(model, data, n):
-    """How often stage 2's classifier hears the family of a stem: in a slot alone, its mask, the mixture, the stem.
-
-    All are brought to the loudness that the note had. A slot alone is heard through Griffin-Lim, of the first HEARD
-    mixtures. What is heard in a mixture is held against both stems, and right for both only where they are of one
-    family: "ceiling".
-    """
-    classifier = train_classifier(data.notes)
-    stems, loudness, family = data.held_out("test", n)
-    right = {}
-    for i in range(0, n, AT_ONCE):
-        some = stems[i : i + AT_ONCE]
-        with torch.no_grad():
-            found = separate(model, data.levels, some.to(data.device))
-        heard = {
-            "masked": found.parts.flatten(0, 1).cpu(),
-            "mixture": some.sum(1).repeat_interleave(2, 0),
-            "stem": some.flatten(0, 1),
-        }
-        if i < HEARD:
-            heard["slot"] = griffin_lim(data.levels.stft_of(found.alone.flatten(0, 1)).cpu())
-        for name, waveform in heard.items():
-            louder = waveform * (loudness[i : i + AT_ONCE].reshape(-1, 1) / root_mean_square(waveform))
-            found_family = classifier(classifier.features(stft(louder)))
-            right.setdefault(name, []).append(found_family == family[i : i + AT_ONCE].flatten())
-    alike = (family[:, 0] == family[:, 1]).double().mean().item()
-    shares = {f"family_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
-    return shares | {"family_mixture_ceiling": (1 + alike) / 2}
-
-
-# ---------------------------------------------------------------- Figures
+# ---------------------------------------------------------------- Figures and sounds
 
 SEGMENT_COLOURS = np.array(
     [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
@@ -1365,320 +1071,173 @@ SEGMENT_COLOURS = np.array(
 )  # fmt: skip
 
 
-def picture(image):
-    return to_uint8(image.cpu().numpy())
-
-
 @torch.no_grad()
-def decomposition_figure(model, images):
-    """A row a picture: input, reconstruction, KL map with the chosen cells, segments, every slot decoded alone."""
+def show_pictures(model, data, run, n=6):
+    """Scenes, reconstructions, KL maps with the chosen cells, segments, and every slot decoded alone, a row a scene."""
+    images = data.scenes("valid", n)[0]
     encoding = model.encode(images)
     layer = model.decode(encoding.mu, encoding.cell)
-    mean = model.compose(layer, encoding.background)
-    segments = model.responsibilities(layer, encoding.background).argmax(1).cpu().numpy()
-    alone = [model.compose(layer[:, k : k + 1], encoding.background) for k in range(model.n_slots)]
-    rows = []
-    for b in range(len(images)):
-        kl_map = kl_tile(encoding.kl_map[b].cpu().numpy(), encoding.cell[b].cpu().numpy(), range(model.n_slots))
-        row = [(picture(images[b]), "input"), (picture(mean[b]), "reconstruction"), (kl_map, "KL map")]
-        row.append((SEGMENT_COLOURS[segments[b] % len(SEGMENT_COLOURS)], "segments"))
-        row += [(picture(alone[k][b]), f"slot {k}: {encoding.kl[b, k]:.0f} nats") for k in range(model.n_slots)]
-        rows.append([(tile, caption, False) for tile, caption in row])
-    return contact_sheet(rows)
+    mean, alone = model.compose(layer, encoding.background), model.alone(layer, encoding.background)
+    segments, rows = model.responsibilities(layer, encoding.background).argmax(1), []
+    numpy = [
+        value.cpu().numpy() for value in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)
+    ]
+    for image, mean, alone, segment, kl_map, cell, kl in zip(*numpy, strict=True):
+        image = to_uint8(image)
+        row = [Tile(image, "scene"), Tile(to_uint8(mean), "reconstruction")]
+        row.append(Tile(kl_tile(image, kl_map, cell, range(len(cell))), "KL map"))
+        row.append(Tile(SEGMENT_COLOURS[segment % len(SEGMENT_COLOURS)], "segments"))
+        rows.append(row + [Tile(to_uint8(one), f"slot {k}: {kl[k]:.0f} nats") for k, one in enumerate(alone)])
+    run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
 
 
 @torch.no_grad()
-def recomposition_figure(model, images):
-    """A row a pair of pictures A, B: both, the first two slots of each alone, and those together on A's background."""
-    encoding = model.encode(images)
-    layer = model.decode(encoding.mu, encoding.cell)
-    count = min(2, model.n_slots)
-    rows = []
-    for a, b in zip(range(0, len(images), 2), range(1, len(images), 2), strict=False):
-        background = None if encoding.background is None else encoding.background[a : a + 1]
-        parts = torch.cat([layer[a, :count], layer[b, :count]])[None]  # (1, M, C, h, w)
-        row = [(picture(images[a]), "A", False), (picture(images[b]), "B", False)]
-        for k in range(2 * count):
-            name = f"{'A' if k < count else 'B'}, slot {k % count}"
-            row.append((picture(model.compose(parts[:, k : k + 1], background)[0]), name, False))
-        rows.append([*row, (picture(model.compose(parts, background)[0]), "recomposition", True)])
-    return contact_sheet(rows)
-
-
-@torch.no_grad()
-def replaced(model, encoding, b, k, z=None, cell=None):
-    """Picture b composed anew, its slot k with other latents z (n, D) or at other places cell (n, 2): (n, 3, H, W)."""
-    n = len(z if z is not None else cell)
-    every = [values[b : b + 1].repeat(n, 1, 1) for values in (encoding.mu, encoding.cell)]  # (n, N, ...)
-    for values, new in zip(every, (z, cell), strict=True):
-        if new is not None:
-            values[:, k] = new
-    background = None if encoding.background is None else encoding.background[b : b + 1].expand(n, -1, -1, -1)
-    return model.compose(model.decode(*every), background)
-
-
-@torch.no_grad()
-def traversal_figure(model, images, rows=6, columns=7):
-    """One latent of slot 0 at a time through the prior's width, a row each: those of highest KL, the rest as it was."""
-    encoding = model.encode(images[:1])
-    mu = encoding.mu[0, 0]
-    kl = gaussian_kl(mu, encoding.logvar[0, 0])
-    values, sheet = torch.linspace(-2.4, 2.4, columns, device=mu.device), []
-    for latent in kl.topk(min(rows, model.d)).indices.tolist():
-        z = mu.repeat(columns, 1)
-        z[:, latent] = values
-        drawn = replaced(model, encoding, 0, 0, z=z)
-        row = [(picture(images[0]), f"latent {latent}: {kl[latent]:.1f} nats", False)]
-        sheet.append(row + [(picture(d), f"{v:+.1f}", False) for d, v in zip(drawn, values.tolist(), strict=True)])
-    return contact_sheet(sheet)
-
-
-@torch.no_grad()
-def moved_figure(model, images, columns=7):
-    """A row a picture: its slot 0, whose place goes from left to right through the picture, and nothing else."""
-    encoding = model.encode(images)
-    x, sheet = torch.linspace(-0.75, 0.75, columns, device=images.device), []
-    for b in range(len(images)):
-        cell = torch.stack([encoding.cell[b, 0, 0].expand(columns), x], dim=1)
-        drawn = replaced(model, encoding, b, 0, cell=cell)
-        row = [(picture(images[b]), "input", False)]
-        sheet.append(row + [(picture(d), f"x = {v:+.2f}", False) for d, v in zip(drawn, x.tolist(), strict=True)])
-    return contact_sheet(sheet)
-
-
-CURVES = {
-    "ari_fg": "ARI-FG", "miou": "mIoU", "duplicates": "duplicates", "si_sdr_gained": "SI-SDR gained, mean (dB)",
-    "si_sdr_gained_median": "SI-SDR gained, median (dB)",
-}  # fmt: skip
-
-
-def curve_figure(curve):
-    """Scores against minutes of training, from the points of curve.json."""
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    minutes = [point["minutes"] for point in curve]
-    for name, label in CURVES.items():
-        if all(name in point for point in curve):
-            axes.plot(minutes, [point[name] for point in curve], marker=".", label=label)
-    axes.set(xlabel="minutes of training")
-    axes.set_ylim(0, None if "si_sdr_gained" in curve[0] else 1)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(loc="center right")
-    return plotted(figure)
-
-
-# ---------------------------------------------------------------- Figures and sounds of mixtures
-
-
-def level_tile(level, top=None):
-    """Levels (FRAMES, bands, 1) as a picture: time to the right, frequency upwards, black to `top`."""
-    return heat_map(level[..., 0].T.flip(0).cpu().numpy(), top)
-
-
-def mixture_tiles(level, encoding, b):
-    """The tiles of a mixture and of its KL map, with the slots' numbers at their cells."""
-    kl_map, cell = encoding.kl_map[b].flip(0), encoding.cell[b] * torch.tensor([-1.0, 1.0], device=level.device)
-    marked = kl_tile(kl_map.cpu().numpy(), cell.cpu().numpy(), range(len(cell)))
-    return [(level_tile(level[b]), f"mixture {b}", False), (marked, "KL map", False)]
-
-
-@torch.no_grad()
-def separation_figure(model, data, rows=5):
-    """Mixtures: levels, KL map, reconstruction, and both slots alone, each beside the stem it should be."""
-    stems = data.held_out("valid", rows)[0].to(data.device)
-    found, sheet = separate(model, data.levels, stems), []
-    own = [data.levels.of_magnitude(stft_of(stem).abs()) for stem in stems.unbind(1)]
-    for b in range(rows):
-        top = found.level[b].max().item()
+def show_sounds(model, data, run, n=5, heard=2):
+    """Mixtures, reconstructions, KL maps, slots alone beside their stems, a row a mixture; some of them as sounds."""
+    stems = data.mixtures("valid", n)[0].to(data.device)
+    found, rows = separate(model, data.levels, stems), []
+    for b in range(n):
+        own = data.levels.of_magnitude(complex_stft(stems[b]).abs())
+        every = torch.stack([found.level[b], found.mean[b], own[0], found.alone[b, 0], own[1], found.alone[b, 1]])
+        magnitude = data.levels.to_stft_magnitude(every).cpu().numpy()  # (6, F, T)
+        names = ["mixture", "reconstruction", *(f"stem {k}|its slot: {found.gained[b, k]:+.1f} dB" for k in range(2))]
+        names = "|".join(names).split("|")
         row = [
-            *mixture_tiles(found.level, found.encoding, b),
-            (level_tile(found.mean[b], top), "reconstruction", False),
+            Tile(spectrum_tile(m, magnitude[0].max(), SAMPLES / RATE, RATE), name, "slot" in name)
+            for m, name in zip(magnitude, names, strict=True)
         ]
-        for k in range(2):
-            row.append((level_tile(own[k][b], top), f"stem {k}", False))
-            row.append((level_tile(found.alone[b, k], top), f"its slot: {found.gained[b, k]:+.1f} dB", True))
-        sheet.append(row)
-    return contact_sheet(sheet)
+        heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
+        cell = (found.encoding.cell[b].cpu() * torch.tensor([-1.0, 1.0])).numpy()
+        row.insert(
+            1, Tile(kl_tile(heat, found.encoding.kl_map[b].flip(0).cpu().numpy(), cell, range(len(cell))), "KL map")
+        )
+        rows.append(row)
+    title = "Mixtures taken apart; under a slot, SI-SDR that its mask gains"
+    run.figure("separation", contact_sheet(rows, title, [f"mixture {b}" for b in range(n)]))
+    for b in range(heard):
+        sounds = {"": stems[b].sum(0), "-slot0-masked": found.parts[b, 0], "-slot1-masked": found.parts[b, 1]}
+        decoded = griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())
+        sounds |= {"-slot0-griffin-lim": decoded[0], "-slot1-griffin-lim": decoded[1]}
+        for name, waveform in sounds.items():
+            run.sound(f"mixture{b}{name}", waveform.cpu() / (2 * stems[b].sum(0).abs().max().cpu()))
 
 
-@torch.no_grad()
-def remix_figure(model, data, rows=4):
-    """Two mixtures a row, a slot of each, the two recomposed, and the true mixture of their stems."""
-    stems = data.held_out("valid", 2 * rows)[0].to(data.device)
-    found, sheet = separate(model, data.levels, stems), []
-    layer = torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1)
-    recomposed = model.compose(layer)
-    true = data.levels.of_magnitude(stft_of(stems[0::2, 0] + stems[1::2, 1]).abs())
-    for r in range(rows):
-        a, b = 2 * r, 2 * r + 1
-        tiles = {
-            f"mixture {a}": found.level[a], "its slot": found.alone[a, 0], f"mixture {b}": found.level[b],
-            "one of its slots": found.alone[b, 1], "recomposed": recomposed[r], "true mixture": true[r],
-        }  # fmt: skip
-        sheet.append([(level_tile(level), name, name == "recomposed") for name, level in tiles.items()])
-    return contact_sheet(sheet)
+# ---------------------------------------------------------------- Graphs
 
 
-@torch.no_grad()
-def hear(model, data, run, step, mixtures=2):
-    """Mixtures and their slots, masked and through Griffin-Lim, as sounds of the run."""
-    stems = data.held_out("valid", mixtures)[0].to(data.device)
-    found = separate(model, data.levels, stems)
-    for b in range(mixtures):
-        top = 2 * stems[b].sum(0).abs().max()
-        run.sound(f"mixture{b}", stems[b].sum(0) / top, step)
-        decoded = griffin_lim(data.levels.stft_of(found.alone[b]).cpu())
-        for k in range(2):
-            run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k] / top, step)
-            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded[k] / top.cpu(), step)
+def graphs(model):
+    """{graph: (module, example inputs)}, as the contract says; pictures hold blobs, so that cells differ in KL."""
+    generator, sound = random_generator("graphs"), bool(model.domain)
+    z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
+    image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
+    tones = torch.sin(
+        2 * math.pi * (80 + 1000 * torch.rand(2, 6, 1, generator=generator)) * torch.arange(SAMPLES) / RATE
+    )
+    waveform = 0.1 * (tones * torch.exp(-torch.arange(SAMPLES) / RATE)).sum(1)
+    levels, trained = (SoundLevels(model.size), SoundLevels(model.size)) if sound else (nn.Identity(), nn.Identity())
+    levels.magnitude = BlockSTFT(SOUND_FFT)
+    names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
+
+    def encode(data, levels=levels):
+        encoding = model.encode(levels(data))
+        return tuple(getattr(encoding, name) for name in names)
+
+    def compose(layer, background=None):
+        composed = model.compose(layer, background)
+        return levels.to_stft_magnitude(composed) if sound else composed
+
+    encoder = Graph(names, encode, model, levels, reference=lambda data: encode(data, trained))
+    layer = {"layer": model.decode(z, cell)}
+    if model.background is not None:
+        layer["background"] = model.encode(image).background.contiguous()
+    made = {
+        "encoder": (encoder, {"waveform": waveform} if sound else {"image": image}),
+        "decoder": (Graph(("layer",), model.decode, model.slot_decoder, model.to_layer), {"z": z, "cell": cell}),
+        "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
+    }  # fmt: skip
+    if sound:
+        made["vocoder"] = (GriffinLim(SOUND_FFT), {"spectrogram": complex_stft(waveform).abs()[:, :, :32].contiguous()})
+    return made
+
+
+def describe(model):
+    """What a program needs to know of the model beside its graphs, for model.json."""
+    options = model.config["options"]
+    about = {"N": model.n_slots, "D": model.d, "op": model.op, "compose": model.compose_at, "cells": options["cells"]}
+    if not model.domain:
+        about |= {"kind": "mvae-image", "crop": model.config["data"]["crop"], "size": model.size}
+        return about | {"scaling": "colours / 255", "background": options["background"]}
+    scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
+    about |= {"kind": "mvae-sound", "domain": model.domain, "scaling": scaling, "families": options["families"]}
+    return about | {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP, "bands": model.size}
 
 
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"size": 64, "objects": "3-4", "d": 16, "background": "picture", "sigma": 0.1, "beta": 4.0, "batch": 16,
-                "minutes": 10.0},
-    "clevr": {"size": 64, "objects": "3-6", "n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 4.0,
-              "warmup": 0.4, "batch": 16, "minutes": 20.0},
+    "sprites": {"objects": "3-4", "d": 16, "batch": 16, "beta": 4.0, "minutes": 10.0},
+    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 4.0, "warmup": 0.4, "batch": 16,
+              "minutes": 20.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
-                   "suppress": "window", "coords": "both", "background": "none", "shift": 0.0, "reach": 0.0,
-                   "explore": False, "sigma": 0.15, "beta": 4.0, "minutes": 15.0},
+                   "suppress": "neighbours", "background": "none", "shift": 0.0, "reach": 0.0, "explore": False,
+                   "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-
-MODEL_OPTIONS = (
-    "size",
-    "cells",
-    "n_slots",
-    "d",
-    "channels",
-    "op",
-    "compose_at",
-    "domain",
-    "suppress",
-    "coords",
-    "background",
-    "shift",
-    "reach",
-    "explore",
-)
-# What a resumed run may change; the rest made its weights.
-RESUMABLE = {
-    "steps",
-    "minutes",
-    "device",
-    "precision",
-    "compile_model",
-    "data_root",
-    "download",
-    "cache",
-    "out",
-    "resume",
-    "dry_run",
-}
-CLIP = (
-    2000.0  # of the gradient's norm; most steps are clipped, so that a strange scene weighs no more than a common one
-)
+OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "suppress", "shift", "reach", "explore")
+FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
 
 
 class ObjectCount(click.ParamType):
-    """A number of objects or a range of it: "4" -> (4, 4), "3-6" -> (3, 6)."""
+    """A number of objects or a range of it, of 1 to 10: "4" -> (4, 4), "3-6" -> (3, 6)."""
 
     name = "count"
 
     def convert(self, value, param, ctx):
         try:
-            if isinstance(value, str):
-                low, _, high = value.partition("-")
-                low, high = int(low), int(high or low)
-            else:  # a pair, as config.json has it
-                low, high = value
+            low, high = map(int, (value.split("-") * 2)[:2] if isinstance(value, str) else value)
         except (ValueError, TypeError):
-            self.fail(f"{value!r} is no number or range of numbers such as 3-6", param, ctx)
+            low, high = 0, 0
         if not 1 <= low <= high <= 10:
-            self.fail(f"{value!r}: expected 1 to 10 objects, the smaller number first", param, ctx)
+            self.fail(
+                f"{value!r}: expected 1 to 10 objects, or a range such as 3-6, the smaller number first", param, ctx
+            )
         return low, high
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, sound = options["size"], options["cells"], options["dataset"] == "nsynth-duo"
-    unit = UPSCALE_SOUND if sound else UPSCALE
-    if size % unit or size // cells not in (2, 4, 8, 16, 32) or size % cells:
+    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["domain"] is not None
+    unit, width = (UPSCALE_SOUND, 1) if sound else (UPSCALE, cells)
+    if size % unit or size % cells or size // cells not in (2, 4, 8, 16, 32):
+        rule = f"a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells"
+        raise click.UsageError(f"--size {size} --cells {cells}: the size must be {rule}")
+    if n + options["explore"] > cells * width or n < 1 + sound:
         raise click.UsageError(
-            f"--size {size} --cells {cells}: the size must be a multiple of {unit}, and 2, 4, 8, ... times the cells"
-        )
-    if options["n_slots"] + options["explore"] > (cells if sound else cells**2):
-        raise click.UsageError(
-            f"--N {options['n_slots']}: a map of {cells} x {1 if sound else cells} cells has no so many"
+            f"--N {n}: expected {1 + sound} to {cells * width - options['explore']} for {cells}x{width} cells"
         )
     if options["channels"] % 8:
         raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
+    if options["op"] == "alpha" and sound:
+        raise click.UsageError("--op alpha is for pictures: sounds have no background")
     if options["op"] in ("alpha", "max", "min") and options["background"] == "none" and not sound:
         raise click.UsageError(f"--op {options['op']} needs a --background to show where no slot draws anything")
-    if sound != (options["domain"] is not None):
-        raise click.UsageError("--domain is for sounds, --dataset nsynth-duo, and they need one")
-    if sound and (options["op"] == "alpha" or options["background"] != "none"):
-        raise click.UsageError("--dataset nsynth-duo: sounds have no --background, and hence no --op alpha")
-    if sound and (options["suppress"] == "drawn" or options["shift"] or options["reach"]):
-        raise click.UsageError(
-            "--dataset nsynth-duo: a note is drawn over all frequencies; --suppress drawn, --shift and --reach are for "
-            "pictures"
-        )
     if sound and options["compose_at"] == "feature" and options["domain"] != "magnitude":
         raise click.UsageError("--compose feature combines feature maps, in no --domain: leave that at magnitude")
-    if sound and options["n_slots"] < 2:
-        raise click.UsageError("--N 1: two notes need two slots")
 
 
-def run_name(options):
-    return "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
+def build(options):
+    """The untrained model of a run's options."""
+    return MVAE(**{name: options[name] for name in inspect.signature(MVAE).parameters})
 
 
-def headline(metrics):
-    """The scores a person watches, in one line."""
-    names = (
-        "mse", "kl", "ari_fg", "miou", "slot_count_error", "duplicates", "cell_offset", "recomposition_psnr",
-        "si_sdr_gained", "si_sdr_gained_median", "own_instrument", "lsd", "lsd_recomposed", "family_slot",
-        "family_masked", "family_mixture",
-    )  # fmt: skip
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+def load(folder):
+    """The trained model of a run folder; raises click exceptions where there is none."""
+    return load_model(folder, build)
 
 
-def report_pictures(model, data, images, labels, run, step, due, sigma):
-    """Figures of a run on pictures, and, where they are due, its scores."""
-    run.figure("decomposition", decomposition_figure(model, images[:6]), step)
-    run.figure("recomposition", recomposition_figure(model, images[:8]), step)
-    if not due:
-        return None
-    run.figure("traversals", traversal_figure(model, images), step)
-    run.figure("moved", moved_figure(model, images[:6]), step)
-    return evaluate(model, data, images, labels, sigma)
-
-
-def report_sounds(model, data, run, step, due, sigma):
-    """Figures of a run on mixtures, and, where they are due, sounds and scores on notes of the valid split."""
-    run.figure("separation", separation_figure(model, data), step)
-    run.figure("remix", remix_figure(model, data), step)
-    if not due:
-        return None
-    hear(model, data, run, step)
-    return evaluate_sounds(model, data, "valid", WATCHED, sigma)
-
-
-@click.command(cls=PresetCommand, presets=PRESETS, context_settings={"show_default": True})
-@click.option("--dataset", type=click.Choice(list(PRESETS)), default="sprites")
+@training_command(SCRIPT, PRESETS, FOREIGN)
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
 @click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
 @click.option("--families", type=Families(), default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")
-@click.option(
-    "--intervals",
-    type=click.Choice(list(INTERVALS)),
-    default="any",
-    help="Between two notes: any but unisons and octaves, or consonances.",
-)
-@click.option("--max-gain-db", type=FiniteRange(0), default=6.0, help="How much louder one note may be.")
-@click.option("--cache", type=FOLDER, default="data/spectrograms", help="Folder that keeps notes.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
 @click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
@@ -1686,34 +1245,17 @@ def report_sounds(model, data, run, step, due, sigma):
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
 @click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
+@click.option("--background", type=click.Choice(["none", "picture", "latent"]), default="picture", help="Behind slots.")
 @click.option(
-    "--background",
-    type=click.Choice(["none", "picture", "latent"]),
-    default="picture",
-    help="Behind the slots: nothing, one learned picture, or that picture shaded by latents.",
+    "--suppress", type=click.Choice(["none", "neighbours", "drawn"]), default="drawn", help="By chosen slots."
 )
-@click.option("--kl-cells", type=click.Choice(["all", "selected"]), default="all", help="Cells whose KL is charged.")
-@click.option(
-    "--suppress",
-    type=click.Choice(["none", "window", "drawn"]),
-    default="drawn",
-    help="Cells that cannot become slots: none, neighbours of a higher one, or also those that a chosen slot draws.",
-)
-@click.option(
-    "--coords",
-    type=click.Choice(["relative", "absolute", "both"]),
-    default="relative",
-    help="What the decoder is told: the offset from the slot's cell, the place in the picture, or both.",
-)
-@click.option("--shift", type=FiniteRange(0), default=0.3, help="How far from its cell's middle a slot may stand.")
-@click.option("--reach", type=FiniteRange(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
-@click.option(
-    "--explore/--no-explore", default=True, help="Train with a slot more, where the others explain the picture least."
-)
+@click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
+@click.option("--reach", type=Finite(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
+@click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
-    """Train a Multi-Entity VAE.
+    """Train a Multi-Entity VAE on pictures of 64 x 64 pixels, or on mixtures of two notes.
 
     \b
     python train_mvae.py --dataset sprites
@@ -1722,74 +1264,44 @@ def main(context, **options):
     python train_mvae.py --dataset nsynth-duo --data-root nsynth
     python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 90
     """
-    # 1. Options.
-    script = Path(__file__).stem
-    settle_run(context, options, RESUMABLE, script)
+    # 1. Options, device, data.
+    settle_options(context, options)
     check_options(options)
-    if options["dry_run"]:
-        click.echo(json.dumps(options, indent=2, default=str))
-        return
-    device = pick_device(options["device"])
-    rank, world = start_distributed(device)
+    device = start_device(options["device"], options["seed"])
+    data, sigma = load_data(options, device), options["sigma"]
+    evaluate, show, n = (evaluate_sounds, show_sounds, MIXTURES)
+    if not options["domain"]:
+        evaluate, show, n = (evaluate_pictures, show_pictures, SCENES)
+    n_test = n if options["evaluation"] == "full" else max(1, n // 10)
 
-    # 2. Data.
-    data, sound = load_data(options, device), options["domain"] is not None
-    images, labels = (None, None) if sound else data.held_out(HELD_OUT)
-
-    # 3. Build, initialise from the data, move to the device; go on from the checkpoint where there is one.
-    torch.manual_seed(options["seed"])
-    model = MVAE(**{name: options[name] for name in MODEL_OPTIONS})
-    model.start_from(data.batch(0, 0, 256, 256).mean(0).cpu())
+    # 2. Build, initialise from the data, move to the device.
+    model = build(options)
+    model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
     about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
-    started = start_run(options, script, run_name(options), about, model, optimizer, device, rank, world)
-    run, step, elapsed = started
-    curve = earlier_curve(run.folder, step) if options["resume"] and rank == 0 else []
-    forward = torch.compile(model) if options["compile_model"] else model
+    name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # 4. Train.
-    first, total = rank * options["batch"], world * options["batch"]
-    mine = slice(first, first + options["batch"])
-
-    def update_at(step, progress):
-        image = data.batch(step, mine.start, mine.stop, total)
-        generator = random_generator("noise", options["seed"], step)
-        noise = torch.randn(total, model.noise_size, generator=generator)[mine].to(device)
-        beta = beta_at(progress, options["beta"], options["beta_from"], options["warmup"])
-        lr = learning_rate_at(progress, step, options["lr"])
-        return update(forward, optimizer, image, noise, beta, lr, options)
-
-    def report(step, minutes, due):
-        if sound:
-            metrics = report_sounds(model, data, run, step, due, options["sigma"])
-        else:
-            metrics = report_pictures(model, data, images, labels, run, step, due, options["sigma"])
-        if not due:
-            return None
-        split = "valid" if sound else "test"
-        run.scalars({f"{split}/{name}": value for name, value in metrics.items()}, step)
-        run.metrics(metrics | {"split": split, "step": step, "minutes": minutes, "data": data.source})
-        curve.append({"step": step, "minutes": minutes, **metrics})
-        write_json(run.folder / "curve.json", curve)
-        run.figure("curve", curve_figure(curve), step)
-        return headline(metrics)
-
-    step, minutes, complete = train(run, model, optimizer, options, device, rank, step, elapsed, update_at, report)
-    if dist.is_initialized():  # the others need not wait for what process 0 does now
-        dist.destroy_process_group()
-    if rank == 0 and complete and sound:
-        click.echo("evaluating: some minutes on a CPU")
-        metrics = evaluate_sounds(model, data, "test", MIXTURES, options["sigma"])
-        metrics |= family_agreement(model, data, MIXTURES)
-        about = {"split": "test", "mixtures": MIXTURES, "step": step, "minutes": minutes, "data": data.source}
-        run.metrics(metrics | about)
-        click.echo(headline(metrics))
-    run.close()
-    if rank == 0 and complete:
-        click.echo(f"done: {run.folder}/metrics.json and {run.folder}/figures; next: python export.py {run.folder}")
-    elif rank == 0:
-        click.echo(f"stopped at step {step}; go on with: python train_mvae.py --resume {run.folder}")
+    # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
+    with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
+        untrained = evaluate(model, data, "test", n_test, sigma) if run.folder and run.step == 0 else {}
+        for step, progress in run.steps():
+            image = data.batch(step, run.own, run.total)
+            generator = random_generator("noise", options["seed"], step)
+            noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
+            beta = beta_at(progress, options["beta"], options["warmup"])
+            with autocast(device, options["precision"]):
+                encoding, mean, offset = model(image, noise)
+            loss, terms = objective(image, mean, encoding, offset, beta, sigma)
+            lr = learning_rate_at(progress, step, options["lr"])
+            run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
+            if run.looks:
+                show(model, data, run)
+            if run.due:
+                run.report(evaluate(model, data, "valid", max(1, n // 5), sigma))
+        if run.complete:
+            scores = evaluate(model, data, "test", n_test, sigma)
+            run.finish(scores | {f"step_0/{name}": score for name, score in untrained.items()}, data.source)
 
 
 if __name__ == "__main__":
