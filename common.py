@@ -1,7 +1,6 @@
 """What two or more stages share: probability, layers, slots, spectrograms, notes, options, the run and its loop.
 
-Shapes are written (B, N, C, H, W): batch, slots, channels, height, width; D is the size of one latent vector.
-Losses are negative ELBOs in nats per example. Positions are (y, x) in [-1, 1], the middle of the picture at (0, 0).
+Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, width; F, T frequency bins and frames.
 """
 
 import contextlib
@@ -16,11 +15,11 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
@@ -30,14 +29,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from click.core import ParameterSource
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 from torch import nn
 from torch._higher_order_ops.scan import scan
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import read_sound, write_atomically
+from recompose import Parsed, load_file, read_json, read_sound, write_atomically, write_json
 
 # ---------------------------------------------------------------- Probability
 
@@ -53,10 +51,7 @@ def reparameterize(mu, logvar, noise):
 
 
 def beta_at(progress, beta, warmup):
-    """The KL weight at `progress` in [0, 1]: a half cosine from 0 to `beta` over the first `warmup` of the run.
-
-    The cosine leaves 0 slowly: the layers take shape while the KL is nearly free, and slots part while beta rises.
-    """
+    """The KL weight at `progress` in [0, 1]: a half cosine from 0 to `beta` over the first `warmup` of the run."""
     return beta if progress >= warmup else beta * 0.5 * (1 - math.cos(math.pi * progress / warmup))
 
 
@@ -93,26 +88,20 @@ OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def alpha_masks(layer):
-    """Softmax over the background, whose logit is 0, and the slots: (B, M, C + 1, h, w) -> (B, M + 1, 1, h, w).
-
-    The last channel of a layer is its mask logit; the background is component 0.
-    """
+    """Softmax of mask logits, a layer's last channel, background's 0: (B, M, C + 1, h, w) -> (B, M + 1, 1, h, w)."""
     logits = layer[:, :, -1:]
     return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).softmax(dim=1)
 
 
 def compose(layer, background, op):
-    """Combine layers by an operator that learns nothing (Nash et al. 2017): -> (B, C, h, w).
+    """Combine layers by an operator that learns nothing (Nash et al. 2017): layer (B, M, C, h, w), with op "alpha"
 
-    layer (B, M, C, h, w), with op "alpha" (B, M, C + 1, h, w); background (B, C, h, w) takes part as one more layer,
-    and may be None with every op but "alpha". Raises ValueError for an op that is none of OPS.
+    (B, M, C + 1, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
     """
     if op == "alpha":
         every = torch.cat([background[:, None], layer[:, :, :-1]], dim=1)
         return (alpha_masks(layer) * every).sum(1)
     every = layer if background is None else torch.cat([background[:, None], layer], dim=1)
-    if op not in OPS:
-        raise ValueError(f"op {op!r} is none of {', '.join(OPS)}")
     return {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[op](every, dim=1)
 
 
@@ -132,30 +121,20 @@ def log_expand(level):
     return (level.clamp(min=0).exp() - 1) / COMPRESSION
 
 
-def spectral_convergence(magnitude, reference):
-    """|| |reference| - |magnitude| || / || reference || in dB (Frobenius norms): two of (B, F, T) -> (B,)."""
-    error = (magnitude - reference).flatten(1).norm(dim=1)
-    return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
-
-
-def log_spectral_distance(level, reference):
-    """Root mean square over bins, averaged over frames, of the difference of compressed levels, in dB: -> (B,).
-
-    Two of (B, F, T). The usual log-spectral distance (Gray & Markel 1976) with 0.01 added to every magnitude, so that
-    bins below what can be heard do not decide it.
-    """
+def log_spectral_distance(level, reference, bins=1):
+    """Log-spectral distance (Gray & Markel 1976) of levels, two of (B, F, T), in dB: (B,). `bins`: their axis F."""
+    # Levels have 0.01 added to every magnitude: bins below what can be heard do not decide it.
     decibels = 20 / math.log(10) * (level - reference)
-    return decibels.square().mean(1).sqrt().mean(1)
+    return decibels.square().mean(bins).sqrt().flatten(1).mean(1)
 
 
 class BlockSTFT(nn.Module):
-    """The STFT and its inverse in products of real matrices, which export to ONNX and are fast in onnxruntime.
+    """The STFT and its inverse in products of real matrices, which export to ONNX: magnitudes (B, F, T) of waveforms.
 
-    As `torch.stft` with a Hann window, centred frames and hop = n_fft / 4, so that a frame is four blocks a, b, c, d of
-    one hop. One decimation in frequency by four, as in an FFT, leaves products with n_fft / 4 samples: bins 4 m see only
-    a + b + c + d, bins 4 m + 2 only a - b + c - d, odd bins only a - c and b - d.
-
-    Signals are held in blocks (B, T + 3, hop); spectra in the order of `bins`, real and imaginary part (B, T, F) each.
+    As `torch.stft` with a Hann window, centred frames, hop = n_fft / 4: a frame is four blocks a, b, c, d of one hop.
+    One decimation in frequency by four, as in an FFT, leaves products with n_fft / 4 samples: bins 4 m see only
+    a + b + c + d, bins 4 m + 2 a - b + c - d, odd bins a - c and b - d. Signals are held in blocks (B, T + 3, hop),
+    spectra in the order of `bins`, real and imaginary part (B, T, F) each.
     """
 
     def __init__(self, n_fft):
@@ -221,10 +200,10 @@ class BlockSTFT(nn.Module):
 
 
 class GriffinLim(nn.Module):
-    """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, as torchaudio's with rand_init=False.
+    """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, in real arithmetic, for export.
 
-    In real arithmetic, for export: ONNX does not know complex numbers. Rounding makes the two part over the iterations;
-    they agree in spectral convergence. With a `spectrogram` it takes that one's magnitudes instead of the STFT's.
+    Rounding makes it and torchaudio's part over the iterations; they agree in spectral convergence. With a
+    `spectrogram` it takes that one's magnitudes instead of the STFT's.
     """
 
     outputs = ("waveform",)
@@ -250,38 +229,26 @@ class GriffinLim(nn.Module):
         """(B, bins, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
         magnitude = self.to_stft_magnitude(spectrogram)
         magnitude = magnitude.index_select(1, self.stft.bins).transpose(1, 2).contiguous()  # (B, T, F)
-        norm, matrices, zero = (
-            1 / self.stft.overlap(magnitude[:1, :, 0]),
-            self.stft.matrices(),
-            torch.zeros_like(magnitude),
-        )
-        blocks = self.stft.inverse(magnitude, zero, matrices) * norm
-        step = partial(self.iterate, magnitude=magnitude, norm=norm, matrices=matrices)
-        blocks = repeat(self.iterations, step, (blocks, zero, zero.clone()))[0]
-        return blocks.narrow(1, 2, spectrogram.shape[2] - 1).flatten(1)
+        norm, zero = 1 / self.stft.overlap(magnitude[:1, :, 0]), torch.zeros_like(magnitude)
+        settings = {"magnitude": magnitude, "norm": norm, "matrices": self.stft.matrices()}
+        carry = (self.stft.inverse(magnitude, zero, settings["matrices"]) * norm, zero, zero.clone())
+        if torch.compiler.is_exporting():  # one Scan node, whose body is written once
+            steps = torch.zeros(self.iterations)
+            carry, _ = scan(lambda carry, i: (self.iterate(carry, **settings), i.clone()), carry, steps)
+        for _ in range(0 if torch.compiler.is_exporting() else self.iterations):
+            carry = self.iterate(carry, **settings)
+        return carry[0].narrow(1, 2, spectrogram.shape[2] - 1).flatten(1)
 
     def reference(self, spectrogram):
-        """The same by torchaudio, which is what scores and sounds of training are made with."""
+        """The same by torchaudio, as training has it."""
         return griffin_lim(self.to_stft_magnitude(spectrogram))
-
-
-def repeat(times, function, carry):
-    """carry = function(carry), so many times. In an export one Scan node of the graph, whose body is written once."""
-    if not torch.compiler.is_exporting():
-        for _ in range(times):
-            carry = function(carry)
-        return carry
-    carry, _ = scan(lambda carry, i: (function(carry), i.clone()), carry, torch.zeros(times))
-    return carry
 
 
 def griffin_lim(magnitude, iterations=32, momentum=0.99):
     """torchaudio's Griffin-Lim from zero phases, hop = n_fft / 4: (B, F, T) -> waveform (B, (T - 1) * hop)."""
     n_fft = 2 * (magnitude.shape[1] - 1)
-    transform = torchaudio.transforms.GriffinLim(
-        n_fft, iterations, hop_length=n_fft // 4, power=1, momentum=momentum, rand_init=False
-    )
-    return transform.to(magnitude.device)(magnitude)
+    settings = {"hop_length": n_fft // 4, "power": 1, "momentum": momentum, "rand_init": False}
+    return torchaudio.transforms.GriffinLim(n_fft, iterations, **settings).to(magnitude.device)(magnitude)
 
 
 # ---------------------------------------------------------------- Notes
@@ -289,9 +256,7 @@ def griffin_lim(magnitude, iterations=32, momentum=0.99):
 SAMPLES = 4 * RATE  # of a note: NSynth's four seconds
 SPLITS = ("train", "valid", "test")
 PITCHES = 128  # MIDI numbers
-FAMILIES = (
-    "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal",
-)  # fmt: skip
+FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
 BUILT_IN = "built-in additive synthesiser"
 INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)}  # of every built-in family
@@ -299,33 +264,15 @@ NOTES_EACH = 24  # of every built-in instrument
 KEPT = 16_000  # notes of a split kept in memory: 2 GB
 
 
-class Note(NamedTuple):
-    """One note: read from `path`, or synthesised where that is None; `semitones`: transposed by resampling."""
-
-    name: str
-    family: str
-    pitch: int
-    instrument: str
-    velocity: int
-    path: Path | None = None
-    semitones: int = 0
-
-
-class Timbre(NamedTuple):
-    """A built-in family: additive synthesis of harmonics h with amplitudes h^-rolloff, shaped in time."""
-
-    pitches: tuple
-    rolloff: float  # how fast harmonics weaken
-    attack: float  # seconds
-    decay: float = math.inf  # seconds to fall by 1/e while the note is held
-    stiffness: float = 0.0  # how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2)
-    vibrato: float = 0.0  # semitones
-    breath: float = 0.0  # noise, relative to the tone
-    pluck: float = 0.0  # where a string is plucked, as a share of its length
-    odd: float = 1.0  # weight of the even harmonics
-    formants: tuple = ()  # Hz
-
-
+# One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling.
+Note = namedtuple("Note", "name family pitch instrument velocity path semitones", defaults=(None, 0))
+# A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
+# stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); vibrato in semitones; breath, noise beside
+# the tone; pluck, where a string is plucked, as a share of its length; odd, weight of even harmonics; formants in Hz.
+Timbre = namedtuple(
+    "Timbre", "pitches rolloff attack decay stiffness vibrato breath pluck odd formants",
+    defaults=(math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, ()),
+)  # fmt: skip
 TIMBRES = {
     "bass": Timbre((28, 55), rolloff=1.6, attack=0.008, decay=1.4, stiffness=5e-5, pluck=0.2),
     "brass": Timbre((40, 83), rolloff=0.8, attack=0.06, vibrato=0.05),
@@ -338,30 +285,26 @@ TIMBRES = {
 
 def synthesise(note):
     """One note of a built-in instrument, held for three seconds: (SAMPLES,), the same in every run."""
-    timbre = TIMBRES[note.family]
-    instrument = random_generator("instrument", note.instrument)
+    timbre, instrument = TIMBRES[note.family], random_generator("instrument", note.instrument)
     rolloff, attack, decay, vibrato, breath, pluck = (
-        value * math.exp(0.25 * torch.randn((), generator=instrument))
-        for value in (timbre.rolloff, timbre.attack, timbre.decay, timbre.vibrato, timbre.breath, timbre.pluck)
+        getattr(timbre, name) * math.exp(0.25 * torch.randn((), generator=instrument))
+        for name in ("rolloff", "attack", "decay", "vibrato", "breath", "pluck")
     )
     colour = (0.3 * torch.randn(64, generator=instrument)).exp()  # of every harmonic
-    generator = random_generator("note", note.name)
-    t = torch.arange(SAMPLES) / RATE
-    frequency = 440 * 2 ** ((note.pitch - 69) / 12)
+    generator, t = random_generator("note", note.name), torch.arange(SAMPLES) / RATE
+    frequency, since = 440 * 2 ** ((note.pitch - 69) / 12), (t - 0.3).clamp(min=0)
     # Vibrato sets in at 0.3 s, from phase 0 and within 0.3 s more, so that neither phase nor frequency jumps.
-    since = (t - 0.3).clamp(min=0)
     wobble = vibrato * math.log(2) / 12 * (since / 0.3).clamp(max=1) * torch.sin(2 * math.pi * 5.5 * since)
     phase = 2 * math.pi * frequency * (t + wobble / (2 * math.pi * 5.5))
     h = torch.arange(1, 65)
     sharp = h * (1 + timbre.stiffness * h**2) ** 0.5
     h, sharp, colour = (v[sharp * frequency < 0.47 * RATE] for v in (h, sharp, colour))
-    softness = 0.6 * (1 - note.velocity / 127)  # soft notes are duller
-    amplitude = colour * h ** -(rolloff + softness)
+    amplitude = colour * h ** -(rolloff + 0.6 * (1 - note.velocity / 127))  # soft notes are duller
     amplitude[1::2] *= timbre.odd
     if pluck:
-        amplitude = amplitude * torch.sin(math.pi * h * pluck).abs()
+        amplitude *= torch.sin(math.pi * h * pluck).abs()
     for formant in timbre.formants:
-        amplitude = amplitude * (1 + 3 * torch.exp(-(((h * frequency - formant) / 250) ** 2)))
+        amplitude *= 1 + 3 * torch.exp(-(((h * frequency - formant) / 250) ** 2))
     start = torch.rand(len(h), generator=generator)[:, None] * 2 * math.pi
     fall = torch.exp(-t / decay * (1 + 0.15 * (h[:, None] - 1)))  # high harmonics die first
     tone = (amplitude[:, None] * fall * torch.sin(sharp[:, None] * phase + start)).sum(0)
@@ -373,47 +316,34 @@ def synthesise(note):
 def built_in_notes(split, families):
     """The notes of the built-in instruments: pitches spread over their family's range, three velocities."""
     notes = []
-    for family in families:
+    for family, k, i in itertools.product(families, INSTRUMENTS[split], range(NOTES_EACH)):
         low, high = TIMBRES[family].pitches
-        for k in INSTRUMENTS[split]:
-            for i in range(NOTES_EACH):
-                pitch = low + round((high - low) * (i + 0.5 * (k % 2)) / (NOTES_EACH - 0.5))
-                velocity, instrument = (50, 75, 100)[(i + k) % 3], f"{family}_built-in_{k:03}"
-                notes.append(Note(f"{instrument}-{pitch:03}-{velocity:03}", family, pitch, instrument, velocity))
+        pitch = low + round((high - low) * (i + 0.5 * (k % 2)) / (NOTES_EACH - 0.5))
+        velocity, instrument = (50, 75, 100)[(i + k) % 3], f"{family}_built-in_{k:03}"
+        notes.append(Note(f"{instrument}-{pitch:03}-{velocity:03}", family, pitch, instrument, velocity))
     return notes
 
 
 def nsynth_notes(folder, families):
-    """The notes of one official NSynth folder: `examples.json`, `audio/*.wav` or `.flac`.
-
-    Raises click.UsageError where there is no examples.json, it is damaged, or no note of the families is there.
-    """
+    """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click.UsageError without any."""
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
-    listing = load_file(folder / "examples.json", lambda path: json.loads(path.read_text()), {}, click.UsageError)
+    listing = load_file(folder / "examples.json", read_json, {}, click.UsageError)
+    keys = ("instrument_family_str", "pitch", "instrument_str", "velocity")
     try:
-        names = ("instrument_family_str", "pitch", "instrument_str", "velocity")
-        notes = [Note(name, *(about[key] for key in names), files.get(name)) for name, about in sorted(listing.items())]
+        notes = [Note(name, *(about[key] for key in keys), files.get(name)) for name, about in sorted(listing.items())]
         notes = [note for note in notes if note.family in families and 0 <= note.pitch < PITCHES]
     except (KeyError, TypeError, AttributeError) as error:
         raise click.UsageError(f"{folder}/examples.json is not NSynth's ({error})") from error
     there = [note for note in notes if note.path]
-    if not there:
-        raise click.UsageError(
-            f"{folder}: none of the {len(notes)} notes of {', '.join(families)} it lists is in audio/"
-        )
     if len(there) < len(notes):
-        click.echo(
-            f"{folder.name}: {len(notes) - len(there)} of {len(notes)} notes that examples.json lists are missing"
-        )
+        click.echo(f"{folder.name}: {len(notes) - len(there)} of the {len(notes)} notes it lists are missing")
+    if not there:
+        raise click.UsageError(f"{folder}: no note of {', '.join(families)} that it lists is in audio/")
     return there
 
 
 def read_note(note):
-    """A note -> its waveform (SAMPLES,): one channel at RATE, cut or zero-padded to four seconds, then transposed.
-
-    Transposed by resampling in a ratio of small numbers, within two cents: the filters are as many as its denominator.
-    Raises click.UsageError where the file is missing, no sound, damaged, silent, or holds samples that are not finite.
-    """
+    """A note -> its waveform (SAMPLES,), one channel at RATE, transposed; raises click.UsageError as `read_sound`."""
     if note.path is None:
         waveform = synthesise(note)
     else:
@@ -422,6 +352,7 @@ def read_note(note):
         if rate != RATE:
             waveform = torchaudio.functional.resample(waveform, rate, RATE)
     if note.semitones:
+        # Within two cents; resampling has as many filters as the ratio's denominator.
         ratio = Fraction(2 ** (note.semitones / 12)).limit_denominator(50)
         waveform = torchaudio.functional.resample(waveform[:SAMPLES], ratio.numerator, ratio.denominator)
     return F.pad(waveform, (0, max(0, SAMPLES - len(waveform))))[:SAMPLES]
@@ -458,11 +389,9 @@ class NoteSplit:
 
 
 def load_notes(options, transpose=0):
-    """The splits {name: NoteSplit} of --data-root, or of the built-in notes, and what config.json calls their source.
+    """The splits {name: NoteSplit} of --data-root, fetched with --download, or of built-in notes; and their source.
 
-    Training notes are there once more for every transposition by up to `transpose` semitones; --download fetches the
-    official archives, over 20 GB. Raises click.UsageError where there are no such notes, click.ClickException where
-    they cannot be fetched.
+    Training notes are there transposed by up to `transpose` semitones too. Raises click exceptions without any.
     """
     root, families, splits = options["data_root"], options["families"], {}
     if not root and not set(families) <= set(TIMBRES):
@@ -489,23 +418,19 @@ class Finite(click.FloatRange):
 
     def convert(self, value, param, ctx):
         value = super().convert(value, param, ctx)
-        if not math.isfinite(value):
-            self.fail(f"{value} must be finite", param, ctx)
-        return value
+        return value if math.isfinite(value) else self.fail(f"{value} must be finite", param, ctx)
 
 
-class Families(click.ParamType):
-    """Families with commas between them: "bass,flute" -> ["bass", "flute"]."""
-
-    name = "families"
-
-    def convert(self, value, param, ctx):
-        names = value.split(",") if isinstance(value, str) else list(value)
-        if not set(names) <= set(FAMILIES) or len(set(names)) < len(names):
-            self.fail(f"{value!r}: expected different ones of {', '.join(FAMILIES)}", param, ctx)
-        return names
+def parse_families(value):
+    """ "bass,flute" -> ["bass", "flute"]; raises ValueError for unknown families, and for one that is there twice."""
+    names = value.split(",") if isinstance(value, str) else list(value)
+    if not set(names) <= set(FAMILIES) or len(set(names)) < len(names):
+        raise ValueError
+    return names
 
 
+families_option = click.option("--families", type=Parsed(f"different ones of {', '.join(FAMILIES)}", parse_families),
+                               default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")  # fmt: skip
 POSITIVE = Finite(0, min_open=True)
 FOLDER = click.Path(path_type=Path)
 RUN_OPTIONS = [
@@ -519,22 +444,21 @@ RUN_OPTIONS = [
     click.Option(["--warmup"], type=Finite(0, 1), default=0.6, help="Share of the run in which beta rises from 0."),
     click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
-    click.Option(["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 on GPU."),
+    click.Option(["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: GPU bf16."),
     click.Option(["--eval", "evaluation"], type=click.Choice(["quick", "full"]), default="full", help="Test examples."),
     click.Option(["--out"], type=FOLDER, help="Run folder; by default a new one below runs/."),
     click.Option(["--dry-run"], is_flag=True, help="Print the options that would be used, and stop."),
 ]  # fmt: skip
 # What a resumed run may change; the rest made its weights.
-RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download", "out", "resume", "dry_run",
-             "evaluation", "eval_samples"}  # fmt: skip
+RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download", "resume", "dry_run", "evaluation",
+             "eval_samples"}  # fmt: skip
 
 
 def training_command(script, presets, foreign=None):
     """Decorator: a click command of the function's own options, --dataset, --resume and RUN_OPTIONS.
 
-    Precedence: what is typed, then config.json of --resume, then `presets[--dataset]`, then the decorators. The two
-    options are read first and fill `default_map`, so that --help after them shows the values that will be used.
-    foreign: {data set: names of options that do not concern it}, which its help leaves out.
+    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators; --help after these shows
+    what will be used. foreign: {data set: names of options that do not concern it}, which its help leaves out.
     """
 
     def fill_from_preset(context, parameter, dataset):
@@ -554,7 +478,9 @@ def training_command(script, presets, foreign=None):
 
     def decorate(function):
         first = next(iter(presets))
-        command = click.command(context_settings={"show_default": True, "default_map": presets[first]})(function)
+        text = sys.modules[function.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
+        settings = {"show_default": True, "default_map": presets[first]}
+        command = click.command(context_settings=settings, help=text)(function)
         names = {"type": click.Choice(list(presets)), "default": first}
         dataset = click.Option(["--dataset"], is_eager=True, callback=fill_from_preset, **names)
         about = {"type": FOLDER, "help": "Run folder to go on with."}
@@ -567,16 +493,13 @@ def training_command(script, presets, foreign=None):
 
 
 def settle_options(context, options):
-    """Complete the options in place; raises click.UsageError where they, or the run resumed, contradict them.
-
-    --steps typed without --minutes turns the clock off: such a run is the same on every machine, bit for bit.
-    """
+    """Complete the options in place; raises click.UsageError where they, or the run resumed, contradict them."""
     typed = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     flags = {p.name: p.opts[0] for p in context.command.params}
     for name in typed & set(context.command.foreign.get(options["dataset"], ())):
         raise click.UsageError(f"{flags[name]} does not belong to --dataset {options['dataset']}")
     if "steps" in typed and "minutes" not in typed:
-        options["minutes"] = None
+        options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
     if not options["steps"] and not options["minutes"]:
         raise click.UsageError("one of --steps and --minutes is needed")
     if options["resume"]:
@@ -584,14 +507,13 @@ def settle_options(context, options):
         for name in sorted(typed - RESUMABLE):
             if json.loads(json.dumps(options[name], default=str)) != before.get(name):
                 raise click.UsageError(f"{flags[name]} {options[name]}: the run to resume has {before.get(name)}")
-        if "out" in typed:
-            raise click.UsageError("--resume goes on in its own folder; leave --out out")
     elif options["out"] and options["out"].exists() and (options["out"].is_file() or any(options["out"].iterdir())):
         raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
-    if options["data_root"] and not options["download"] and not options["data_root"].exists():
-        raise click.UsageError(f"--data-root {options['data_root']}: no such folder")
-    if options["download"] and "WORLD_SIZE" in os.environ:
-        raise click.UsageError("--download: fetch the data in a single process first, then start several")
+    root, download = options["data_root"], options["download"]
+    if download and (not root or "WORLD_SIZE" in os.environ):
+        raise click.UsageError("--download needs --data-root, and a single process")
+    if root and not download and not root.exists():
+        raise click.UsageError(f"--data-root {root}: no such folder")
     if options["dry_run"]:
         click.echo(json.dumps(options, indent=2, default=str))
         context.exit()
@@ -601,19 +523,15 @@ def settle_options(context, options):
 
 
 def random_generator(*key, device="cpu"):
-    """A generator seeded by its key, e.g. ("noise", seed, step).
+    """A generator seeded by its key, e.g. ("noise", seed, step), from which all randomness comes.
 
-    All randomness of a run comes from such generators: a step's samples depend on nothing but its number, so that a
-    resumed run repeats them bit for bit, and K processes can each take their share of one global batch.
+    A step's samples depend on its number alone: a resumed run repeats them, and K processes share one global batch.
     """
     return torch.Generator(device=device).manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
 
 
 def start_device(name, seed):
-    """The torch device of --device, this process's own under torchrun, whose group is joined; weights' seed is set.
-
-    Raises click.UsageError where there is no such device.
-    """
+    """The device of --device, under torchrun this process's own, whose group is joined; the weights' seed is set."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     number = int(os.environ.get("LOCAL_RANK", 0))
@@ -642,23 +560,16 @@ def autocast(device, precision):
 
 
 def optimizer_step(loss, terms, optimizer, lr, clip):
-    """One step down `loss`, gradients averaged over all processes and clipped to the norm `clip`.
-
-    The step is not taken where a term or the gradient is not finite. Returns this process's terms, the gradient norm
-    and the learning rate used, as numbers.
-    """
+    """One step down `loss`, gradients averaged over processes and clipped to a norm; returns numbers to log."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if dist.is_initialized():  # in one message: these models are too small to hide more behind
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient) / dist.get_world_size())
+    for parameter in parameters if dist.is_initialized() else ():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item(), "schedule/lr": lr}
-    if math.isfinite(sum(values.values())):
+    if math.isfinite(sum(values.values())):  # else `Run.log` stops the run
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -668,33 +579,14 @@ def optimizer_step(loss, terms, optimizer, lr, clip):
 # ---------------------------------------------------------------- Run folder
 
 
-def write_json(path, content):
-    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def load_file(path, read, kinds, error):
-    """read(path), a dict that holds `kinds` {name: type}; raises `error` where it is damaged or another program's."""
-    try:
-        content = read(path)
-        if all(isinstance(content[name], kind) for name, kind in kinds.items()):
-            return content
-    except Exception as fault:  # torch.load raises many kinds on a damaged file
-        raise error(f"{path} is missing, damaged or was not written by a training script here") from fault
-    raise error(f"{path} was not written by a training script here")
-
-
 def load_config(folder):
     """The `config.json` of a run folder; raises click.UsageError where there is none, or another program's."""
     kinds = {"script": str, "options": dict, "data": dict, "history": list}
-    return load_file(Path(folder) / "config.json", lambda path: json.loads(path.read_text()), kinds, click.UsageError)
+    return load_file(Path(folder) / "config.json", read_json, kinds, click.UsageError)
 
 
 def load_checkpoint(folder, device, **modules):
-    """The `checkpoint.pt` of a run folder, loaded into `modules` (model=..., optimizer=...) too: -> dict.
-
-    Raises click.ClickException where it is missing, cut short, foreign, or does not fit the modules.
-    """
+    """The `checkpoint.pt` of a run folder, loaded into `modules` too, or click.ClickException where it does not fit."""
     kinds = {"model": dict, "optimizer": dict, "step": int, "elapsed": float, "progress": float}
     read = partial(torch.load, map_location=device, weights_only=True)
     state = load_file(Path(folder) / "checkpoint.pt", read, kinds, click.ClickException)
@@ -721,24 +613,14 @@ def versions():
     """What made a result: versions, commit, hardware."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not a git checkout"
-    names = ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    names = ["torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime"]
     packages = {name: importlib.metadata.version(name) for name in names}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {"commit": commit, "python": sys.version.split()[0], "device": device} | packages
 
 
-def plotted(figure):
-    """A matplotlib figure as a PIL picture."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
 class Graph(nn.Module):
-    """A function of a model as a module to be exported: outputs = names, forward = function(*inputs).
-
-    reference(*inputs): the same as training computed it, where that is another function.
-    """
+    """A function of a model as a module to export; `reference`: the same as training computed it, if differently."""
 
     def __init__(self, outputs, function, *modules, reference=None):
         super().__init__()
@@ -750,23 +632,17 @@ class Graph(nn.Module):
 
 
 class Run:
-    """A run folder and the loop that fills it; only process 0 writes, the others have `folder` None.
+    """A run folder, and the loop that fills it: with Run(...) as run: for step, progress in run.steps(): run.log(...).
 
-        with Run(...) as run:
-            for step, progress in run.steps():
-                run.log(optimizer_step(...))
-                if run.looks: ...  # process 0; after steps 1, 4, 16, 64, 256, every tenth, and the last: figures
-                if run.due: ...  # process 0; every tenth and the last: scores of the valid split
-            if run.complete: ...  # process 0; scores of the test split
-
-    `progress` in [0, 1], what schedules go by, is the larger share of steps and minutes and never falls: a finished run
-    that is given more time goes on at its final beta. Checkpoints are written at every tenth, every two minutes, on
-    Ctrl-C, SIGTERM and bad input. Raises click.UsageError where the run resumed saw other data or another number of
-    processes, or the folder cannot be written.
+    In process 0, which alone has a `folder`, `looks` is set after steps 1, 4, 16, 64, ... and when `due` is: at every
+    tenth and the end; then `complete`. `progress`, what schedules go by, is the larger share of steps and minutes and
+    never falls: a finished run goes on at its final beta. Checkpoints are written when due, every two minutes, on
+    Ctrl-C, SIGTERM and bad input. Raises click.UsageError where data or processes are not the resumed run's.
     """
 
     def __init__(self, options, script, name, data, model, optimizer, device):
-        self.options, self.script, self.model, self.optimizer, self.device = options, script, model, optimizer, device
+        self.options, self.script, self.source = options, script, data["source"]
+        self.model, self.optimizer, self.device = model, optimizer, device
         self.step, self.elapsed, self.progress, self.curve, history = 0, 0.0, 0.0, [], []
         self.looks = self.due = self.complete = self.stopped = False
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -788,15 +664,13 @@ class Run:
             config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
             write_json(self.folder / "config.json", config)
             if (self.folder / "curve.json").is_file():
-                points = json.loads((self.folder / "curve.json").read_text())
+                points = read_json(self.folder / "curve.json")
                 self.curve = [point for point in points if point["step"] <= self.step]
-            size = f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} x {options['batch']} a step"
-            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}\n{size}")
+            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}")
+            click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}")
 
     def open_folder(self, folder, name):
         """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ...; and its TensorBoard writer."""
-        from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
-
         try:
             for k in itertools.count(1):
                 free = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
@@ -813,27 +687,25 @@ class Run:
         self.handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         form = "{percentage:3.0f}%|{bar:20}|{postfix}"
         self.bar = tqdm(total=1000, bar_format=form, disable=not self.folder or not sys.stderr.isatty())
-        self.saved = self.said = self.stopped_at = time.monotonic()
+        self.saved = self.said = time.monotonic()
         self.started = self.saved - self.elapsed
         return self
 
     def stop(self, number, frame):
-        """Ctrl-C or SIGTERM: end after this step. Ctrl-C again after five seconds ends at once; sooner are echoes."""
-        if self.stopped and number == signal.SIGINT and time.monotonic() - self.stopped_at > 5:
-            raise KeyboardInterrupt
-        self.stopped_at = self.stopped_at if self.stopped else time.monotonic()
-        self.stopped = True
+        self.stopped = True  # Ctrl-C, SIGTERM: after this step
 
-    def __exit__(self, kind, error, _):
+    def restore_signals(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def __exit__(self, kind, error, _):
+        self.restore_signals()
         self.bar.close()
         if isinstance(error, click.UsageError) and not self.complete:  # a damaged file, met while training
             self.save()
             raise click.ClickException(f"step {self.step}, saved: {error.message}") from error
-        if self.folder:
-            self.writer.close()
         if self.folder and not error:
+            self.writer.close()
             done = f"done: {self.folder}/metrics.json and figures; next: python export.py {self.folder}"
             again = f"stopped at step {self.step}; go on with: python {self.script}.py --resume {self.folder}"
             click.echo(done if self.complete else again)
@@ -854,19 +726,23 @@ class Run:
         while self.share < 1 and not self.stopped:
             yield self.step, self.progress
         self.save()
+        self.restore_signals()  # Ctrl-C ends an evaluation at once
         if dist.is_initialized():  # the others need not wait for what process 0 does now
             dist.destroy_process_group()
         self.complete = bool(self.folder) and self.share >= 1
 
-    def log(self, values):
-        """Count a step that took `values`; raises click.ClickException, and keeps the checkpoint, where not finite."""
+    def check_finite(self, values):
         if not math.isfinite(sum(values.values())):
             raise click.ClickException(f"step {self.step} is not finite: {values}; the last checkpoint is kept")
+
+    def log(self, values):
+        """Count a step that took `values`; raises click.ClickException, and keeps the checkpoint, where not finite."""
+        self.check_finite(values)
         before, self.step = int(10 * self.share), self.step + 1
         self.settle()
         tenth = self.share >= 1 or int(10 * self.share) > before
         self.due, now = bool(self.folder) and tenth, time.monotonic()
-        self.looks = self.due or (bool(self.folder) and self.step in (1, 4, 16, 64, 256))
+        self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
         if tenth or now - self.saved > 120:
             self.save()
         if self.folder and self.step % 20 == 0:
@@ -874,9 +750,9 @@ class Run:
         if self.folder and now - self.said > (30 if self.bar.disable else 0.2):
             self.said = now
             seconds, steps, share = (a - b for a, b in zip((now, self.step, self.share), self.began, strict=True))
-            left = f"{(1 - self.share) * seconds / share / 60:.1f} min left, " if share > 0 else ""
+            left = f"{(1 - self.share) * seconds / max(share, 1e-9) / 60:.1f} min left"
             terms = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
-            text = f"step {self.step}, {left}{steps / seconds:.1f} steps/s, {terms}"
+            text = f"step {self.step}, {left}, {steps / seconds:.1f} steps/s, {terms}"
             if self.bar.disable:  # no terminal: plain lines
                 tqdm.write(f"{self.share:4.0%} {text}")
             self.bar.n = int(1000 * self.share)
@@ -884,22 +760,27 @@ class Run:
 
     def scalars(self, split, values):
         for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, self.step)
+            self.writer.add_scalar(name if "/" in name else f"{split}/{name}", value, self.step)
 
     def report(self, scores):
         """Scores of the valid split: a line, a point of curve.json, TensorBoard."""
+        self.check_finite(scores)
         self.scalars("valid", scores)
         self.curve.append({"step": self.step, "minutes": self.elapsed / 60} | scores)
         write_json(self.folder / "curve.json", self.curve)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
-        tqdm.write(f"{int(100 * self.progress):3}% step {self.step}, {self.elapsed / 60:.1f} min, valid: {shown}")
+        self.say("valid", scores)
 
-    def finish(self, scores, data):
-        """Scores of the test split: metrics.json, and a line."""
-        about = {"split": "test", "step": self.step, "minutes": self.elapsed / 60, "data": data}
-        write_json(self.folder / "metrics.json", about | scores)
+    def say(self, split, scores):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
-        click.echo(f"step {self.step}, {self.elapsed / 60:.1f} min, test: {shown}")
+        tqdm.write(f"step {self.step}, {self.elapsed / 60:.1f} min, {split}: {shown}")
+
+    def finish(self, scores, untrained):
+        """Scores of the test split, and those before the first step: a line, metrics.json."""
+        scores = scores | {f"step_0/{name}": score for name, score in untrained.items()}
+        self.check_finite(scores)
+        about = {"split": "test", "step": self.step, "minutes": self.elapsed / 60, "data": self.source}
+        write_json(self.folder / "metrics.json", about | scores)
+        self.say("test", scores)
 
     def figure(self, name, image):
         """`image`: a PIL picture; figures/<name>.png always holds the newest."""

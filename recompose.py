@@ -45,6 +45,26 @@ def write_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
+def write_json(path, content):
+    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def load_file(path, read, kinds, error):
+    """read(path), a dict that holds `kinds` {name: type}; raises `error` where it is missing, damaged or another's."""
+    try:
+        content = read(path)
+        if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+    except Exception as fault:  # pickle, zip and JSON raise many kinds on a damaged file
+        raise error(f"{path}: missing, damaged, or not the file that was expected") from fault
+    return content
+
+
 def read_picture(path):
     """Any still picture of 8 or 16 bits -> RGB; raises click.UsageError for all others, damaged files included."""
     try:
@@ -87,6 +107,18 @@ def load_picture(path, size, crop):
     """A picture file -> uint8 (size, size, 3), cropped by `square`."""
     picture = square(read_picture(path), crop, path)
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def read_mask(path, size, crop):
+    """A mask of 8 bits a pixel -> the object's number in every pixel, 0 for the background: uint8 (size, size)."""
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
+    if mask.mode not in ("L", "P"):
+        raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
+    return np.asarray(square(mask, crop, path).resize((size, size), Image.Resampling.NEAREST))
 
 
 def read_sound(path):
@@ -158,6 +190,12 @@ LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begi
 FINE = 4  # rings and numbers are drawn so many times larger, then reduced, for smooth edges
 
 
+SEGMENTS = np.array(
+    [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
+     (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)], dtype=np.uint8
+)  # fmt: skip
+
+
 class Tile(NamedTuple):
     image: object  # uint8 (H, W, 3), or a PIL picture
     caption: str = ""
@@ -167,6 +205,11 @@ class Tile(NamedTuple):
 def to_uint8(picture):
     """(3, H, W) in [0, 1] -> uint8 (H, W, 3); values outside are clipped."""
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def segment_map(segments):
+    """Numbers of components (H, W), 0 the background -> uint8 (H, W, 3)."""
+    return SEGMENTS[segments % len(SEGMENTS)]
 
 
 def heat_map(values, top=None):
@@ -269,15 +312,15 @@ def contact_sheet(rows, title="", labels=()):
     left = [GAP + (round(max(map(font.getlength, labels))) + GAP if any(labels) else 0)]
     for c in range(max(map(len, rows)) - 1):
         left.append(left[c] + GAP + max(row[c].image.width for row in rows if len(row) > c + 1))
-    top = [GAP + (24 if title else 0)]
-    for row in rows:
-        top.append(top[-1] + LINE + GAP + max(tile.image.height for tile in row))
+    top, heights = [GAP + (24 if title else 0)], [max(tile.image.height for tile in row) for row in rows]
+    for height in heights:
+        top.append(top[-1] + LINE + GAP + height)
     ends = [left[len(row) - 1] + max(row[-1].image.width, font.getlength(row[-1].caption)) for row in rows]
     sheet = Image.new("RGB", (round(max(*ends, GAP + large.getlength(title))) + GAP, top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP - 2), title, fill=INK, font=large)
-    for label, y in zip(labels, top, strict=False):
-        draw.text((GAP, y + LINE + TILE / 2), label, fill=INK, font=font, anchor="lm")
+    for label, y, height in zip(labels, top, heights, strict=False):
+        draw.text((GAP, y + LINE + min(height, TILE) / 2), label, fill=INK, font=font, anchor="lm")
     for row, y in zip(rows, top, strict=False):
         for x, (tile, caption, framed) in zip(left, row, strict=False):
             caption = caption if tile is row[-1].image else shorten(caption, font, tile.width)
@@ -343,18 +386,30 @@ class Model:
 # ---------------------------------------------------------------- Command line
 
 
-def parse_slots(context, parameter, values):
-    """("0,2", "1") -> [[0, 2], [1]]; raises click.BadParameter for all but lists of slot numbers."""
-    lists = []
-    for value in values:
+class Parsed(click.ParamType):
+    """What `parse` makes of an option's text, or of its value in config.json; ValueErrors say what was `expected`."""
+
+    name = "text"
+
+    def __init__(self, expected, parse):
+        self.expected, self.parse = expected, parse
+
+    def convert(self, value, param, ctx):
         try:
-            numbers = [int(part) for part in value.split(",")]
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r}: expected slot numbers such as 0,2") from error
-        if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-            raise click.BadParameter(f"{value!r}: slot numbers start at 0, and each is named once")
-        lists.append(numbers)
-    return lists
+            return self.parse(value)
+        except (ValueError, TypeError):
+            self.fail(f"{value!r}: expected {self.expected}", param, ctx)
+
+
+def parse_slots(text):
+    """ "0,2" -> [0, 2]; raises ValueError for all but different numbers from 0 on."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError
+    return numbers
+
+
+SLOTS = Parsed("different slot numbers, from 0 on, such as 0,2", parse_slots)
 
 
 def chosen_slots(lists, n_inputs, n_slots):
@@ -380,7 +435,7 @@ def figure_of(rows, result, inputs):
 
 def recompose_pictures(model, inputs, slots):
     """Picture files -> the recomposition, the figure that explains it (both PIL), and how many slots it has."""
-    chosen = chosen_slots(slots, len(inputs), model.n_slots)
+    chosen = chosen_slots(list(slots), len(inputs), model.n_slots)
     pictures = np.stack([load_picture(path, model.about["size"], model.about["crop"]) for path in inputs])
     encoded = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...); z = mu: repeatable
@@ -401,7 +456,7 @@ def recompose_sounds(model, inputs, slots, vocoder):
     The soft masks of the chosen slots on their inputs' spectra are added up, with the inputs' phases and loudness; with
     `vocoder` the slots are combined by the model's operator and Griffin-Lim finds phases, as loud as the former.
     """
-    about, chosen = model.about, chosen_slots(slots, len(inputs), model.n_slots)
+    about, chosen = model.about, chosen_slots(list(slots), len(inputs), model.n_slots)
     sizes, rate = (about["n_fft"], about["hop"]), about["sample_rate"]
     waveforms = np.stack([load_sound(path, rate, about["samples"]) for path in inputs])
     encoded = model.run("encoder", waveform=waveforms.astype(np.float32))
@@ -451,7 +506,7 @@ def save_sound(path, waveform, rate):
 
 @click.command(context_settings={"show_default": True})
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=PATH)
-@click.option("--slots", multiple=True, callback=parse_slots, metavar="K,K", show_default="all",
+@click.option("--slots", multiple=True, type=SLOTS, metavar="K,K", show_default="all",
               help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")

@@ -8,14 +8,14 @@
 
 For who wants to see pictures (64 x 64), or mixtures of two notes (4 s at 16 kHz), fall apart into their entities
 without labels. Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised.
-What it reaches, by data set, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
+Results, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
 """
 
 import inspect
-import json
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import click
@@ -23,18 +23,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.datasets import CLEVRClassification
 
 from common import (  # isort: skip
-    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Families, Finite, Graph, GriffinLim, ResBlock, Run,
-    alpha_masks, autocast, beta_at, compose, gather_cells, gaussian_kl, griffin_lim, learning_rate_at, load_file,
-    load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator,
-    reparameterize, settle_options, start_device, training_command
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, alpha_masks,
+    autocast, beta_at, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at, load_model,
+    load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator, reparameterize,
+    settle_options, start_device, training_command,
 )  # fmt: skip
-from recompose import Tile, contact_sheet, heat_map, kl_tile, load_picture, spectrum_tile, square, to_uint8
+from recompose import (  # isort: skip
+    LOWEST, Parsed, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, segment_map,
+    inverse_stft, soft_masks, spectrum_tile, stft, to_uint8,
+)  # fmt: skip
 
 SCRIPT = Path(__file__).stem
 
@@ -57,9 +59,9 @@ def integers(low, high, shape, generator):
 
 
 def place_apart(n, count, extent, clearance, generator):
-    """Random points of [-extent, extent]^2, one after the other, each `clearance` from those before: (n, count, 2).
+    """Random points of [-extent, extent]^2: (n, count, 2), every pair `clearance` (n, count, count) apart.
 
-    clearance (n, count, count): least distance of every pair. Where 40 tries find no free place, the freest is taken.
+    One after the other; where 40 tries find no free place, the freest is taken.
     """
     tries = uniform(-extent, extent, (n, count, 40, 2), generator)
     chosen = tries[:, :1, 0]  # (n, 1, 2)
@@ -73,11 +75,7 @@ def place_apart(n, count, extent, clearance, generator):
 
 
 class Sprites:
-    """Coloured shapes on black, drawn in batches on the device: ellipses, squares and triangles, or real dSprites.
-
-    Radii are 0.22 to 0.38 and centres at least 0.3 apart, in half picture widths: sprites overlap, none is hidden. A
-    scene is a dict of tensors (n, K, ...); later objects lie in front. Raises click.UsageError without usable dSprites.
-    """
+    """Coloured ellipses, squares and triangles on black, or real dSprites; scenes are dicts of tensors (n, K, ...)."""
 
     crop = "none"
 
@@ -88,10 +86,8 @@ class Sprites:
             file = min(data_root.glob("dsprites*.npz"), default=None)
             if not file or size not in (32, 64):
                 raise click.UsageError(f"--data-root {data_root}: expected dsprites*.npz there, and --size 32 or 64")
-            read = {"imgs": np.ndarray}  # (737280, 64, 64) uint8
-            self.library = torch.from_numpy(
-                load_file(file, lambda path: dict(np.load(path)), read, click.UsageError)["imgs"]
-            )
+            archive = load_file(file, lambda path: dict(np.load(path)), {"imgs": np.ndarray}, click.UsageError)
+            self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
             self.source = f"dSprites shapes ({file.name})"
 
     def sample(self, n, generator, times=1):
@@ -103,8 +99,7 @@ class Sprites:
         scene["rgb"] = value * (1 - saturation * torch.minimum(phase, 4 - phase).clamp(0, 1))
         scene["shape"] = integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
         if self.library is None:
-            clearance = torch.full((n, k, k), 0.3, device=self.device)
-            scene["centre"] = place_apart(n, k, 0.75, clearance, generator)
+            scene["centre"] = place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
             scene["radius"] = uniform(0.22, 0.38, (n, k), generator)
             scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
         return scene
@@ -113,9 +108,8 @@ class Sprites:
         """The pixels of every object: (n, K, side, side) bool."""
         shape, present = (scene[name][..., None, None] for name in ("shape", "present"))
         if self.library is not None:
-            return (
-                self.library[scene["shape"].cpu()].to(self.device).bool()[..., :: 64 // side, :: 64 // side] & present
-            )
+            images = self.library[scene["shape"].cpu()].to(self.device).bool()
+            return images[..., :: 64 // side, :: 64 // side] & present
         offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
         y, x = (offset / scene["radius"][..., None, None, None]).unbind(2)
         cos, sin = (f(scene["angle"])[..., None, None] for f in (torch.cos, torch.sin))
@@ -125,10 +119,8 @@ class Sprites:
         return torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle)) & present
 
     def render(self, scene):
-        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
-
-        Drawn at twice the size and averaged, so that edges are smooth.
-        """
+        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
+        # At twice the size, then averaged: edges are smooth.
         outlines = self.outlines(scene, 2 * self.size if self.library is None else min(2 * self.size, 64))
         label = torch.zeros_like(outlines[:, 0], dtype=torch.long)
         for k in range(outlines.shape[1]):
@@ -185,10 +177,7 @@ def turn(vector, angle):
 
 
 def hit_distance(shape, half, origin, ray):
-    """How far along a ray an object around the origin is hit, infinity where it is not: (P, W).
-
-    half (P, 1): radius or half edge, half height too; origin (P, 1, 3) and ray (P, W, 3) in the object's frame.
-    """
+    """How far along ray (P, W, 3) from origin (P, 1, 3) an object of size half (P, 1) is hit, or infinity: (P, W)."""
     if shape == CUBE:  # slabs
         inverse = 1 / torch.where(ray.abs() < 1e-6, 1e-6, ray)
         a, b = (-half[..., None] - origin) * inverse, (half[..., None] - origin) * inverse
@@ -209,15 +198,13 @@ class Pool:
 
     crop = "clevr"
 
-    def __init__(self, length, size, objects, seed, device):
+    def __init__(self, size, objects, seed, device, length=POOL):
         self.images, self.made = torch.empty((length, 3, size, size), dtype=torch.uint8), set()
         self.size, self.objects, self.seed, self.device = size, objects, seed, device
 
     def batch(self, step, own, total):
-        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1].
-
-        Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
-        """
+        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
+        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
         position = step * total + torch.arange(total)[own]
         epoch, index = position // len(self.images), position % len(self.images)
         for e in epoch[epoch > 0].unique().tolist():
@@ -231,15 +218,9 @@ class Pool:
 
 
 class BuiltInClevr(Pool):
-    """CLEVR-like scenes by a vectorised ray caster: spheres, cylinders, cubes; rubber or metal; soft lamps.
-
-    A scene is a dict of tensors: of objects (n, K, ...), and `camera` (n, 3) and `lamps` (n, 3, 3).
-    """
+    """CLEVR-like scenes by a ray caster: tensors of objects (n, K, ...), `camera` (n, 3), `lamps` (n, 3, 3)."""
 
     source = "built-in CLEVR-like renderer"
-
-    def __init__(self, size, objects, seed, device):
-        super().__init__(POOL, size, objects, seed, device)
 
     def make(self, first, last):
         generator = random_generator("clevr", self.seed, first, device=self.device)
@@ -269,10 +250,8 @@ class BuiltInClevr(Pool):
 
     @torch.no_grad()
     def render(self, scene):
-        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1.
-
-        Objects are drawn at twice the size, the ground, which is smooth, at half of it.
-        """
+        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
+        # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         rays = crop_rays(small, scene["camera"])
@@ -305,10 +284,7 @@ class BuiltInClevr(Pool):
         return depth, label
 
     def shade_ground(self, point, centre, scene):
-        """Light from the ground: ambient light, less what objects hide, and three lamps past the objects' shadows.
-
-        Shadows and occlusion take an object for the sphere around its centre. point (n, P, 3) -> (n, P, 3).
-        """
+        """Light from the ground at point (n, P, 3), shadowed as if by spheres around objects' centres: (n, P, 3)."""
         radius = torch.where(scene["present"], scene["half"], 0.0)[..., None]
         to_object = centre[:, :, None] - point[:, None]  # (n, K, P, 3)
         squared = to_object.square().sum(-1)
@@ -351,8 +327,8 @@ class BuiltInClevr(Pool):
 class ClevrFolder(Pool):
     """The official CLEVR_v1.0 folder: images/{train,val}/*.png, scenes/*.json, and masks/{train,val}/*.png if there.
 
-    The last tenth of the training files, at most 320, is `valid`; `test` is val. Only scenes whose number of objects is
-    in `objects` are used, as far as scenes/*.json tells it. Raises click.UsageError where files are missing or damaged.
+    The last tenth of the training files, at most 320, is `valid`; `test` is val. Used are scenes of so many `objects`,
+    as far as scenes/*.json tells it. Raises click.UsageError where files are missing or damaged.
     """
 
     def __init__(self, root, size, objects, seed, device):
@@ -363,23 +339,19 @@ class ClevrFolder(Pool):
         train, test = (self.list_files(split, *objects) for split in ("train", "val"))
         kept = len(train) - min(320, len(train) // 10)
         self.files = {"train": train[:kept], "valid": train[kept:], "test": test}
-        super().__init__(kept, size, objects, seed, device)
+        self.make = lambda first, last: self.read(train[first:last])
+        super().__init__(size, objects, seed, device, kept)
 
     def list_files(self, split, low, high):
         files = sorted((self.root / "images" / split).glob("*.png"))
         annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
         if annotation.is_file():
-            scenes = load_file(
-                annotation, lambda path: json.loads(path.read_text()), {"scenes": list}, click.UsageError
-            )
-            counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
+            listed = load_file(annotation, read_json, {"scenes": list}, click.UsageError)["scenes"]
+            counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
             files = [file for file in files if low <= counts.get(file.name, low) <= high]
         if not files:
             raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {low} to {high} objects")
         return files
-
-    def make(self, first, last):
-        return self.read(self.files["train"][first:last])
 
     def read(self, files):
         with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
@@ -392,26 +364,18 @@ class ClevrFolder(Pool):
         images, labels = self.read(files).to(self.device).float() / 255, None
         masks = [self.root / "masks" / file.parent.name / file.name for file in files]
         if all(mask.is_file() for mask in masks):
-            labels = torch.from_numpy(np.stack([self.read_mask(mask) for mask in masks])).long().to(self.device)
+            labels = (
+                torch.from_numpy(np.stack([read_mask(mask, self.size, self.crop) for mask in masks]))
+                .long()
+                .to(self.device)
+            )
         return images, labels
-
-    def read_mask(self, path):
-        """A mask -> the object's number in every pixel, 0 for the background: (size, size)."""
-        try:
-            with Image.open(path) as mask:
-                mask.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
-        if mask.mode not in ("L", "P"):
-            raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
-        return np.asarray(square(mask, self.crop, path).resize((self.size, self.size), Image.Resampling.NEAREST))
 
 
 # ---------------------------------------------------------------- Data: two notes at once
 
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
-LOWEST = 32.7  # Hz (C1), of the bands
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
 MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
 MIXTURES = 500  # of test notes, that a finished run is judged by
@@ -422,16 +386,10 @@ def root_mean_square(waveform):
     return waveform.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
-def whole_hops(waveform):
-    """(..., samples) -> the same, zero-padded to whole hops: of SAMPLES the STFT has FRAMES * SPAN frames."""
-    return F.pad(waveform, (0, -waveform.shape[-1] % HOP))
-
-
 class SoundLevels(nn.Module):
-    """Waveforms -> what a model of sounds sees: levels log(1 + 100 m) of `bands` logarithmic bands, one cell wide.
+    """Waveforms (B, SAMPLES) of any loudness -> levels (B, FRAMES, bands, 1) of logarithmic bands, log(1 + 100 m).
 
-    Bands are triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide. Every sound is
-    brought to LOUDNESS; the STFT's frames are averaged in FRAMES spans of time.
+    Bands are triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
     """
 
     def __init__(self, bands):
@@ -446,11 +404,11 @@ class SoundLevels(nn.Module):
         self.register_buffer("inverse", (bank / bank.sum(0).clamp(min=1e-9)).T.contiguous(), persistent=False)
 
     def forward(self, waveform):
-        """(B, SAMPLES) -> levels (B, FRAMES, bands, 1)."""
-        return self.of_magnitude(self.magnitude(whole_hops(waveform * (LOUDNESS / root_mean_square(waveform)))))
+        return self.as_loud(waveform * (LOUDNESS / root_mean_square(waveform)))
 
-    def of_magnitude(self, magnitude):
-        """STFT magnitudes (B, F, T) -> levels (B, FRAMES, bands, 1)."""
+    def as_loud(self, waveform):
+        """Levels (B, FRAMES, bands, 1) of waveforms (B, SAMPLES) as loud as they are."""
+        magnitude = self.magnitude(F.pad(waveform, (0, -waveform.shape[1] % HOP)))  # (B, F, FRAMES * SPAN)
         spans = (self.bank @ magnitude).unflatten(2, (FRAMES, SPAN))  # (B, bands, FRAMES, SPAN)
         return log_compress(spans.mean(3)).transpose(1, 2)[..., None]
 
@@ -461,13 +419,10 @@ class SoundLevels(nn.Module):
 
 
 class NoteDuos:
-    """Mixtures of two notes of different instruments, made when they are asked for; their stems are the truth.
+    """Mixtures of two notes of different instruments; in unison or octaves apart they would share all harmonics.
 
-    Both notes have one loudness, but for up to MAX_GAIN_DB that one is louder. Notes in unison, or whole octaves apart,
-    share all harmonics and are not mixed. Raises click.UsageError where a split has hardly two notes to be mixed.
+    Raises click.UsageError where a split has no two notes to be mixed.
     """
-
-    crop = None
 
     def __init__(self, options, device):
         self.notes, self.source = load_notes(options)
@@ -489,38 +444,36 @@ class NoteDuos:
         raise click.UsageError(f"{split}: there are hardly two notes of different instruments and pitches to be mixed")
 
     def stems(self, split, pair, decibels):
-        """Waveforms (n, 2, SAMPLES), whose sum has LOUDNESS, and what root mean square the notes had (n, 2)."""
+        """Waveforms (n, 2, SAMPLES), whose sum has LOUDNESS."""
         waveform = self.notes[split].waveform(pair.flatten()).unflatten(0, pair.shape)
-        before = root_mean_square(waveform)
-        waveform = waveform / before * 10 ** (decibels[..., None] / 20)
-        return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True)), before[..., 0]
+        waveform = waveform / root_mean_square(waveform) * 10 ** (decibels[..., None] / 20)
+        return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True))
 
     def batch(self, step, own, total):
         """Levels of the slice `own` of the `total` mixtures of a step: (own, FRAMES, bands, 1)."""
         pair, decibels = self.sample("train", total, random_generator("mixtures", self.seed, step))
-        return self.levels(self.stems("train", pair[own], decibels[own])[0].sum(1).to(self.device))
+        return self.levels(self.stems("train", pair[own], decibels[own]).sum(1).to(self.device))
 
     def mixtures(self, split, n):
-        """The first n of the mixtures that all runs share: stems (n, 2, SAMPLES), loudness before and family (n, 2)."""
-        pair, decibels = (values[:n] for values in self.sample(split, max(n, MIXTURES), random_generator("held out")))
-        return *self.stems(split, pair, decibels), self.notes[split].family[pair]
+        """Stems (n, 2, SAMPLES) of the first n of the mixtures that all runs share."""
+        pair, decibels = self.sample(split, max(n, MIXTURES), random_generator("held out"))
+        return self.stems(split, pair[:n], decibels[:n])
 
 
 def load_data(options, device):
     """The data set of the options; raises click.UsageError where its folder is not what was expected."""
     dataset, root, about = options["dataset"], options["data_root"], [options[k] for k in ("size", "objects", "seed")]
-    if options["download"] and (dataset == "sprites" or not root):
-        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB) or NSynth (over 20 GB); it needs --data-root")
-    if dataset == "nsynth-duo":
-        return NoteDuos(options, device)
-    if dataset == "sprites" or not root:
-        return Sprites(*about, device, root) if dataset == "sprites" else BuiltInClevr(*about, device)
-    if options["download"]:
+    if options["download"] and dataset == "sprites":
+        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB) or NSynth (over 20 GB), no sprites")
+    if dataset == "clevr" and options["download"]:
         try:
             CLEVRClassification(root, download=True)
         except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
             raise click.ClickException(f"CLEVR v1.0 could not be fetched into {root}: {error}") from error
-    return ClevrFolder(root / ("clevr" * options["download"]), *about, device)
+        root = root / "clevr"
+    if dataset == "clevr":
+        return ClevrFolder(root, *about, device) if root else BuiltInClevr(*about, device)
+    return Sprites(*about, device, root) if dataset == "sprites" else NoteDuos(options, device)
 
 
 # ---------------------------------------------------------------- Model
@@ -548,8 +501,7 @@ def fourier_features(position, octaves):
 class BroadcastDecoder(nn.Module):
     """Spatial-broadcast decoder (Watters et al. 2019): z (M, D), cell (M, 2) -> features (M, channels, h, w).
 
-    Every place is told its offset from the slot's own, so that a slot is drawn the same wherever it stands, and with
-    `absolute` its position in the data too.
+    Every place is told its offset from the slot's, which is drawn the same anywhere; with `absolute` its own too.
     """
 
     def __init__(self, d, channels, grid, absolute, octaves, conv):
@@ -584,9 +536,8 @@ class ColumnShuffle(nn.Module):
 class Encoder(nn.Module):
     """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
 
-    A slot stands up to `shift` from the middle of its cell, on either axis: an object's corner is easier to find than
-    its middle, and a slot that stood there would need the reach of twice the object (docs/mvae-log.md). With `absolute`
-    it is told positions; else it treats an object the same wherever it is, and flat ground does not outrank objects.
+    A slot stands up to `shift` from the middle of its cell: an object's corner is easier to find than its middle. Only
+    with `absolute` is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
     """
 
     def __init__(self, shape, grid, d, channels, shift, absolute, conv, kernel):
@@ -616,10 +567,7 @@ class Encoder(nn.Module):
 
 
 class Background(nn.Module):
-    """What lies behind all slots: a learned picture, and with `d` > 0 latents that shade it smoothly.
-
-    features (B, F), noise (B, d) or None for z = mu -> background (B, C, h, w), KL (B,).
-    """
+    """A learned picture, shaded by `d` latents: features (B, F), noise (B, d) or None -> (B, C, h, w), KL (B,)."""
 
     def __init__(self, shape, features, d):
         super().__init__()
@@ -645,12 +593,10 @@ class Background(nn.Module):
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
-    compose_at "data": every slot is decoded to a picture and these are combined; "feature": the slots' feature maps
-    are combined and decoded on together. op "alpha": softmax masks over slots and background. In half picture widths,
-    `shift`: how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound.
-    `explore`: train with a slot from the cell around which the others explain least. With a `domain` the data are
-    sounds: levels (B, FRAMES, size, 1), one cell wide: the height of a picture is the logarithm of a frequency, its
-    colours are times. Layers are logarithms of magnitudes, combined as `domain` says: "magnitude", "power", "log".
+    compose_at "feature": the slots' feature maps are combined and decoded on together. In half picture widths, `shift`:
+    how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound. With a
+    `domain` the data are sounds, levels (B, FRAMES, size, 1): the height of a picture is the logarithm of a frequency,
+    its colours are times. Layers are logarithms of magnitudes, combined as magnitudes, powers or levels ("log").
     """
 
     def __init__(
@@ -688,10 +634,7 @@ class MVAE(nn.Module):
 
     @torch.no_grad()
     def start_at_mean(self, mean):
-        """Start where the data are: the background as their mean (C, H, W), slots in its mean colour.
-
-        A slot that starts in a wrong colour is masked out at once and never returns.
-        """
+        """The background as the data's mean (C, H, W), slots in its colour: others are masked out at once for good."""
         colour = mean.mean((1, 2)).repeat_interleave(self.subpixels)
         if self.compose_at == "feature":
             self.to_image[2].bias.copy_(colour)
@@ -702,10 +645,8 @@ class MVAE(nn.Module):
         if self.background is not None:
             self.background.picture.copy_(mean)
         if self.domain:  # so that layers, once combined, are the mean
-            level, parts = (
-                (colour / n, 1) if self.domain == "log" else (colour, n ** {"magnitude": 1, "power": 0.5}[self.domain])
-            )
-            colour = (log_expand(level) / parts).clamp(min=1e-4).log()  # times without sound have no logarithm
+            level, power = (colour / n, 0) if self.domain == "log" else (colour, 0.5 if self.domain == "power" else 1)
+            colour = (log_expand(level) / n**power).clamp(min=1e-4).log()  # times without sound have no logarithm
         elif self.op == "sum":  # with a background, layers are what a slot adds to it
             colour = torch.zeros_like(colour) if self.background is not None else colour / n
         convolution.bias[: len(colour)] = colour
@@ -713,10 +654,7 @@ class MVAE(nn.Module):
             convolution.bias[len(colour) :] = 1.0  # the background's logit is 0
 
     def encode(self, image, noise=None, explore=False, n=None):
-        """image (B, C, H, W) -> Encoding of `n` slots, N by default; `noise` (B, d) samples the background's latents.
-
-        With `explore` the Encoding's last slot is the exploring one: one more or, in every second picture, the last's.
-        """
+        """image (B, C, H, W) -> Encoding of n or N slots, with `explore` one more; noise (B, d) of the background."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
@@ -725,7 +663,7 @@ class MVAE(nn.Module):
         index = self.select(kl_map, mu, place, background, n or self.n_slots)
         if explore:
             extra = self.least_explained(image, mu, place, background, index)
-            if self.exchange:
+            if self.exchange:  # in every second picture, in the place of the last
                 every_second = torch.arange(len(extra), device=extra.device)[:, None] % 2 == 0
                 index, extra = index[:, :-1], torch.where(every_second, extra, index[:, -1:])
             index = torch.cat([index, extra], dim=1)
@@ -736,14 +674,13 @@ class MVAE(nn.Module):
     def select(self, kl_map, mu, place, background, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
-        Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat. A
-        cell's score is its KL, which counts less the farther from its cell a slot would stand: else slots may settle,
-        all of them, at the end of one common shift (docs/mvae-log.md). `suppress` "neighbours": the 3 x 3 cells around;
-        "drawn": also cells as far as the slot draws in them, or where theirs would stand, and those that point beside it.
+        Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat.
+        `suppress` "neighbours": the 3 x 3 cells around; "drawn": also cells as far as the slot draws in them, or where
+        theirs would stand, and those that point beside it.
         """
         (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
         score, kl, chosen = kl_map.flatten(1), kl_map.flatten(1), []
-        if self.encoder.max_shift:
+        if self.encoder.max_shift:  # else all slots may settle at the end of one common shift (docs/mvae-log.md)
             away = (place - self.encoder.middles.flatten(1)).square().sum(1)
             score = score * torch.exp(-away / self.encoder.max_shift**2)
         y, x = ((place + 1) / 2).unbind(1)
@@ -757,9 +694,7 @@ class MVAE(nn.Module):
             taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
             near = F.max_pool2d(taken.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1) > 0
             if self.suppress == "drawn":
-                here, z = (
-                    gather_cells(values[..., None], index) for values in (place, mu.flatten(2))
-                )  # (B, 1, 2 or D)
+                z, here = gather_cells(mu, index), gather_cells(place[..., None], index)  # (B, 1, D), (B, 1, 2)
                 drawn = self.drawn(z, here, background).flatten(1)
                 free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
                 near = near | ((place - here.transpose(1, 2)).abs().amax(1) < 2 / rows)
@@ -771,11 +706,8 @@ class MVAE(nn.Module):
 
     @torch.no_grad()
     def least_explained(self, image, mu, place, background, index):
-        """The cell, none of index (B, N), around which these slots leave the largest squared error: (B, 1).
-
-        An object that another slot draws over, or that a neighbour outranks, is in no slot, its cells are charged for
-        their KL all the same, and so it would stay. Here its cell gets a share of what there is to gain.
-        """
+        """The cell, none of index (B, N), around which these slots leave the largest squared error: (B, 1)."""
+        # An object in no slot (drawn over, outranked) is charged for its KL and would stay there: here is its chance.
         layer = self.decode(gather_cells(mu, index), gather_cells(place, index))
         error = (self.compose(layer, background) - image).square().sum(1, keepdim=True)
         around = F.avg_pool2d(F.avg_pool2d(error, self.patch), 3, stride=1, padding=1)
@@ -789,8 +721,7 @@ class MVAE(nn.Module):
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
 
-        With "alpha" these are the masks; with the other operators the mean absolute change that a slot decoded alone
-        makes to the picture of a neutral layer, the background's share being VISIBLE.
+        The masks of "alpha"; else the mean absolute change that a slot makes to a neutral layer's picture, or VISIBLE.
         """
         if self.op == "alpha":
             masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
@@ -808,18 +739,13 @@ class MVAE(nn.Module):
         return self.fade(torch.zeros_like(layer[:, :1]), torch.zeros_like(layer[:, :1, :1]))
 
     def decode(self, z, cell):
-        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own.
-
-        Beyond `reach` of its cell a slot turns into the operator's neutral element. Without this edge a slot may be drawn
-        at any distance from its cell. All slots then settle on one common offset, and objects near the border on that
-        side are left without a cell (docs/mvae-log.md).
-        """
+        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own, neutral beyond its `reach`."""
         h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
         layer = self.to_layer(h).to(self.grid.dtype).unflatten(0, z.shape[:2])
         if not self.reach:
             return layer
         squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        # 1 - 2e-4 at a third of the reach, 0.37 at it
+        # 1 - 2e-4 at a third of the reach, 0.37 at it. Unbound slots settle on one common offset (docs/mvae-log.md).
         return self.fade(layer, torch.exp(-(squared / self.reach**2).square().square()))
 
     def fade(self, layer, window):
@@ -847,18 +773,12 @@ class MVAE(nn.Module):
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
         layer = self.decode(z, encoding.cell)
         mean = self.compose(layer, encoding.background)
-        return (
-            encoding,
-            mean,
-            self.offset(layer, encoding) if self.encoder.max_shift else torch.zeros_like(mean[:, 0, 0, 0]),
-        )
+        offset = self.offset(layer, encoding) if self.encoder.max_shift else torch.zeros_like(mean[:, 0, 0, 0])
+        return encoding, mean, offset
 
     def offset(self, layer, encoding):
-        """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared.
-
-        A slot that draws little counts little. Only where slots stand gets a gradient: what they draw does not shrink
-        or fade to come nearer.
-        """
+        """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared."""
+        # Only where slots stand gets a gradient: what they draw does not shrink or fade to come nearer.
         with torch.no_grad():
             owned = self.responsibilities(layer, encoding.background)
             share = owned[:, 1:] / owned.sum(1, keepdim=True)  # (B, N, H, W)
@@ -882,11 +802,7 @@ def gaussian_log_likelihood(x, mean, sigma):
 
 
 def objective(image, mean, encoding, offset, beta, sigma):
-    """Negative ELBO in nats per picture or sound, its KL weighed by beta, plus the price of offsets; and its terms.
-
-    The KL is charged in every cell, so that cells which are not selected fall to the prior. Nothing else ties a slot to
-    the middle of what it draws: a common offset of all slots decodes as well (docs/mvae-log.md).
-    """
+    """Negative ELBO, its KL (of all cells: others fall to the prior) times beta, plus the price of offsets; its terms."""
     reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
     kl, offset = (encoding.kl_map.sum((1, 2)) + encoding.kl_background).mean(), offset.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/offset": offset}
@@ -908,9 +824,9 @@ def adjusted_rand_index(predicted, true):
 
 
 def match(segment, label, n_slots):
-    """Objects matched one to one to slots by intersection over union (Hungarian): segment, label (H, W) ->
+    """Objects of at least SMALLEST and slots matched one to one by IoU (Hungarian): segment, label (H, W) ->
 
-    label, slot and IoU of every match, pixels shared (K, N), sizes of slots (N,). Objects below SMALLEST are left out.
+    label, slot and IoU of every match, pixels shared (K, N), sizes of slots (N,).
     """
     values, sizes = label.unique(return_counts=True)
     objects = values[(values > 0) & (sizes >= SMALLEST * label.numel())]
@@ -925,10 +841,9 @@ def match(segment, label, n_slots):
 def segmentation_scores(responsibility, label):
     """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
 
-    "ari_fg": on true object pixels, predicted label = the component with the largest responsibility, the background
-    among them, as deepmind's segmentation_metrics and EfficientMORL have it; "ari_fg_slots": of slots alone. A slot
-    holds an object when its segment fills SMALLEST of the picture; slots that share most of their segment with one and
-    the same object are duplicates but for one.
+    "ari_fg": on true object pixels, the background among the predicted components, as in deepmind's
+    segmentation_metrics and EfficientMORL; "ari_fg_slots": the largest of the slots alone. Slots whose segment, of
+    at least SMALLEST of the picture, is mostly of one and the same object are duplicates but for one.
     """
     foreground, segment = label > 0, responsibility.argmax(0)
     _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
@@ -937,13 +852,10 @@ def segmentation_scores(responsibility, label):
     active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
     claimed = owner[most > 0.5 * sizes[active]]
-    return {
-        "ari_fg": adjusted_rand_index(segment[foreground], label[foreground]),
-        "ari_fg_slots": adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground]),
-        "miou": iou.sum().item() / len(shared),
-        "slot_count_error": abs(int(active.sum()) - len(shared)),
-        "duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum()))
-    }  # fmt: skip
+    scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
+    scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
+    scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
+    return scores | {"duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum()))}
 
 
 def averages(scores):
@@ -963,32 +875,13 @@ def evaluate_pictures(model, data, split, n, sigma):
         mean = model.compose(layer, encoding.background)
         ranks = model.encode(image, n=min(model.n_slots + 2, encoding.kl_map.numel())).kl[0].tolist()
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
-        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
         score |= {"kl": encoding.kl_map.sum() + encoding.kl_background, "kl_background": encoding.kl_background}
-        scores.append({name: value.item() for name, value in score.items()})
-        scores[-1] |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
+        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
+        score |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
+        scores.append({name: float(value) for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
     return averages(segmentations) | averages(scores) | {"scenes": len(images)}
-
-
-def complex_stft(waveform, n_fft=SOUND_FFT):
-    """(..., samples) -> complex (..., F, T), as SoundLevels sees magnitudes."""
-    window = torch.hann_window(n_fft, device=waveform.device)
-    spectrum = torch.stft(whole_hops(waveform.flatten(0, -2)), n_fft, n_fft // 4, window=window, return_complex=True)
-    return spectrum.unflatten(0, waveform.shape[:-1])
-
-
-def apply_masks(waveform, magnitude):
-    """Soft masks on sounds (B, samples): each of M slots' share of their power, magnitude (B, M, F, T) (Wiener 1949).
-
-    The sounds' own phases stay: -> (B, M, samples), which sum to the sounds.
-    """
-    power, n_fft = magnitude.square() + 1e-12, 2 * (magnitude.shape[2] - 1)
-    spectrum = (complex_stft(waveform, n_fft)[:, None] * (power / power.sum(1, keepdim=True))).flatten(0, 1)
-    window = torch.hann_window(n_fft, device=waveform.device)
-    parts = torch.istft(spectrum, n_fft, n_fft // 4, window=window, length=waveform.shape[1])
-    return parts.unflatten(0, magnitude.shape[:2])
 
 
 def si_sdr(estimate, target):
@@ -1004,9 +897,8 @@ def assign(ratio):
     return torch.tensor(np.stack(best), device=ratio.device)
 
 
-# Mixtures taken apart: levels (B, FRAMES, bands, 1) of the mixtures and of their reconstruction, Encoding; of the slot
-# that fits each stem best layers (B, S, ...), levels alone (B, S, FRAMES, bands, 1), masked mixtures (B, S, samples),
-# and dB of SI-SDR gained over the mixture itself (B, S).
+# Levels (B, FRAMES, bands, 1) of mixtures and their reconstruction, Encoding; of the slot that fits each of S stems
+# layers (B, S, ...), levels alone (B, S, ...), masked mixtures (B, S, samples), dB of SI-SDR gained (B, S).
 Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
 
 
@@ -1017,58 +909,47 @@ def separate(model, levels, stems):
     encoding = model.encode(level)
     layer = model.decode(encoding.mu, encoding.cell)
     alone = model.alone(layer)
-    parts = apply_masks(mixture, levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]))
+    magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
+    masked = [soft_masks(m) * stft(w, SOUND_FFT, HOP) for m, w in zip(magnitude, mixture.cpu().numpy(), strict=True)]
+    parts = [[inverse_stft(part, SOUND_FFT, HOP, SAMPLES) for part in slots] for slots in masked]
+    parts = torch.tensor(np.array(parts), dtype=mixture.dtype, device=mixture.device)  # (B, N, samples)
     ratio = si_sdr(parts[:, :, None], stems[:, None])  # (B, N, S)
     slot, b = assign(ratio), torch.arange(len(stems), device=stems.device)[:, None]
     gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
     return Separation(level, model.compose(layer), encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
 
 
-def distance(level, reference):
-    """`log_spectral_distance` of levels (B, FRAMES, bands, 1), in dB: (B,)."""
-    return log_spectral_distance(level[..., 0].transpose(1, 2), reference[..., 0].transpose(1, 2))
-
-
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu, slots under the best permutation.
 
-    "own_instrument": the share of mixtures in which both slots are nearer, in levels, to their own stem than to the
-    other. Recomposed are the slots of neighbours, one of each, against the mixture of their stems; its baseline is the
-    first mixture as it is, as that of SI-SDR gained is 0.
+    "own_instrument": the share in which both slots are nearer, in levels, to their own stem than to the other.
+    Recomposed are slots of two mixtures, against the mixture of their stems; the baseline is the first mixture itself.
     """
     scores, gained = [], []
-    for some in data.mixtures(split, n)[0].to(data.device).split(BLOCK):
-        found, other = separate(model, data.levels, some), some.roll(1, 0)
-        own = data.levels.of_magnitude(complex_stft(some.flatten(0, 1)).abs()).unflatten(0, (-1, 2))
+    for some in data.mixtures(split, n).to(data.device).split(BLOCK):
+        found = separate(model, data.levels, some)
+        own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
         apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
         recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-        remix = data.levels.of_magnitude(complex_stft(some[:, 0] + other[:, 1]).abs())
+        remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
         score = {
             "si_sdr_gained": found.gained.mean(1),
             "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
             "kl": found.encoding.kl_map.sum((1, 2)),
-            "lsd": distance(found.mean, found.level),
-            "lsd_recomposed": distance(recomposed, remix),
-            "lsd_recomposed_baseline": distance(found.level, remix)
+            "lsd": log_spectral_distance(found.mean, found.level, bins=2),
+            "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
+            "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
         }  # fmt: skip
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
         gained += found.gained.flatten().tolist()
-    above = {
-        "si_sdr_gained_median": float(np.median(gained)),
-        "si_sdr_gained_above_10": float(np.mean(np.array(gained) > 10)),
-    }
+    above = {"si_sdr_gained_median": float(np.median(gained)), "si_sdr_gained_above_10": (np.array(gained) > 10).mean()}
     return averages(scores) | above | {"mixtures": n}
 
 
 # ---------------------------------------------------------------- Figures and sounds
-
-SEGMENT_COLOURS = np.array(
-    [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
-     (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)], dtype=np.uint8
-)  # fmt: skip
 
 
 @torch.no_grad()
@@ -1079,14 +960,13 @@ def show_pictures(model, data, run, n=6):
     layer = model.decode(encoding.mu, encoding.cell)
     mean, alone = model.compose(layer, encoding.background), model.alone(layer, encoding.background)
     segments, rows = model.responsibilities(layer, encoding.background).argmax(1), []
-    numpy = [
-        value.cpu().numpy() for value in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)
-    ]
+    every = (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)
+    numpy = [value.cpu().numpy() for value in every]
     for image, mean, alone, segment, kl_map, cell, kl in zip(*numpy, strict=True):
         image = to_uint8(image)
         row = [Tile(image, "scene"), Tile(to_uint8(mean), "reconstruction")]
         row.append(Tile(kl_tile(image, kl_map, cell, range(len(cell))), "KL map"))
-        row.append(Tile(SEGMENT_COLOURS[segment % len(SEGMENT_COLOURS)], "segments"))
+        row.append(Tile(segment_map(segment), "segments"))
         rows.append(row + [Tile(to_uint8(one), f"slot {k}: {kl[k]:.0f} nats") for k, one in enumerate(alone)])
     run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
 
@@ -1094,32 +974,29 @@ def show_pictures(model, data, run, n=6):
 @torch.no_grad()
 def show_sounds(model, data, run, n=5, heard=2):
     """Mixtures, reconstructions, KL maps, slots alone beside their stems, a row a mixture; some of them as sounds."""
-    stems = data.mixtures("valid", n)[0].to(data.device)
+    stems = data.mixtures("valid", n).to(data.device)
     found, rows = separate(model, data.levels, stems), []
     for b in range(n):
-        own = data.levels.of_magnitude(complex_stft(stems[b]).abs())
+        own = data.levels.as_loud(stems[b])
         every = torch.stack([found.level[b], found.mean[b], own[0], found.alone[b, 0], own[1], found.alone[b, 1]])
         magnitude = data.levels.to_stft_magnitude(every).cpu().numpy()  # (6, F, T)
-        names = ["mixture", "reconstruction", *(f"stem {k}|its slot: {found.gained[b, k]:+.1f} dB" for k in range(2))]
-        names = "|".join(names).split("|")
-        row = [
-            Tile(spectrum_tile(m, magnitude[0].max(), SAMPLES / RATE, RATE), name, "slot" in name)
-            for m, name in zip(magnitude, names, strict=True)
-        ]
+        gains = [f"its slot: {gain:+.1f} dB" for gain in found.gained[b].tolist()]
+        names = ("mixture", "reconstruction", "stem 0", gains[0], "stem 1", gains[1])
+        tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
+        row = [Tile(tile, name, name in gains) for tile, name in zip(tiles, names, strict=True)]
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
-        cell = (found.encoding.cell[b].cpu() * torch.tensor([-1.0, 1.0])).numpy()
-        row.insert(
-            1, Tile(kl_tile(heat, found.encoding.kl_map[b].flip(0).cpu().numpy(), cell, range(len(cell))), "KL map")
-        )
+        kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
+        row.insert(1, Tile(kl_tile(heat, kl_map, cell, range(len(cell))), "KL map"))
         rows.append(row)
     title = "Mixtures taken apart; under a slot, SI-SDR that its mask gains"
     run.figure("separation", contact_sheet(rows, title, [f"mixture {b}" for b in range(n)]))
     for b in range(heard):
-        sounds = {"": stems[b].sum(0), "-slot0-masked": found.parts[b, 0], "-slot1-masked": found.parts[b, 1]}
+        loudest = 2 * stems[b].sum(0).abs().max().cpu()
         decoded = griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())
-        sounds |= {"-slot0-griffin-lim": decoded[0], "-slot1-griffin-lim": decoded[1]}
-        for name, waveform in sounds.items():
-            run.sound(f"mixture{b}{name}", waveform.cpu() / (2 * stems[b].sum(0).abs().max().cpu()))
+        run.sound(f"mixture{b}", stems[b].sum(0).cpu() / loudest)
+        for k in range(2):
+            run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k].cpu() / loudest)
+            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded[k] / loudest)
 
 
 # ---------------------------------------------------------------- Graphs
@@ -1130,11 +1007,8 @@ def graphs(model):
     generator, sound = random_generator("graphs"), bool(model.domain)
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
-    tones = torch.sin(
-        2 * math.pi * (80 + 1000 * torch.rand(2, 6, 1, generator=generator)) * torch.arange(SAMPLES) / RATE
-    )
-    waveform = 0.1 * (tones * torch.exp(-torch.arange(SAMPLES) / RATE)).sum(1)
-    levels, trained = (SoundLevels(model.size), SoundLevels(model.size)) if sound else (nn.Identity(), nn.Identity())
+    waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
+    levels, trained = (SoundLevels(model.size) if sound else nn.Identity() for _ in range(2))
     levels.magnitude = BlockSTFT(SOUND_FFT)
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
@@ -1156,27 +1030,24 @@ def graphs(model):
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
     if sound:
-        made["vocoder"] = (GriffinLim(SOUND_FFT), {"spectrogram": complex_stft(waveform).abs()[:, :, :32].contiguous()})
+        made["vocoder"] = (GriffinLim(SOUND_FFT), {"spectrogram": trained.magnitude(waveform)[:, :, :32].contiguous()})
     return made
 
 
 def describe(model):
-    """What a program needs to know of the model beside its graphs, for model.json."""
-    options = model.config["options"]
-    about = {"N": model.n_slots, "D": model.d, "op": model.op, "compose": model.compose_at, "cells": options["cells"]}
+    """What a program needs to know of the model beside its options and graphs, for model.json."""
     if not model.domain:
-        about |= {"kind": "mvae-image", "crop": model.config["data"]["crop"], "size": model.size}
-        return about | {"scaling": "colours / 255", "background": options["background"]}
+        return {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
-    about |= {"kind": "mvae-sound", "domain": model.domain, "scaling": scaling, "families": options["families"]}
-    return about | {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP, "bands": model.size}
+    sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP}
+    return {"kind": "mvae-sound", "scaling": scaling} | sizes
 
 
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
     "sprites": {"objects": "3-4", "d": 16, "batch": 16, "beta": 4.0, "minutes": 10.0},
-    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "beta": 4.0, "warmup": 0.4, "batch": 16,
+    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.4,
               "minutes": 20.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
                    "suppress": "neighbours", "background": "none", "shift": 0.0, "reach": 0.0, "explore": False,
@@ -1186,42 +1057,34 @@ OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "supp
 FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
 
 
-class ObjectCount(click.ParamType):
-    """A number of objects or a range of it, of 1 to 10: "4" -> (4, 4), "3-6" -> (3, 6)."""
+def parse_range(text):
+    """ "4" -> (4, 4), "3-6" -> (3, 6); raises ValueError for less than 1, more than 10, or the larger number first."""
+    low, high = map(int, (text.split("-") * 2)[:2] if isinstance(text, str) else text)
+    if not 1 <= low <= high <= 10:
+        raise ValueError
+    return low, high
 
-    name = "count"
 
-    def convert(self, value, param, ctx):
-        try:
-            low, high = map(int, (value.split("-") * 2)[:2] if isinstance(value, str) else value)
-        except (ValueError, TypeError):
-            low, high = 0, 0
-        if not 1 <= low <= high <= 10:
-            self.fail(
-                f"{value!r}: expected 1 to 10 objects, or a range such as 3-6, the smaller number first", param, ctx
-            )
-        return low, high
+OBJECTS = Parsed("1 to 10 objects, or a range such as 3-6, the smaller number first", parse_range)
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["domain"] is not None
-    unit, width = (UPSCALE_SOUND, 1) if sound else (UPSCALE, cells)
-    if size % unit or size % cells or size // cells not in (2, 4, 8, 16, 32):
-        rule = f"a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells"
-        raise click.UsageError(f"--size {size} --cells {cells}: the size must be {rule}")
-    if n + options["explore"] > cells * width or n < 1 + sound:
-        raise click.UsageError(
-            f"--N {n}: expected {1 + sound} to {cells * width - options['explore']} for {cells}x{width} cells"
-        )
-    if options["channels"] % 8:
-        raise click.UsageError(f"--channels {options['channels']}: expected a multiple of 8")
-    if options["op"] == "alpha" and sound:
-        raise click.UsageError("--op alpha is for pictures: sounds have no background")
-    if options["op"] in ("alpha", "max", "min") and options["background"] == "none" and not sound:
-        raise click.UsageError(f"--op {options['op']} needs a --background to show where no slot draws anything")
-    if sound and options["compose_at"] == "feature" and options["domain"] != "magnitude":
-        raise click.UsageError("--compose feature combines feature maps, in no --domain: leave that at magnitude")
+    unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2 - options["explore"])
+    behind = sound or options["background"] != "none" or options["op"] in ("sum", "mean")
+    rules = {
+        f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
+            size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
+        f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
+        f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
+        f"--op {options['op']} needs a --background to show where no slot draws anything": behind,
+        "--op alpha is for pictures: sounds have no background": not (sound and options["op"] == "alpha"),
+        "--compose feature combines feature maps, in no --domain: leave that at magnitude":
+            not sound or options["compose_at"] == "data" or options["domain"] == "magnitude"
+    }  # fmt: skip
+    for broken in (rule for rule, kept in rules.items() if not kept):
+        raise click.UsageError(broken)
 
 
 def build(options):
@@ -1229,15 +1092,13 @@ def build(options):
     return MVAE(**{name: options[name] for name in inspect.signature(MVAE).parameters})
 
 
-def load(folder):
-    """The trained model of a run folder; raises click exceptions where there is none."""
-    return load_model(folder, build)
+load = partial(load_model, build=build)  # a run folder -> its trained model
 
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
-@click.option("--objects", type=ObjectCount(), default="3-6", help="Objects in a scene: a number or a range.")
-@click.option("--families", type=Families(), default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")
+@click.option("--objects", type=OBJECTS, default="3-6", help="Objects in a scene: a number or a range.")
+@families_option
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
 @click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
@@ -1246,45 +1107,33 @@ def load(folder):
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
 @click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
 @click.option("--background", type=click.Choice(["none", "picture", "latent"]), default="picture", help="Behind slots.")
-@click.option(
-    "--suppress", type=click.Choice(["none", "neighbours", "drawn"]), default="drawn", help="By chosen slots."
-)
+@click.option("--suppress", type=click.Choice(["none", "neighbours", "drawn"]), default="drawn", help="By a slot.")
 @click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--reach", type=Finite(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
 @click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
-    """Train a Multi-Entity VAE on pictures of 64 x 64 pixels, or on mixtures of two notes.
-
-    \b
-    python train_mvae.py --dataset sprites
-    python train_mvae.py --dataset clevr --N 4 --op sum
-    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0 --minutes 60
-    python train_mvae.py --dataset nsynth-duo --data-root nsynth
-    python train_mvae.py --resume runs/mvae-clevr-alpha-N6-seed0 --minutes 90
-    """
     # 1. Options, device, data.
     settle_options(context, options)
     check_options(options)
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
-    evaluate, show, n = (evaluate_sounds, show_sounds, MIXTURES)
-    if not options["domain"]:
-        evaluate, show, n = (evaluate_pictures, show_pictures, SCENES)
+    pictures, sounds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
+    evaluate, show, n = sounds if options["domain"] else pictures
     n_test = n if options["evaluation"] == "full" else max(1, n // 10)
 
-    # 2. Build, initialise from the data, move to the device.
+    # 2. The model, which starts from the mean of the data.
     model = build(options)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
+    untrained = evaluate(model, data, "test", n_test, sigma)  # now: a resumed run has loaded its weights below
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
-    about = {"name": options["dataset"], "source": data.source, "crop": data.crop}
+    about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
     # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
-        untrained = evaluate(model, data, "test", n_test, sigma) if run.folder and run.step == 0 else {}
         for step, progress in run.steps():
             image = data.batch(step, run.own, run.total)
             generator = random_generator("noise", options["seed"], step)
@@ -1300,8 +1149,7 @@ def main(context, **options):
             if run.due:
                 run.report(evaluate(model, data, "valid", max(1, n // 5), sigma))
         if run.complete:
-            scores = evaluate(model, data, "test", n_test, sigma)
-            run.finish(scores | {f"step_0/{name}": score for name, score in untrained.items()}, data.source)
+            run.finish(evaluate(model, data, "test", n_test, sigma), untrained)
 
 
 if __name__ == "__main__":

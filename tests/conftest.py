@@ -1,7 +1,12 @@
-"""Shared fixtures: small runs made once a session, through the real command line."""
+"""Shared fixtures: one small run of every kind, made once a session through the real command line, and exported.
+
+Under pytest-xdist every process sees the same folders: the first that needs one makes it, the others wait for it.
+"""
 
 import json
+import os
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -9,22 +14,24 @@ import soundfile
 import torch
 from click.testing import CliRunner
 
+import common
 import export
 import train_mvae
 import train_vae_audio
 import train_vae_mnist
 
 TINY = ["--channels", "8", "--D", "4", "--cells", "8", "--batch", "4", "--device", "cpu"]
+NOTES = ["--families", "bass,flute", "--D", "3", "--batch", "4", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def small_and_steady():
-    """Two threads, and evaluations over few scenes: with a handful of steps, every step is followed by one."""
-    torch.set_num_threads(2)
-    train_mvae.HELD_OUT, train_mvae.PAIRS = 8, 4
-    train_mvae.MIXTURES, train_mvae.WATCHED = 6, 4
-    train_vae_audio.NOTES_EACH, train_vae_audio.EVALUATED, train_vae_audio.FamilyClassifier.STEPS = 3, 8, 20
-    train_vae_audio.INSTRUMENTS = {"train": range(2), "valid": range(2, 3), "test": range(3, 4)}
+def small():
+    """Evaluations over few examples: a run of a handful of steps is evaluated after every one of them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    train_mvae.SCENES, train_mvae.MIXTURES, train_mvae.POOL = 8, 6, 64
+    train_vae_audio.EVALUATED, train_vae_audio.WATCHED, train_vae_audio.QUICK = 8, 8, 4
+    common.NOTES_EACH, common.INSTRUMENTS = 3, {"train": range(2), "valid": range(2, 3), "test": range(3, 4)}
 
 
 def train(*args, main=train_mvae.main):
@@ -34,24 +41,46 @@ def train(*args, main=train_mvae.main):
     return result
 
 
+def once(tmp_path_factory, name, make):
+    """The folder `name` as make(folder) filled it, in whichever process of the session came first."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}-made"
+    try:
+        (root / f"{name}-in-the-making").mkdir()
+    except FileExistsError:
+        while not done.exists():
+            time.sleep(0.1)
+        return folder
+    try:
+        make(folder)
+    finally:
+        done.touch()
+    return folder
+
+
+def made(tmp_path_factory, name, *args, main=train_mvae.main, export_args=()):
+    """The folder of a run of these arguments, which is also exported."""
+
+    def make(folder):
+        train(*args, "--out", folder, main=main)
+        result = CliRunner().invoke(export.main, [str(folder), *export_args])
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    return once(tmp_path_factory, name, make)
+
+
 @pytest.fixture(scope="session")
 def clevr_run(tmp_path_factory):
     """A run of a few steps on the built-in scenes, with latents for the background, and its export."""
-    folder = tmp_path_factory.mktemp("runs") / "clevr"
-    train("--dataset", "clevr", "--steps", 3, "--N", 3, *TINY, "--out", folder)
-    result = CliRunner().invoke(export.main, [str(folder)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return folder
+    return made(tmp_path_factory, "clevr", "--dataset", "clevr", "--steps", 3, "--N", 3, *TINY)
 
 
 @pytest.fixture(scope="session")
 def sprites_run(tmp_path_factory):
-    """A run of a few steps on sprites, without a background, and its export."""
-    folder = tmp_path_factory.mktemp("runs") / "sprites"
-    train("--dataset", "sprites", "--steps", 3, "--op", "sum", "--background", "none", *TINY, "--out", folder)
-    result = CliRunner().invoke(export.main, [str(folder)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return folder
+    """A run of a few steps on sprites, without a background, and its export, of ONNX alone."""
+    args = ["--dataset", "sprites", "--steps", 2, "--op", "sum", "--background", "none", *TINY]
+    return made(tmp_path_factory, "sprites", *args, export_args=["--no-torchscript"])
 
 
 def write_digits(root, kind="MNIST", train=120, test=40):
@@ -71,24 +100,20 @@ def write_digits(root, kind="MNIST", train=120, test=40):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
+    return once(tmp_path_factory, "digits", write_digits)
 
 
 @pytest.fixture(scope="session")
 def vae_run(digits, tmp_path_factory):
     """A run of a few steps of the MLP on made-up digits, and its export."""
-    folder = tmp_path_factory.mktemp("runs") / "vae"
     args = ["--data-root", digits, "--hidden", "16,8", "--D", 3, "--batch", 20, "--steps", 12, "--device", "cpu"]
-    train(*args, "--eval-samples", 10, "--out", folder, main=train_vae_mnist.main)
-    result = CliRunner().invoke(export.main, [str(folder)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return folder
+    return made(tmp_path_factory, "vae", *args, "--eval-samples", 10, main=train_vae_mnist.main)
 
 
 def write_nsynth(root, names, form="wav", rate=16000, samples=64000, channels=1):
     """NSynth's three folders with a decaying sine for every (family, pitch) of `names`; returns the root."""
     t = np.arange(samples) / rate
-    for split in train_vae_audio.SPLITS:
+    for split in common.SPLITS:
         folder = root / f"nsynth-{split}"
         (folder / "audio").mkdir(parents=True)
         listing = {}
@@ -105,23 +130,13 @@ def write_nsynth(root, names, form="wav", rate=16000, samples=64000, channels=1)
 
 @pytest.fixture(scope="session")
 def notes_run(tmp_path_factory):
-    """A run of a few steps on synthesised notes, conditional, and its export."""
-    folder = tmp_path_factory.mktemp("runs") / "notes"
-    args = ["--families", "bass,flute", "--condition", "both", "--channels", 16, "--D", 3, "--batch", 4, "--steps", 1]
-    cache = tmp_path_factory.mktemp("cache")
-    train(*args, "--device", "cpu", "--cache", cache, "--out", folder, main=train_vae_audio.main)
-    result = CliRunner().invoke(export.main, [str(folder)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return folder
+    """A run of one step on synthesised notes, conditional, and its export, of ONNX alone."""
+    args = [*NOTES, "--condition", "both", "--channels", 16, "--steps", 1]
+    return made(tmp_path_factory, "notes", *args, main=train_vae_audio.main, export_args=["--no-torchscript"])
 
 
 @pytest.fixture(scope="session")
 def duo_run(tmp_path_factory):
     """A run of a few steps on mixtures of synthesised notes, and its export."""
-    folder = tmp_path_factory.mktemp("runs") / "duo"
-    small = ["--size", 64, "--cells", 16, "--channels", 8, "--D", 4, "--batch", 4, "--device", "cpu"]
-    data = ["--dataset", "nsynth-duo", "--families", "bass,flute", "--cache", tmp_path_factory.mktemp("cache")]
-    train(*data, *small, "--steps", 2, "--out", folder)
-    result = CliRunner().invoke(export.main, [str(folder)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return folder
+    args = ["--dataset", "nsynth-duo", "--size", 64, "--cells", 16, "--channels", 8, *NOTES]
+    return made(tmp_path_factory, "duo", *args, "--steps", 2)

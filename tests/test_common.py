@@ -1,43 +1,33 @@
-"""The shared mathematics against independent references, and the run helpers' promises."""
+"""The shared mathematics against independent references, the options, and the run's promises."""
 
 import itertools
 import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import click
 import numpy as np
 import pytest
 import torch
 import torch.distributions as td
+from click.testing import CliRunner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
-from common import OPS
+import recompose
+import train_mvae
+import train_vae_audio
+import train_vae_mnist
+from common import OPS, Run
+
+SCRIPTS = (train_vae_mnist, train_vae_audio, train_mvae)
 
 
 def test_gaussian_kl_is_that_of_torch():
     mu, logvar = torch.randn(50), torch.randn(50)
     expected = td.kl_divergence(td.Normal(mu, (0.5 * logvar).exp()), td.Normal(0.0, 1.0))
     torch.testing.assert_close(common.gaussian_kl(mu, logvar), expected)
-
-
-def test_likelihoods_are_those_of_torch_summed_over_an_example():
-    x, mean = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5)
-    expected = td.Normal(mean, 0.3).log_prob(x).sum((1, 2, 3))
-    torch.testing.assert_close(common.gaussian_log_likelihood(x, mean, 0.3), expected)
-    logits, bits = 3 * torch.randn(7, 4, 20, dtype=torch.float64), (torch.rand(4, 20) > 0.5).double()
-    expected = td.Bernoulli(logits=logits).log_prob(bits.expand(7, 4, 20)).sum(-1)
-    torch.testing.assert_close(common.bernoulli_log_likelihood(bits, logits), expected)
-
-
-def test_the_bernoulli_likelihood_neither_overflows_nor_loses_its_gradient():
-    logits = torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0], requires_grad=True)
-    for bit in (0.0, 1.0):
-        value = common.bernoulli_log_likelihood(torch.full((5,), bit), logits)
-        reference = -torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, torch.full((5,), bit), reduction="sum"
-        )
-        torch.testing.assert_close(value, reference)
-        (gradient,) = torch.autograd.grad(value, logits)
-        torch.testing.assert_close(gradient, bit - logits.detach().sigmoid(), atol=1e-7, rtol=1e-5)
 
 
 def test_reparameterize_has_the_posterior_as_its_distribution():
@@ -47,13 +37,13 @@ def test_reparameterize_has_the_posterior_as_its_distribution():
     assert z.var().item() == pytest.approx(np.exp(-1.0), abs=0.01)
 
 
-def test_beta_rises_from_its_start_to_its_end_and_stays():
-    values = [common.beta_at(p, 4.0, 0.5, 0.4) for p in np.linspace(0, 1, 101)]
-    assert values[0] == 0.5
+def test_beta_rises_from_zero_to_its_end_and_stays():
+    values = [common.beta_at(p, 4.0, 0.4) for p in np.linspace(0, 1, 101)]
+    assert values[0] == 0
     assert all(b >= a for a, b in itertools.pairwise(values))
-    assert values[20] == pytest.approx(2.25)  # half way through the rise
+    assert values[20] == pytest.approx(2.0)  # half way through the rise
     assert set(values[40:]) == {4.0}
-    assert common.beta_at(0.0, 1.0, 0.0, 0.0) == 1.0  # no warm-up at all
+    assert common.beta_at(0.0, 1.0, 0.0) == 1.0  # no warm-up at all
 
 
 def test_learning_rate_starts_small_and_ends_at_a_twentieth():
@@ -63,39 +53,9 @@ def test_learning_rate_starts_small_and_ends_at_a_twentieth():
     assert common.learning_rate_at(1.0, 10**6, 1.0) == pytest.approx(0.05)
 
 
-# ---------------------------------------------------------------- Selection
-
-
-def reference_selection(kl_map, n, window):
-    """Top-N with neighbour suppression, cell by cell."""
-    height, width = kl_map.shape
-    reach = window // 2
-    peaks, rest = [], []
-    for y, x in itertools.product(range(height), range(width)):
-        around = kl_map[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
-        (peaks if kl_map[y, x] == around.max() else rest).append((kl_map[y, x], y * width + x))
-    ranked = [i for _, i in sorted(peaks, reverse=True)] + [i for _, i in sorted(rest, reverse=True)]
-    return ranked[:n]
-
-
-@pytest.mark.parametrize("window", [1, 3, 5])
-def test_selected_cells_are_those_of_a_loop(window):
-    maps = torch.rand(6, 7, 9, generator=common.random_generator("maps"))
-    index = common.select_cells(maps, 20, window)
-    assert index.tolist() == [reference_selection(m.numpy(), 20, window) for m in maps]
-
-
-def test_suppression_gives_two_objects_two_slots():
-    kl_map = torch.zeros(1, 8, 8)
-    kl_map[0, 2, 2], kl_map[0, 2, 3], kl_map[0, 6, 6] = 10.0, 9.0, 5.0  # one object lifts two cells
-    assert common.select_cells(kl_map, 2, 1).tolist() == [[18, 19]]
-    assert common.select_cells(kl_map, 2, 3).tolist() == [[18, 54]]
-
-
 def test_gather_cells_takes_whole_vectors():
     values = torch.randn(2, 4, 3, 5)
-    index = torch.tensor([[0, 14], [7, 7]])
-    gathered = common.gather_cells(values, index)
+    gathered = common.gather_cells(values, torch.tensor([[0, 14], [7, 7]]))
     torch.testing.assert_close(gathered[0, 1], values[0, :, 2, 4])
     torch.testing.assert_close(gathered[1, 0], values[1, :, 1, 2])
 
@@ -135,38 +95,30 @@ def test_alpha_masks_share_every_pixel_and_can_hide_a_slot():
     torch.testing.assert_close(common.compose(layer, background, "alpha"), layer[:, 2, :3])
 
 
-def test_an_unknown_operator_is_refused():
-    with pytest.raises(ValueError, match="product"):
-        common.compose(*layers("sum"), "product")
+# ---------------------------------------------------------------- Options
 
 
-# ---------------------------------------------------------------- Layers
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_presets_name_options_and_help_shows_the_values_that_will_be_used(script):
+    names = {parameter.name for parameter in script.main.params}
+    assert all(set(preset) <= names for preset in script.PRESETS.values())
+    for dataset in script.PRESETS:
+        shown = CliRunner().invoke(script.main, ["--dataset", dataset, "--help"]).output
+        result = CliRunner().invoke(script.main, ["--dataset", dataset, "--dry-run"])
+        assert result.exit_code == 0, result.output
+        used = json.loads(result.output)
+        assert f"default: {used['minutes']}" in shown and f"default: {used['beta']}" in shown
+        assert str(2**63 - 1) not in shown
 
 
-def test_relative_coordinates_move_a_slot_with_its_cell():
-    decoder = common.BroadcastDecoder(4, 8, (32, 32), blocks=1, coords="relative")
-    z = torch.randn(1, 4).expand(2, -1)
-    step = 2 / 32  # one cell of the grid
-    features = decoder(z, torch.tensor([[0.0, 0.0], [3 * step, -2 * step]]))
-    inner = slice(8, 24)  # far from the border, where zero padding shows
-    torch.testing.assert_close(features[0, :, inner, inner], features[1, :, 11:27, 6:22], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_options_of_every_training_script(script):
+    flags = {flag for parameter in script.main.params for flag in parameter.opts}
+    asked = "data-root download steps minutes batch lr beta warmup seed device precision out resume dry-run"
+    assert {f"--{name}" for name in asked.split()} <= flags
 
 
-def test_absolute_coordinates_ignore_the_cell():
-    decoder = common.BroadcastDecoder(4, 8, (16, 16), blocks=1, coords="absolute")
-    z = torch.randn(1, 4).expand(2, -1)
-    features = decoder(z, torch.tensor([[0.0, 0.0], [0.5, -0.5]]))
-    assert torch.equal(features[0], features[1])
-
-
-def test_position_grid_is_symmetric_and_inside():
-    grid = common.position_grid(4, 6)
-    torch.testing.assert_close(grid, -grid.flip(1, 2))
-    assert grid[0, 0, 0] == -0.75
-    assert grid[1, 0, 0] == pytest.approx(-5 / 6)
-
-
-# ---------------------------------------------------------------- Run helpers
+# ---------------------------------------------------------------- Generators, files
 
 
 def test_generators_repeat_by_key_and_differ_between_keys():
@@ -177,44 +129,131 @@ def test_generators_repeat_by_key_and_differ_between_keys():
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    common.write_atomically(path, lambda p: p.write_text("old"))
+    recompose.write_atomically(path, lambda p: p.write_text("old"))
 
     def fail(partial):
         partial.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        common.write_atomically(path, fail)
+        recompose.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_that_write_one_file_have_partial_files_of_their_own(tmp_path, monkeypatch):
+    partials = []
+    for process in (100, 200):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        recompose.write_atomically(tmp_path / "a.json", lambda path: partials.append(path) or path.write_text("{}"))
+    assert len(set(partials)) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"no archive at all"])
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, content):
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(click.ClickException, match="damaged or was not written"):
+    with pytest.raises(click.ClickException, match="missing, damaged, or not the file"):
         common.load_checkpoint(tmp_path, "cpu")
 
 
 def test_a_foreign_checkpoint_or_config_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint.pt")
-    with pytest.raises(click.ClickException, match="was not written"):
+    with pytest.raises(click.ClickException, match="not the file that was expected"):
         common.load_checkpoint(tmp_path, "cpu")
-    with pytest.raises(click.UsageError, match=r"no config\.json"):
+    with pytest.raises(click.UsageError, match=r"config\.json: missing"):
         common.load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1, 2]))
-    with pytest.raises(click.UsageError, match="not written by"):
+    with pytest.raises(click.UsageError, match="not the file that was expected"):
         common.load_config(tmp_path)
 
 
-def test_clock_takes_whichever_ends_first():
-    clock = common.Clock(steps=100, minutes=60, elapsed=30 * 60)
-    assert clock.progress(10) == pytest.approx(0.5, abs=1e-3)
-    assert clock.progress(80) == 0.8
-    assert clock.progress(1000) == 1.0
-    assert common.Clock(steps=4, minutes=None, elapsed=1e9).progress(1) == 0.25
+# ---------------------------------------------------------------- The run
 
 
-def test_presets_must_name_options():
-    with pytest.raises(ValueError, match="nonsense"):
-        common.PresetCommand("name", params=[], presets={"data": {"nonsense": 1}})
+def open_run(folder, resume=None, **options):
+    """A run of a model of one weight."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    options = {"out": folder, "resume": resume, "batch": 4, "steps": 40, "minutes": None} | options
+    about = {"name": "numbers", "source": "made up"}
+    return Run(options, "train_nothing", "numbers", about, model, optimizer, torch.device("cpu"))
+
+
+def go_through(run):
+    """Take all steps; returns [(step, progress), ...]."""
+    taken = []
+    with run:
+        for step, progress in run.steps():
+            taken.append((step, progress))
+            run.log({"loss/a": 1.0})
+            if run.due:
+                run.report({"score": 0.5})
+        if run.complete:
+            run.finish({"score": 0.25}, {"score": 0.125})
+    return taken
+
+
+def test_scores_carry_the_name_of_their_split(tmp_path):
+    taken = go_through(open_run(tmp_path / "run"))
+    assert taken == [(k, k / 40) for k in range(40)]
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert {"valid/score"} == {tag for tag in events.Tags()["scalars"] if "score" in tag}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["split"], metrics["score"], metrics["step_0/score"]) == ("test", 0.25, 0.125)
+    curve = json.loads((tmp_path / "run" / "curve.json").read_text())
+    assert [point["step"] for point in curve] == list(range(4, 41, 4))
+
+
+def test_progress_goes_by_whichever_ends_first_and_never_falls(tmp_path):
+    go_through(open_run(tmp_path / "run", steps=10))
+    for more in ({"steps": 20}, {"steps": None, "minutes": 1e9}):
+        run = open_run(None, tmp_path / "run", **more)
+        with run:
+            for (step, progress), _ in zip(run.steps(), range(3), strict=False):
+                assert step >= 10 and progress == 1.0
+                run.log({"loss/a": 1.0})
+    run = open_run(tmp_path / "clock", steps=100, minutes=1)
+    with run:
+        run.started -= 30
+        (_, progress), *_ = itertools.islice(run.steps(), 1)
+        assert progress == pytest.approx(0.5, abs=0.01)
+
+
+def test_runs_opened_at_the_same_time_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        folders = [run.folder for run in pool.map(lambda _: open_run(None), range(6))]
+    assert len({folder.resolve() for folder in folders}) == 6
+    assert {folder.name for folder in folders} == {"numbers", *(f"numbers-{k}" for k in range(2, 7))}
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    run = open_run(tmp_path / "run")
+    with pytest.raises(click.ClickException, match="step 3 is not finite"), run:
+        for step, _ in run.steps():
+            run.log({"loss/a": math.nan if step == 3 else 1.0})
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight])
+    for factor, moved in ((math.nan, False), (1.0, True)):
+        values = common.optimizer_step((weight * factor).sum(), {}, optimizer, 0.1, 1.0)
+        assert (weight != 1).any() == moved
+    assert values["gradient_norm"] == pytest.approx(math.sqrt(3))
+    assert values["schedule/lr"] == optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_gradients_are_averaged_over_processes_before_they_are_clipped(monkeypatch):
+    """The other process is played by a message that adds its gradients."""
+    theirs = torch.tensor([5.0, -1.0])
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda flat, **_: flat.add_(theirs))
+    weight = torch.nn.Parameter(torch.zeros(2))
+    values = common.optimizer_step((weight * torch.tensor([1.0, 3.0])).sum(), {}, torch.optim.SGD([weight]), 0.1, 1e9)
+    torch.testing.assert_close(weight.grad, torch.tensor([3.0, 1.0]))
+    assert values["gradient_norm"] == pytest.approx(math.sqrt(10))

@@ -1,6 +1,7 @@
-"""Scenes a second that the built-in CLEVR renderer draws, and that training consumes.
+"""Scenes a second that the built-in CLEVR renderer draws, and that training consumes; its scenes beside real ones.
 
 python -m tests.benchmarks.renderer
+python -m tests.benchmarks.renderer --data-root CLEVR_v1.0 --figure docs/figures/renderer.png
 """
 
 import statistics
@@ -11,62 +12,61 @@ import click
 import torch
 
 import train_mvae
-from common import random_generator
-from recompose import contact_sheet
+from common import FOLDER, optimizer_step, random_generator
+from recompose import Tile, contact_sheet, to_uint8
 
 ROUNDS = 5
 
 
-def scenes_a_second(draw, scenes):
-    """Median over ROUNDS of `draw()`, which makes or uses so many scenes, after one round to warm up."""
-    draw()
+def scenes_a_second(work, scenes):
+    """Median over ROUNDS of `work()`, which draws or uses so many scenes, after one round to warm up."""
+    work()
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        draw()
+        work()
         seconds.append(time.perf_counter() - start)
     return scenes / statistics.median(seconds)
 
 
-def draw_figure(data_root, path, columns=8):
-    """Two rows of pictures from a CLEVR folder over two rows of built-in scenes."""
-    settings = 64, (3, 6), 0, torch.device("cpu")
-    rows = []
-    for data in (train_mvae.ClevrFolder(data_root, *settings), train_mvae.BuiltInClevr(*settings)):
-        images, _ = data.held_out(2 * columns)
-        tiles = [(train_mvae.picture(image), "", False) for image in images]
-        tiles[0] = (tiles[0][0], data.source, False)
+def draw_figure(options, data_root, columns=8):
+    """Two rows of pictures from a CLEVR folder over two rows of built-in scenes, all of the valid split."""
+    rows, labels = [], []
+    for root in (data_root, None):
+        data = train_mvae.load_data(options | {"data_root": root}, torch.device("cpu"))
+        tiles = [Tile(to_uint8(image.numpy())) for image in data.scenes("valid", 2 * columns)[0]]
         rows += [tiles[:columns], tiles[columns:]]
-    contact_sheet(rows).save(path)
+        labels += [f"{'real' if root else 'built-in'} scenes"] * 2
+    return contact_sheet([row for row in rows if row], "CLEVR, and the scenes of the built-in renderer", labels)
 
 
 @click.command()
-@click.option("--data-root", type=click.Path(path_type=Path, exists=True))
-@click.option("--figure", type=click.Path(path_type=Path))
+@click.option("--data-root", type=FOLDER, help="CLEVR's folder, to draw its scenes beside the built-in ones.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Write the scenes here, instead of timing.")
 def main(data_root, figure):
-    if figure:
-        draw_figure(data_root, figure)
-        return
-    device = torch.device("cpu")
+    """Time the built-in CLEVR renderer, or draw its scenes beside real ones."""
     options = train_mvae.main.make_context("", ["--dataset", "clevr"]).params
-    renderer = train_mvae.ClevrRenderer(options["size"], options["objects"], device)
-    generator = random_generator("benchmark")
-    drawn = scenes_a_second(lambda: renderer.render(renderer.draw(train_mvae.BLOCK, generator)), train_mvae.BLOCK)
+    if figure:
+        draw_figure(options, data_root, 8).save(figure)
+        return
+    data, batch, sigma = train_mvae.load_data(options, torch.device("cpu")), options["batch"], options["sigma"]
+    generator, scenes = random_generator("benchmark"), train_mvae.BLOCK
+    drawn = scenes_a_second(lambda: data.render(data.sample(scenes, generator)), scenes)
 
-    model = train_mvae.MVAE(**{name: options[name] for name in train_mvae.MODEL_OPTIONS})
-    model = model.to(memory_format=torch.channels_last)
+    model = train_mvae.build(options).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
-    image = torch.rand(options["batch"], 3, options["size"], options["size"])
-    noise = torch.randn(options["batch"], model.noise_size)
+    image = torch.rand(batch, 3, options["size"], options["size"])
+    noise = torch.randn(batch, sum(model.noise_sizes))
 
     def train(steps=10):
         for _ in range(steps):
-            train_mvae.update(model, optimizer, image, noise, 1.0, options["lr"], options)
+            loss, terms = train_mvae.objective(image, *model(image, noise), 1.0, sigma)
+            optimizer_step(loss, terms, optimizer, options["lr"], train_mvae.CLIP)
 
-    used = scenes_a_second(train, 10 * options["batch"])
-    print(f"{torch.get_num_threads()} threads, {options['size']} x {options['size']} pictures")
-    print(f"drawn:    {drawn:6.0f} scenes/s")
-    print(f"consumed: {used:6.0f} scenes/s by training ({drawn / used:.1f} drawn for each)")
+    used = scenes_a_second(train, 10 * batch)
+    click.echo(f"{torch.get_num_threads()} threads, {options['size']} x {options['size']} pictures")
+    click.echo(f"drawn:    {drawn:6.0f} scenes/s")
+    click.echo(f"consumed: {used:6.0f} scenes/s by training ({drawn / used:.1f} drawn for each)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""What the slots of a run are good for: recomposed and scored against the truth, varied, moved, remixed.
+
+    python -m tests.experiments.slots runs/mvae-sprites-alpha-N4-seed0
+    python -m tests.experiments.slots runs/mvae-clevr-alpha-N6-seed0 --data-root CLEVR_v1.0
+
+Of a run on built-in pictures: recomposition.json, PSNRs on the test split's first pairs, of the trained model, of the
+model at step 0 and of a trivial baseline. Of every run figures of the valid split in RUN_DIR/figures: of pictures
+traversals.png, moved.png and recomposition.png; of sounds remix.png.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+
+import train_mvae
+from common import FOLDER, RATE, SAMPLES, gaussian_kl, random_generator, write_json
+from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
+from train_mvae import averages, complex_stft, match, separate
+
+PAIRS = 64  # of scenes recomposed
+
+
+def load_run(folder, data_root=None):
+    """The trained model of a run folder and its data, from `data_root` or where config.json has them.
+
+    Raises click.UsageError where those are not the data that the run was trained on.
+    """
+    model = train_mvae.load(folder)
+    options = model.config["options"]
+    root = data_root or options["data_root"]
+    data = train_mvae.load_data(options | {"data_root": root and Path(root), "download": False}, torch.device("cpu"))
+    if data.source != model.config["data"]["source"]:
+        raise click.UsageError(f"{folder} was trained on {model.config['data']['source']}; this is {data.source}")
+    return model, data
+
+
+def load_start(model, data):
+    """The model that the run set out from, at step 0."""
+    options = model.config["options"]
+    torch.manual_seed(options["seed"] % 2**63)
+    start = train_mvae.build(options)
+    start.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0))
+    return start.eval()
+
+
+# ---------------------------------------------------------------- Recomposition against the truth
+
+
+def psnr(image, truth, where):
+    """Peak signal-to-noise ratio in dB on the pixels `where` (H, W) of pictures (3, H, W)."""
+    error = (image.clamp(0, 1) - truth).square()[:, where].mean()
+    return float(-10 * torch.log10(error.clamp(min=1e-10)))
+
+
+def encode_and_match(model, image, label, wanted):
+    """Encoding, layers, and for every picture the layers of the slots matched to the objects `wanted` (K,)."""
+    encoding = model.encode(image)
+    layer = model.decode(encoding.mu, encoding.cell)
+    segment, chosen = model.responsibilities(layer, encoding.background).argmax(1), []
+    for b in range(len(image)):
+        objects, slots, iou, _, _ = match(segment[b], label[b], layer.shape[1])
+        chosen.append(layer[b, slots[(wanted[objects - 1] & (iou > 0)).cpu().numpy()]])
+    return encoding, layer, chosen
+
+
+@torch.no_grad()
+def score_recomposition(model, data, split, n):
+    """Half the objects of A and half of B, through slots, against the scene drawn anew: PSNRs in dB, means over n.
+
+    All are on object pixels; "shown" are those that the new scene's objects show in their own sources too: what is
+    hidden there no model can know. The baseline is A itself, and "reconstruction_psnr" that of A, so that the price of
+    recomposing is seen. A and B are placed as one scene: their objects do not run into each other when drawn together.
+    """
+    both = data.sample(n, random_generator("recomposition", split, device=data.device), times=2)
+    index = torch.arange(both["present"].shape[1], device=data.device)
+    in_a, half = index % 2 == 0, index % 4 < 2
+    (truth, true_label), (image, label), (image_b, label_b) = (
+        data.render(both | {"present": both["present"] & wanted}) for wanted in (half, in_a, ~in_a)
+    )
+    encoding, layer, from_a = encode_and_match(model, image, label, half)
+    _, _, from_b = encode_and_match(model, image_b, label_b, half)
+    plain = model.compose(layer, encoding.background)
+    shown, scores = (true_label > 0) & ((true_label == label) | (true_label == label_b)), []
+    for k in range(n):
+        if not shown[k].any() or not (label[k] > 0).any():
+            continue
+        background = None if encoding.background is None else encoding.background[k : k + 1]
+        parts = torch.cat([from_a[k], from_b[k]])[None]  # (1, M, C, h, w)
+        parts = parts if parts.shape[1] else model.neutral_layer(layer[k : k + 1])
+        recomposed = model.compose(parts, background)[0]
+        scores.append({
+            "recomposition_psnr": psnr(recomposed, truth[k], true_label[k] > 0),
+            "recomposition_psnr_baseline": psnr(image[k], truth[k], true_label[k] > 0),
+            "recomposition_psnr_shown": psnr(recomposed, truth[k], shown[k]),
+            "recomposition_psnr_shown_baseline": psnr(image[k], truth[k], shown[k]),
+            "reconstruction_psnr": psnr(plain[k], image[k], label[k] > 0)
+        })  # fmt: skip
+    return averages(scores)
+
+
+def measure_recomposition(folder, model, data):
+    """Scores of a run on built-in pictures, written to recomposition.json: of the test split, and at step 0."""
+    scores = score_recomposition(model, data, "test", PAIRS)
+    start = score_recomposition(load_start(model, data), data, "test", PAIRS)
+    about = {"split": "test", "pairs": PAIRS, "step": model.config["step"], "data": data.source}
+    scores |= {f"step_0/{name}": score for name, score in start.items() if not name.endswith("baseline")}
+    write_json(folder / "recomposition.json", about | scores)
+    return scores
+
+
+# ---------------------------------------------------------------- Figures of pictures
+
+
+def picture(image):
+    return to_uint8(image.cpu().numpy())
+
+
+def composed_with(model, encoding, b, k, z=None, cell=None):
+    """Picture b composed anew, its slot k with other latents z (n, D) or at other places cell (n, 2): (n, 3, H, W)."""
+    n = len(z if z is not None else cell)
+    every = [values[b : b + 1].repeat(n, 1, 1) for values in (encoding.mu, encoding.cell)]  # (n, N, ...)
+    for values, new in zip(every, (z, cell), strict=True):
+        if new is not None:
+            values[:, k] = new
+    background = None if encoding.background is None else encoding.background[b : b + 1].expand(n, -1, -1, -1)
+    return model.compose(model.decode(*every), background)
+
+
+def slot_tiles(images, encoding, b, k):
+    """Scene b, and its KL map, on which slot k is marked."""
+    scene, maps = picture(images[b]), (values[b].cpu().numpy() for values in (encoding.kl_map, encoding.cell))
+    return [Tile(scene, f"scene {b}"), Tile(kl_tile(scene, *maps, [k]), f"slot {k}: {encoding.kl[b, k]:.0f} nats")]
+
+
+@torch.no_grad()
+def traversal_figure(model, images, rows=6, columns=7):
+    """One latent of slot 0 at a time through the prior's width, a row each: those of highest KL."""
+    encoding = model.encode(images[:1])
+    mu, values = encoding.mu[0, 0], torch.linspace(-2.4, 2.4, columns, device=images.device)
+    kl, sheet, labels = gaussian_kl(mu, encoding.logvar[0, 0]), [], []
+    for latent in kl.topk(min(rows, model.d)).indices.tolist():
+        z = mu.repeat(columns, 1)
+        z[:, latent] = values
+        drawn = composed_with(model, encoding, 0, 0, z=z)
+        moved = [Tile(picture(d), f"z = {v:+.1f}") for d, v in zip(drawn, values.tolist(), strict=True)]
+        sheet.append(slot_tiles(images, encoding, 0, 0) + moved)
+        labels.append(f"latent {latent}: {kl[latent]:.1f} nats")
+    title = "Slot 0, ringed: one of its latents at a time from -2.4 to 2.4, all else as it was encoded"
+    return contact_sheet(sheet, title, labels)
+
+
+@torch.no_grad()
+def moved_figure(model, images, columns=7):
+    """A row a picture: its slot 0, whose place goes from left to right through the picture, and nothing else."""
+    encoding = model.encode(images)
+    x, sheet = torch.linspace(-0.75, 0.75, columns, device=images.device), []
+    for b in range(len(images)):
+        drawn = composed_with(model, encoding, b, 0, cell=torch.stack([encoding.cell[b, 0, 0].expand(columns), x], 1))
+        moved = [Tile(picture(d), f"slot 0 at x = {v:+.2f}") for d, v in zip(drawn, x.tolist(), strict=True)]
+        sheet.append(slot_tiles(images, encoding, b, 0) + moved)
+    title = "Slot 0, ringed, moved through the picture; x in half picture widths, all else as it was encoded"
+    return contact_sheet(sheet, title)
+
+
+@torch.no_grad()
+def recomposition_figure(model, images):
+    """A row a pair of pictures A, B: both, the first two slots of each alone, and those together on A's background."""
+    encoding = model.encode(images)
+    layer = model.decode(encoding.mu, encoding.cell)
+    sheet, count = [], min(2, model.n_slots)
+    for a in range(0, len(images) - 1, 2):
+        background = None if encoding.background is None else encoding.background[a : a + 1]
+        parts = torch.cat([layer[a, :count], layer[a + 1, :count]])[None]  # (1, M, C, h, w)
+        alone = model.alone(parts, background)[0]
+        row = [Tile(picture(images[a]), f"A: scene {a}"), Tile(picture(images[a + 1]), f"B: scene {a + 1}")]
+        row += [Tile(picture(one), f"{'AB'[k // count]}, slot {k % count}") for k, one in enumerate(alone)]
+        sheet.append([*row, Tile(picture(model.compose(parts, background)[0]), "recomposition", True)])
+    return contact_sheet(sheet, f"The first {count} slots of A and of B, alone and recomposed, on the background of A")
+
+
+# ---------------------------------------------------------------- Figure of sounds
+
+
+@torch.no_grad()
+def remix_figure(model, data, rows=4):
+    """Two mixtures a row, a slot of each, the two recomposed, and the true mixture of their stems.
+
+    Bars end at a mixture's maximum, in its slot's tile too, as in separation.png; of the last two at the true one's.
+    """
+    stems = data.mixtures("valid", 2 * rows)[0].to(data.device)
+    found, sheet = separate(model, data.levels, stems), []
+    recomposed = model.compose(torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1))
+    true = data.levels.of_magnitude(complex_stft(stems[0::2, 0] + stems[1::2, 1]).abs())
+    for r in range(rows):
+        a, b = 2 * r, 2 * r + 1
+        every = [found.level[a], found.alone[a, 0], found.level[b], found.alone[b, 1], true[r], recomposed[r]]
+        magnitude = data.levels.to_stft_magnitude(torch.stack(every)).cpu().numpy()  # (6, F, T)
+        names = (
+            f"mixture {a}",
+            "slot of its stem 0",
+            f"mixture {b}",
+            "slot of its stem 1",
+            "true mixture",
+            "recomposed",
+        )
+        tops = magnitude[::2].max((1, 2)).repeat(2)
+        sheet.append([
+            Tile(spectrum_tile(m, top, SAMPLES / RATE, RATE), name, name == "recomposed")
+            for m, top, name in zip(magnitude, tops, names, strict=True)
+        ])  # fmt: skip
+    return contact_sheet(sheet, "A slot of each of two mixtures, recomposed, beside the true mixture of their stems")
+
+
+# ---------------------------------------------------------------- Command line
+
+
+def table_lines(scores):
+    """The trained model beside its start, and the baseline."""
+    yield "| PSNR on object pixels, dB | trained | step 0 | baseline: A itself |\n|-|-|-|-|"
+    for name in ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr"):
+        values = (scores.get(key) for key in (name, f"step_0/{name}", f"{name}_baseline"))
+        yield f"| {name} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |"
+
+
+@click.command()
+@click.argument("run_dir", type=FOLDER)
+@click.option("--data-root", type=FOLDER, help="The run's data, where they are not where its config.json has them.")
+def main(run_dir, data_root):
+    """Score and draw what the slots of RUN_DIR, a run of train_mvae.py, are good for."""
+    model, data = load_run(run_dir, data_root)
+    if model.domain:
+        figures = {"remix": remix_figure(model, data)}
+    else:
+        images = data.scenes("valid", 8)[0]
+        figures = {"traversals": traversal_figure(model, images), "moved": moved_figure(model, images[:6])}
+        figures["recomposition"] = recomposition_figure(model, images)
+    (run_dir / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.save(run_dir / "figures" / f"{name}.png")
+    click.echo(f"written: {', '.join(f'{run_dir}/figures/{name}.png' for name in figures)}")
+    if hasattr(data, "render"):  # scenes on disk cannot be drawn anew
+        click.echo(f"{PAIRS} pairs of test scenes; data: {data.source}")
+        click.echo("\n".join(table_lines(measure_recomposition(run_dir, model, data))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The judges of sampled notes against tones, librosa and held-out instruments; tiny runs of the audio experiments."""
+
+import math
+
+import librosa
+import pytest
+import torch
+from click.testing import CliRunner
+
+import common
+from common import RATE, built_in_notes, synthesise
+from tests.experiments import conditional, griffin_lim, judges
+from tests.experiments.judges import FamilyClassifier, detect_pitch
+
+
+def tone(midi, partials=1, samples=RATE):
+    t = torch.arange(samples) / RATE
+    f = 440 * 2 ** ((midi - 69) / 12)
+    return sum(torch.sin(2 * math.pi * f * h * t) / h for h in range(1, partials + 1) if h * f < RATE / 2)
+
+
+@pytest.mark.parametrize("midi", [28, 45, 60, 74, 105])
+def test_the_pitch_estimator_knows_pitches_with_and_without_a_strong_fundamental(midi):
+    waveforms = [tone(midi), tone(midi, partials=8)]
+    if midi < 80:  # above, two partials are left, and the second alone is another note
+        waveforms.append(tone(midi, partials=8) - 0.9 * tone(midi))
+    found = detect_pitch(torch.stack(waveforms))
+    torch.testing.assert_close(found, torch.full_like(found, midi), atol=0.15, rtol=0)
+
+
+def test_the_pitch_estimator_agrees_with_librosas_yin():
+    for midi in (33.0, 57.3, 81.6):
+        waveform = tone(midi, partials=6)
+        hertz = librosa.yin(waveform.numpy(), fmin=27, fmax=4500, sr=RATE, frame_length=8192)
+        theirs = librosa.hz_to_midi(sorted(hertz)[len(hertz) // 2])
+        assert detect_pitch(waveform[None]).item() == pytest.approx(theirs, abs=0.15)
+
+
+def test_the_classifier_learns_families_apart_and_silence_comes_in_at_the_ends(monkeypatch):
+    monkeypatch.setattr(FamilyClassifier, "STEPS", 40)
+    monkeypatch.setattr(common, "NOTES_EACH", 8)
+    notes = [n for split in ("train", "test") for n in built_in_notes(split, ["bass", "flute"])]
+    waveform, family = torch.stack([synthesise(n) for n in notes]), torch.tensor([n.family == "flute" for n in notes])
+    held_out = torch.tensor([int(n.instrument[-3:]) >= 2 for n in notes])
+    seen, real = [], judges.log_expand
+    monkeypatch.setattr(judges, "log_expand", lambda level: seen.append(level) or real(level))
+    torch.manual_seed(0)
+    classifier = FamilyClassifier(2)
+    classifier.fit(classifier.features(waveform[~held_out]), family[~held_out].long())
+    assert (classifier(waveform[held_out]) == family[held_out]).float().mean() > 0.8
+    ends = [bool(x[:, :, :2].any()) for x in seen], [bool(x[:, :, -2:].any()) for x in seen]
+    assert all(low or high for low, high in zip(*ends, strict=True)) and not all(ends[0]), "bands do not wrap"
+
+
+def test_the_conditional_experiment_judges_a_run_its_start_and_real_notes(notes_run, monkeypatch):
+    monkeypatch.setattr(FamilyClassifier, "STEPS", 5)
+    result = CliRunner().invoke(conditional.main, [str(notes_run), "--samples", "6"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    head, _, pitch, family = result.output.strip().splitlines()[-4:]
+    assert head == "| | fitted prior | N(0, I) | step 0, fitted prior | step 0, N(0, I) | real notes |"
+    assert pitch.startswith("| pitch within 50 cents | ") and pitch.endswith(" 100.0% |")
+    assert family.count("%") == 5
+    result = CliRunner().invoke(conditional.main, [str(notes_run.parent), "--samples", "6"])
+    assert result.exit_code == 2 and "config.json" in result.output
+
+
+def test_the_griffin_lim_study_prints_its_tables():
+    result = CliRunner().invoke(griffin_lim.main, ["--notes", "1"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = result.output.splitlines()
+    assert len([row for row in rows if row.startswith("| ")]) == 3 + 9 + 9 + 6
+    assert "| iterations | momentum | convergence | LSD |" in rows
+
+
+@pytest.mark.parametrize("command", [conditional.main, griffin_lim.main])
+def test_the_experiments_have_a_help(command):
+    assert "--data-root" in CliRunner().invoke(command, ["--help"]).output

@@ -1,0 +1,163 @@
+"""Notes: reading, synthesis, transposition, what is kept in memory, the download."""
+
+import math
+import re
+import tarfile
+
+import click
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import write_nsynth
+
+import common
+from common import RATE, SAMPLES, SPLITS, TIMBRES, Note, built_in_notes, load_notes, read_note, synthesise
+from tests.experiments.judges import detect_pitch
+
+TWO = [("flute", 60), ("guitar", 48), ("flute", 64), ("guitar", 52)]
+
+
+def options(root=None, families=("flute", "guitar"), download=False):
+    return {"data_root": root, "families": list(families), "download": download}
+
+
+def sine(midi, samples=SAMPLES):
+    return 0.5 * torch.sin(2 * math.pi * 440 * 2 ** ((midi - 69) / 12) * torch.arange(samples) / RATE)
+
+
+def note_of(path, samples=None, rate=RATE, **about):
+    if samples is not None:
+        soundfile.write(path, samples, rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+    return Note(path.stem, "flute", 60, "flute_000", 100, path, **about)
+
+
+def test_a_note_in_nsynths_form_is_read_as_it_is(tmp_path):
+    for form in ("wav", "flac"):
+        waveform = read_note(note_of(tmp_path / f"a.{form}", sine(60).numpy()))
+        torch.testing.assert_close(waveform, sine(60), atol=1e-4, rtol=0)
+
+
+def test_other_files_are_mixed_down_resampled_and_cut_or_zero_padded(tmp_path):
+    stereo = np.stack([np.full(SAMPLES, 0.2), np.full(SAMPLES, 0.4)], axis=1)
+    waveform = read_note(note_of(tmp_path / "stereo.wav", stereo))
+    torch.testing.assert_close(waveform, torch.full((SAMPLES,), 0.3), atol=1e-4, rtol=0)
+    waveform = read_note(note_of(tmp_path / "cd.wav", sine(69, 4 * 44100).numpy(), 44100))
+    expected = 69 + 12 * math.log2(44100 / RATE)  # `sine` counts its samples at RATE
+    assert detect_pitch(waveform[None]).item() == pytest.approx(expected, abs=0.05)
+    waveform = read_note(note_of(tmp_path / "short.wav", np.full(100, 0.1)))
+    assert waveform.shape == (SAMPLES,) and not waveform[100:].any()
+    assert read_note(note_of(tmp_path / "long.wav", np.full(70000, 0.1))).shape == (SAMPLES,)
+
+
+def test_files_that_cannot_be_learnt_from_end_in_one_line(tmp_path):
+    (tmp_path / "text.wav").write_text("this is no sound")
+    note_of(tmp_path / "whole.flac", sine(60).numpy())
+    whole = (tmp_path / "whole.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    note_of(tmp_path / "silent.wav", np.zeros(SAMPLES))
+    note_of(tmp_path / "empty.wav", np.zeros(0))
+    note_of(tmp_path / "nan.wav", np.full(SAMPLES, np.nan))
+    for name in ("missing.wav", "text.wav", "cut.flac", "silent.wav", "empty.wav", "nan.wav"):
+        with pytest.raises(click.UsageError, match=name):
+            read_note(note_of(tmp_path / name))
+
+
+def test_transposing_moves_the_pitch_by_semitones(tmp_path):
+    path = note_of(tmp_path / "a.wav", sine(60).numpy()).path
+    for semitones in (-3, -1, 1, 2, 12):
+        moved = read_note(note_of(path, semitones=semitones))
+        assert moved.shape == (SAMPLES,)
+        assert detect_pitch(moved[None]).item() == pytest.approx(60 + semitones, abs=0.05)
+
+
+def test_built_in_notes_have_the_pitch_they_are_named_by_and_instruments_are_held_out():
+    notes = {split: built_in_notes(split, list(TIMBRES)) for split in SPLITS}
+    instruments = [{note.instrument for note in split} for split in notes.values()]
+    assert not instruments[0] & instruments[1] and not instruments[1] & instruments[2]
+    assert not instruments[0] & instruments[2]
+    for note in notes["train"][::3]:
+        waveform = synthesise(note)
+        assert waveform.shape == (SAMPLES,) and waveform.abs().max() < 1.1
+        assert torch.equal(waveform, synthesise(note))
+        assert detect_pitch(waveform[None]).item() == pytest.approx(note.pitch, abs=0.5), note.name
+
+
+def test_vibrato_sets_in_without_a_step(monkeypatch):
+    """One sine with a strong vibrato: neither its phase nor its frequency jumps, at 0.3 s or elsewhere."""
+    plain = common.Timbre((60, 60), rolloff=99.0, attack=1e-6, vibrato=0.3)  # rolloff: the fundamental alone
+    monkeypatch.setitem(common.TIMBRES, "vocal", plain)
+    part = slice(RATE // 10, 6 * RATE // 10)  # of the analytic signal of this part, windowed, the ends are left out
+    waveform = synthesise(Note("a", "vocal", 60, "vocal_000", 127)).double()[part]
+    spectrum = torch.fft.fft(waveform * torch.hann_window(len(waveform)))
+    spectrum[len(spectrum) // 2 :] = 0
+    phase = torch.from_numpy(np.unwrap(torch.fft.ifft(spectrum).angle().numpy()))
+    frequency = (phase.diff() * RATE / (2 * math.pi))[RATE // 20 : -RATE // 20]  # Hz, from 0.15 to 0.55 s
+    assert frequency.max() - frequency.min() > 2, "there is a vibrato"
+    assert frequency.diff().abs().max() < 3, "Hz a sample: a jump of the phase would be thousands"
+
+
+def test_notes_of_a_folder_are_listed_and_missing_ones_counted(tmp_path, capsys):
+    root = write_nsynth(tmp_path / "n", TWO)
+    folder = root / "nsynth-train" / "audio"
+    (folder / "flute_acoustic_000-060-100.wav").unlink()
+    (folder / "flute_acoustic_002-064-100.wav").write_text("no sound")
+    splits, source = load_notes(options(root))
+    assert source == "notes in NSynth's layout, folder n"
+    assert splits["train"].pitch.tolist() == [64, 48, 52] and splits["train"].family.tolist() == [0, 1, 1]
+    assert re.search(r"nsynth-train: 1 of (the )?4 notes .* missing", capsys.readouterr().out)
+    with pytest.raises(click.UsageError, match="flute_acoustic_002"):
+        splits["train"].waveform(torch.tensor([1, 0]))
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(click.UsageError, match=r"no note of flute, guitar that it lists is in audio/"):
+        load_notes(options(root))
+
+
+def test_notes_are_read_once_and_so_many_kept_in_16_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "KEPT", 3)
+    read, real = [], read_note
+    monkeypatch.setattr(common, "read_note", lambda note: read.append(note.pitch) or real(note))
+    split = load_notes(options(write_nsynth(tmp_path / "n", TWO)))[0]["train"]
+    first = split.waveform(torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(split.waveform(torch.tensor([2, 0, 1])), first[[2, 0, 1]])
+    torch.testing.assert_close(first[1], real(split.notes[1]), atol=1 / 32767, rtol=0)
+    assert len(read) == 3 and all(kept.dtype == torch.int16 for kept in split.kept.values())
+    for _ in range(2):
+        split.waveform(torch.tensor([3, 3]))
+    assert len(read) == 3 + 4 and len(split.kept) == 3
+
+
+def test_transposed_notes_join_the_training_notes_with_their_own_pitch(tmp_path):
+    splits, _ = load_notes(options(write_nsynth(tmp_path / "n", TWO)), transpose=1)
+    assert splits["train"].pitch.tolist()[:3] == [59, 60, 61] and len(splits["test"].notes) == 4
+    assert splits["train"].spread(100).tolist() == [1, 4, 7, 10] and splits["train"].spread(2).tolist() == [1, 10]
+    found = detect_pitch(splits["train"].waveform(torch.tensor([0, 1, 2])))
+    torch.testing.assert_close(found, torch.tensor([59.0, 60, 61]), atol=0.05, rtol=0)
+
+
+def test_the_download_fetches_and_unpacks_what_is_not_there(tmp_path, monkeypatch):
+    packed, root = write_nsynth(tmp_path / "official", [("flute", 60)]), tmp_path / "fetched"
+    fetched = []
+
+    def fetch(url, root, remove_finished):
+        fetched.append(url)
+        split = url.rsplit("nsynth-", 1)[1].split(".")[0]
+        with tarfile.open(tmp_path / f"{split}.tar.gz", "w:gz") as tar:
+            tar.add(packed / f"nsynth-{split}", f"nsynth-{split}")
+        with tarfile.open(tmp_path / f"{split}.tar.gz") as tar:
+            tar.extractall(root, filter="data")
+
+    monkeypatch.setattr(common, "download_and_extract_archive", fetch)
+    splits, _ = load_notes(options(root, ["flute"], download=True))
+    assert [len(split.notes) for split in splits.values()] == [1, 1, 1]
+    assert fetched == [common.ARCHIVES.format(split=split) for split in SPLITS]
+    load_notes(options(root, ["flute"], download=True))
+    assert len(fetched) == 3, "they are there"
+
+    def broken(*_, **__):
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(common, "download_and_extract_archive", broken)
+    with pytest.raises(click.ClickException, match=r"nsynth-train.* could not be fetched into .*corrupted"):
+        load_notes(options(tmp_path / "again", ["flute"], download=True))
