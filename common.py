@@ -5,6 +5,7 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 
 import contextlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -77,14 +78,13 @@ class ResBlock(nn.Module):
 
 # ---------------------------------------------------------------- KL top-N selection and composition
 
+OPS = ("sum", "max", "min", "mean", "alpha")
+
 
 def gather_cells(values, index):
     """values (B, C, H_l, W_l), index (B, N) -> (B, N, C)."""
     flat = values.flatten(2).transpose(1, 2)  # (B, H_l * W_l, C)
     return flat.gather(1, index[:, :, None].expand(-1, -1, flat.shape[2]))
-
-
-OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def alpha_masks(layer):
@@ -202,8 +202,7 @@ class BlockSTFT(nn.Module):
 class GriffinLim(nn.Module):
     """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, in real arithmetic, for export.
 
-    Rounding makes it and torchaudio's part over the iterations; they agree in spectral convergence. With a
-    `spectrogram` it takes that one's magnitudes instead of the STFT's.
+    It agrees with torchaudio's in spectral convergence. `spectrogram`: whose magnitudes it takes, if not the STFT's.
     """
 
     outputs = ("waveform",)
@@ -253,9 +252,8 @@ def griffin_lim(magnitude, iterations=32, momentum=0.99):
 
 # ---------------------------------------------------------------- Notes
 
-SAMPLES = 4 * RATE  # of a note: NSynth's four seconds
+SAMPLES, PITCHES = 4 * RATE, 128  # of a note: NSynth's four seconds; MIDI numbers
 SPLITS = ("train", "valid", "test")
-PITCHES = 128  # MIDI numbers
 FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
 BUILT_IN = "built-in additive synthesiser"
@@ -431,8 +429,7 @@ def parse_families(value):
 
 families_option = click.option("--families", type=Parsed(f"different ones of {', '.join(FAMILIES)}", parse_families),
                                default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")  # fmt: skip
-POSITIVE = Finite(0, min_open=True)
-FOLDER = click.Path(path_type=Path)
+POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),
     click.Option(["--download"], is_flag=True, help="Fetch the official data set into --data-root first."),
@@ -481,10 +478,9 @@ def training_command(script, presets, foreign=None):
         text = sys.modules[function.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
         settings = {"show_default": True, "default_map": presets[first]}
         command = click.command(context_settings=settings, help=text)(function)
-        names = {"type": click.Choice(list(presets)), "default": first}
-        dataset = click.Option(["--dataset"], is_eager=True, callback=fill_from_preset, **names)
-        about = {"type": FOLDER, "help": "Run folder to go on with."}
-        resume = click.Option(["--resume"], is_eager=True, callback=fill_from_run, **about)
+        names = {"type": click.Choice(list(presets)), "default": first, "is_eager": True}
+        dataset = click.Option(["--dataset"], callback=fill_from_preset, **names)
+        resume = click.Option(["--resume"], type=FOLDER, is_eager=True, callback=fill_from_run, help="Run folder.")
         command.params = [dataset, *command.params, *RUN_OPTIONS, resume]
         command.foreign = foreign or {}
         return command
@@ -523,10 +519,7 @@ def settle_options(context, options):
 
 
 def random_generator(*key, device="cpu"):
-    """A generator seeded by its key, e.g. ("noise", seed, step), from which all randomness comes.
-
-    A step's samples depend on its number alone: a resumed run repeats them, and K processes share one global batch.
-    """
+    """A generator seeded by its key, e.g. ("noise", seed, step), so that resumed runs and K processes share samples."""
     return torch.Generator(device=device).manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
 
 
@@ -598,11 +591,16 @@ def load_checkpoint(folder, device, **modules):
     return state
 
 
-def load_model(folder, build):
-    """build(options), with the weights of a run folder: a model whose `config` is config.json and the step."""
+def build_model(kind, options):
+    """An untrained model of class `kind`, whose keyword arguments are named as options are."""
+    return kind(**{name: options[name] for name in inspect.signature(kind).parameters})
+
+
+def load_model(folder, kind):
+    """The trained model of a run folder; its `config` is config.json and the step. Raises click exceptions."""
     config = load_config(folder)
     try:
-        model = build(config["options"])
+        model = build_model(kind, config["options"])
     except (KeyError, TypeError) as error:
         raise click.ClickException(f"{folder}/config.json is of another version: {error}") from error
     model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"]}

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 
-from common import load_config, random_generator, versions, write_json
+from common import RUN_OPTIONS, load_config, random_generator, versions, write_json
 
 OPSET = 18
 TOLERANCE = 1e-4  # relative to the largest value of an output, where that exceeds 1
@@ -218,7 +218,9 @@ def main(run_dir, out, torchscript):
     model, out, agreed = script.load(run_dir), out or run_dir / "export", True
     data, about = model.config["data"], {"trained": model.config["history"], "exported": versions()}
     source = {"dataset": data["name"], "data_source": data["source"], "steps": model.config["step"]}
-    info = script.describe(model) | source | about
+    flags = {p.opts[0][2:]: p.name for p in script.main.params if p not in RUN_OPTIONS}  # as the command line has them
+    options = {flag: value for flag, name in flags.items() if (value := model.config["options"].get(name)) is not None}
+    info = options | script.describe(model) | source | about
 
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:

@@ -11,7 +11,6 @@ without labels. Without --data-root, CLEVR-like scenes are drawn by a ray caster
 Results, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
 """
 
-import inspect
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,9 @@ from torchvision.datasets import CLEVRClassification
 
 from common import (  # isort: skip
     COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, alpha_masks,
-    autocast, beta_at, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at, load_model,
-    load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator, reparameterize,
-    settle_options, start_device, training_command,
+    autocast, beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at,
+    load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator,
+    reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
     LOWEST, Parsed, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, segment_map,
@@ -158,6 +157,7 @@ AMBIENT = 0.118
 LAMP_WIDTH = 1.2
 BLOCK = 64  # scenes drawn, or files read, at a time
 POOL = 10_000  # scenes drawn for training
+SCENES = 320  # that a finished run is judged by, as in the literature
 
 
 def crop_rays(side, camera):
@@ -338,8 +338,7 @@ class ClevrFolder(Pool):
         self.root, self.source = folders[0], f"CLEVR folder {folders[0].resolve().name}"
         train, test = (self.list_files(split, *objects) for split in ("train", "val"))
         kept = len(train) - min(320, len(train) // 10)
-        self.files = {"train": train[:kept], "valid": train[kept:], "test": test}
-        self.make = lambda first, last: self.read(train[first:last])
+        self.files, self.make = {"valid": train[kept:], "test": test}, lambda first, last: self.read(train[first:last])
         super().__init__(size, objects, seed, device, kept)
 
     def list_files(self, split, low, high):
@@ -364,11 +363,8 @@ class ClevrFolder(Pool):
         images, labels = self.read(files).to(self.device).float() / 255, None
         masks = [self.root / "masks" / file.parent.name / file.name for file in files]
         if all(mask.is_file() for mask in masks):
-            labels = (
-                torch.from_numpy(np.stack([read_mask(mask, self.size, self.crop) for mask in masks]))
-                .long()
-                .to(self.device)
-            )
+            numbers = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
+            labels = torch.from_numpy(numbers).long().to(self.device)
         return images, labels
 
 
@@ -679,13 +675,12 @@ class MVAE(nn.Module):
         theirs would stand, and those that point beside it.
         """
         (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
-        score, kl, chosen = kl_map.flatten(1), kl_map.flatten(1), []
+        score, kl, free, chosen = kl_map.flatten(1), kl_map.flatten(1), torch.ones_like(kl_map).flatten(1), []
         if self.encoder.max_shift:  # else all slots may settle at the end of one common shift (docs/mvae-log.md)
             away = (place - self.encoder.middles.flatten(1)).square().sum(1)
             score = score * torch.exp(-away / self.encoder.max_shift**2)
         y, x = ((place + 1) / 2).unbind(1)
         stands = (y * rows).long().clamp(0, rows - 1) * columns + (x * columns).long().clamp(0, columns - 1)
-        free = torch.ones_like(score)
         for k in range(n):
             index = (score * free).argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
@@ -802,7 +797,7 @@ def gaussian_log_likelihood(x, mean, sigma):
 
 
 def objective(image, mean, encoding, offset, beta, sigma):
-    """Negative ELBO, its KL (of all cells: others fall to the prior) times beta, plus the price of offsets; its terms."""
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus the price of offsets; and its terms."""
     reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
     kl, offset = (encoding.kl_map.sum((1, 2)) + encoding.kl_background).mean(), offset.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/offset": offset}
@@ -811,8 +806,6 @@ def objective(image, mean, encoding, offset, beta, sigma):
 
 
 # ---------------------------------------------------------------- Evaluation
-
-SCENES = 320  # scored, as in the literature
 
 
 def adjusted_rand_index(predicted, true):
@@ -913,8 +906,8 @@ def separate(model, levels, stems):
     masked = [soft_masks(m) * stft(w, SOUND_FFT, HOP) for m, w in zip(magnitude, mixture.cpu().numpy(), strict=True)]
     parts = [[inverse_stft(part, SOUND_FFT, HOP, SAMPLES) for part in slots] for slots in masked]
     parts = torch.tensor(np.array(parts), dtype=mixture.dtype, device=mixture.device)  # (B, N, samples)
-    ratio = si_sdr(parts[:, :, None], stems[:, None])  # (B, N, S)
-    slot, b = assign(ratio), torch.arange(len(stems), device=stems.device)[:, None]
+    ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
+    slot = assign(ratio)  # (B, S), of ratio (B, N, S)
     gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
     return Separation(level, model.compose(layer), encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
 
@@ -1087,12 +1080,8 @@ def check_options(options):
         raise click.UsageError(broken)
 
 
-def build(options):
-    """The untrained model of a run's options."""
-    return MVAE(**{name: options[name] for name in inspect.signature(MVAE).parameters})
-
-
-load = partial(load_model, build=build)  # a run folder -> its trained model
+build = partial(build_model, MVAE)  # options -> an untrained model
+load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 @training_command(SCRIPT, PRESETS, FOREIGN)

@@ -12,7 +12,6 @@ Results: docs/audio.md. Whether samples have the pitch and family asked for: `py
 """
 
 import copy
-import io
 import math
 from collections import defaultdict
 from functools import partial
@@ -23,15 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
     COMPRESSION, PITCHES, RATE, SAMPLES, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, autocast, beta_at,
-    families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress, log_expand,
-    log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
+    build_model, families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress,
+    log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import TILE, Tile, contact_sheet, heat_map, heat_tile
@@ -302,12 +299,8 @@ class NoteVAE(nn.Module):
         latents.bias.copy_(by_label[-1] + mean)
 
 
-MODEL_OPTIONS = ("representation", "n_fft", "n_mels", "d", "channels", "condition", "families")
-
-
-def build(options):
-    """The untrained model of the options; raises ValueError where they contradict each other."""
-    return NoteVAE(**{name: options[name] for name in MODEL_OPTIONS})
+build = partial(build_model, NoteVAE)  # options -> an untrained model
+load = partial(load_model, kind=NoteVAE)  # a run folder -> its trained model
 
 
 def start_at_notes(model, split):
@@ -528,33 +521,7 @@ def show_scale(model, split, run):
         show(run, "scale", "One sample of every family, asked for a major scale", rows)
 
 
-def show_latents(model, split, run):
-    """Posterior means of notes on their first two principal components, coloured by family and by pitch."""
-    index = split.spread(1000)
-    mu, _ = posteriors(model, split, index)
-    mean, scales, directions = principal(mu, 2)
-    points = (mu - mean) @ directions
-    share = scales.square() / mu.var(0, correction=0).sum()
-    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
-    figure.suptitle("Posterior means of validation notes on their first two principal components")
-    left, right = figure.subplots(1, 2)
-    for k, name in enumerate(run.options["families"]):
-        left.scatter(*points[split.family[index] == k].T, s=14, label=name)
-    left.legend(fontsize=8)
-    coloured = right.scatter(*points.T, s=14, c=split.pitch[index], cmap="viridis")
-    figure.colorbar(coloured, ax=right, label="pitch (MIDI number)")
-    for axes in (left, right):
-        axes.set(xlabel=f"first: {share[0]:.0%} of the variance", ylabel=f"second: {share[1]:.0%} of the variance")
-    figure.savefig(picture := io.BytesIO())
-    run.figure("latents", Image.open(picture).convert("RGB"))
-
-
 # ---------------------------------------------------------------- Graphs
-
-
-def load(run_folder):
-    """The model of a run folder, in eval mode."""
-    return load_model(run_folder, build)
 
 
 def graphs(model):
@@ -586,12 +553,10 @@ def graphs(model):
 
 
 def describe(model):
-    """What model.json says of the model."""
-    options = model.config["options"]
+    """What a program needs to know of the model beside its options and graphs, for model.json."""
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
-    about = {"kind": "vae-sound", "scaling": scaling, "sample_rate": RATE, "samples": SAMPLES, "D": options["d"]}
-    about |= {name: options[name] for name in ("representation", "n_fft", "n_mels", "condition", "families")}
-    return about | {"hop": options["n_fft"] // 4} | ({"n_mels": None} if options["representation"] == "stft" else {})
+    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.spectrogram.hop}
+    return {"kind": "vae-sound", "scaling": scaling} | sizes
 
 
 # ---------------------------------------------------------------- Command line
@@ -628,8 +593,11 @@ def main(context, **options):
         start_at_notes(model, train)
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-6, fused=True)
-    name = options["dataset"] if options["data_root"] else "built-in notes"
-    about = {"name": name, "source": source, "notes": {split: len(part.notes) for split, part in splits.items()}}
+    about = {
+        "name": options["dataset"],
+        "source": source,
+        "notes": {split: len(part.notes) for split, part in splits.items()},
+    }
 
     # 2. Train: the score of the start first, figures and scores of the validation split on the way.
     with Run(options, SCRIPT, RUN_NAME.format(**options), about, model, optimizer, device) as run:
@@ -655,7 +623,6 @@ def main(context, **options):
             if run.due:
                 show_samples(model, train, run)
                 show_interpolations(model, valid, run)
-                show_latents(model, valid, run)
                 show_scale(model, train, run)
                 run.report(watch(model, valid, watched))
 

@@ -14,6 +14,7 @@ into data/ (11 MB). Results, by command and seed: docs/mnist.md; the sweep over 
 import copy
 import math
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    SPLITS, Graph, ResBlock, Run, autocast, beta_at, gaussian_kl, learning_rate_at, load_model, optimizer_step,
-    random_generator, reparameterize, settle_options, start_device, training_command,
+    SPLITS, Graph, ResBlock, Run, autocast, beta_at, build_model, gaussian_kl, learning_rate_at, load_model,
+    optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import Tile, contact_sheet
 
@@ -292,9 +293,8 @@ def draw_figures(run, model, data):
         at = torch.special.ndtri((torch.arange(15) + 0.5) / 15)
         z = torch.cartesian_prod(-at, at).flip(1).view(15, 15, 2).to(mu.device)  # z_0 to the right, z_1 upwards
         labels, captions = [f"z_1 = {v:.2f}" for v in at.flip(0)], [f"{v:.2f}" for v in at]
-        run.figure(
-            "manifold", digits_figure(model.decode(z).sigmoid(), "The plane of z_1 and (above) z_0", labels, captions)
-        )
+        rows = model.decode(z).sigmoid()
+        run.figure("manifold", digits_figure(rows, "The plane of z_1 and (above) z_0", labels, captions))
 
 
 # ---------------------------------------------------------------- Graphs
@@ -318,10 +318,9 @@ def graphs(model):
 
 
 def describe(model):
-    """What a program needs to know of the model beside its graphs, for model.json."""
-    arch, binarize = (model.config["options"][name] for name in ("arch", "binarize"))
-    scaling = "grey / 255" if binarize == "none" else "grey / 255, then binarised"
-    return {"kind": "vae-image", "size": SIDE, "scaling": scaling, "D": model.d, "arch": arch, "binarize": binarize}
+    """What a program needs to know of the model beside its options and graphs, for model.json."""
+    binarized = "" if model.config["options"]["binarize"] == "none" else ", then binarised"
+    return {"kind": "vae-image", "size": SIDE, "scaling": f"grey / 255{binarized}"}
 
 
 # ---------------------------------------------------------------- Command line
@@ -338,14 +337,8 @@ def widths(value):
     return numbers
 
 
-def build(options):
-    """The untrained model of a run's options."""
-    return VAE(**{name: options[name] for name in ("arch", "d", "hidden", "channels")})
-
-
-def load(folder):
-    """The trained model of a run folder; raises click exceptions where it is none."""
-    return load_model(folder, build)
+build = partial(build_model, VAE)  # options -> an untrained model
+load = partial(load_model, kind=VAE)  # a run folder -> its trained model
 
 
 @training_command(SCRIPT, PRESETS)
@@ -360,7 +353,6 @@ def load(folder):
 @click.option("--eval-samples", type=click.IntRange(1), default=100, help="K of the final likelihood estimate.")
 @click.pass_context
 def main(context, **options):
-    """Train a variational autoencoder on the 28 x 28 pixels of MNIST or Fashion-MNIST."""
     # 1. Options, device, data.
     other = "channels" if options["arch"] == "mlp" else "hidden"
     if context.get_parameter_source(other).name == "COMMANDLINE":
@@ -375,10 +367,8 @@ def main(context, **options):
     model = model.to(device, memory_format=torch.channels_last)
     start = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
-    about, name = (
-        {"name": options["dataset"], "source": data.source},
-        "vae-{dataset}-{binarize}-{arch}-D{d}-{objective}{k}-beta{beta:g}-seed{seed}".format(**options),
-    )
+    about = {"name": options["dataset"], "source": data.source}
+    name = "vae-{dataset}-{binarize}-{arch}-D{d}-{objective}{k}-beta{beta:g}-seed{seed}".format(**options)
 
     # 3. Train: one step, one log line; scores of valid and figures now and then.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
@@ -403,7 +393,7 @@ def main(context, **options):
             scores = evaluate(model, x, options["eval_samples"], "likelihood of test")
             before = evaluate(start, x, 10)  # few samples: posteriors are near the prior
             scores["nll_mean_picture"] = -bernoulli_log_likelihood(x, data.mean_logit).mean().item()
-            run.finish(scores | {f"step_0/{name}": value for name, value in before.items()}, data.source)
+            run.finish(scores, before)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ class Numbers(Pool):
     """Picture k has the value k everywhere."""
 
     def __init__(self, length):
-        super().__init__(length, 4, (1, 1), 0, CPU)
+        super().__init__(4, (1, 1), 0, CPU, length)
         self.calls = []
 
     def make(self, first, last):

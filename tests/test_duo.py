@@ -36,14 +36,15 @@ def tones(*frequencies, amplitude=0.1):
 
 def test_mixtures_keep_the_sum_of_their_stems_and_the_difference_asked_for(duos):
     pair, decibels = duos.sample("train", 50, random_generator("x"))
-    stems, before = duos.stems("train", pair, decibels)
+    stems = duos.stems("train", pair, decibels)
     loudness = train_mvae.root_mean_square(stems)[..., 0]
     torch.testing.assert_close(train_mvae.root_mean_square(stems.sum(1))[:, 0], torch.full((50,), LOUDNESS))
     difference = 20 * torch.log10(loudness[:, 0] / loudness[:, 1])
     torch.testing.assert_close(difference, decibels[:, 0] - decibels[:, 1], atol=1e-3, rtol=0)
     assert 3 < difference.abs().max() <= train_mvae.MAX_GAIN_DB
     note = duos.notes["train"].waveform(pair[3, 1:])[0]  # as it was, but for its loudness
-    torch.testing.assert_close(stems[3, 1] * (before[3, 1] / loudness[3, 1]), note, atol=1e-5, rtol=1e-4)
+    scaled = stems[3, 1] / loudness[3, 1] * train_mvae.root_mean_square(note)
+    torch.testing.assert_close(scaled, note, atol=1e-5, rtol=1e-4)
 
 
 def test_notes_of_a_mixture_are_of_two_instruments_and_share_not_all_harmonics(duos):
@@ -162,11 +163,6 @@ def test_the_vocoder_gives_numbers_for_silence_noise_and_full_scale():
         assert waveform.isfinite().all()
         if not spectrogram.any():
             assert not waveform.any()
-    # Of a sound's own magnitudes, it finds as good a waveform as torchaudio's.
-    errors = [
-        (stft_magnitude(f(magnitude)) - magnitude).norm() / magnitude.norm() for f in (vocoder, vocoder.reference)
-    ]
-    assert 20 * math.log10(errors[0] / errors[1]) == pytest.approx(0, abs=0.1)
 
 
 # ---------------------------------------------------------------- Model

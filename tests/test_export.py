@@ -1,5 +1,6 @@
-"""Exported graphs against the PyTorch model: the same cells, numbers and pictures, at other sizes than traced with."""
+"""Exported graphs against the trained models: the same cells, numbers and pictures, at other sizes than traced with."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -14,16 +15,16 @@ import export
 import recompose
 import train_mvae
 import train_vae_mnist
-from common import random_generator
+from common import GriffinLim, load_config, random_generator
 
 
-def model_and_inputs(run, batch, slots):
-    model, config, step = export.load_model(run)
-    return model, export.example_inputs(model, export.describe(config, step).get("size"), batch, slots, seed=42)
+def graphs_of(run):
+    script = importlib.import_module(load_config(run)["script"])
+    return script.graphs(script.load(run))
 
 
-def flat(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+def names_of(session):
+    return [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
 
 
 @pytest.fixture(params=["vae_run", "clevr_run", "sprites_run", "duo_run"])
@@ -31,44 +32,54 @@ def any_run(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize(("batch", "slots"), [(1, 1), (3, 9)])
 @torch.no_grad()
-def test_pytorch_torchscript_and_onnxruntime_agree(any_run, batch, slots):
-    run = any_run
-    model, inputs = model_and_inputs(run, batch, slots)
-    for name, graph in export.graphs_of(model).items():
+def test_pytorch_torchscript_and_onnxruntime_agree_at_other_sizes(any_run):
+    for name, (graph, example) in graphs_of(any_run).items():
         if name == "vocoder":
             continue  # its iterations multiply rounding: export.py compares spectral convergence
-        expected = [e.numpy() for e in flat(graph(*inputs[name].values()))]
-        for actual in (
-            export.run_onnx(run / "export" / f"{name}.onnx", inputs[name]),
-            export.run_torchscript(run / "export" / f"{name}.pt", inputs[name]),
-        ):
-            for output, e, a in zip(graph.outputs, expected, actual, strict=True):
-                np.testing.assert_allclose(a, e, atol=1e-4, rtol=0, err_msg=f"{name} {output}")
+        for batch, slots in ((1, 1), (3, 9)):
+            inputs = export.resized(example, batch, slots, random_generator("other"))
+            expected = export.as_tuple(graph.reference(*inputs.values()))
+            written = [export.run_onnx(any_run / "export" / f"{name}.onnx", inputs)]
+            if (any_run / "export" / f"{name}.pt").exists():
+                written.append(export.run_torchscript(any_run / "export" / f"{name}.pt", inputs))
+            for outputs in written:
+                assert len(outputs[0]) == batch
+                for output, e, a in zip(graph.outputs, expected, outputs, strict=True):
+                    np.testing.assert_allclose(a, e.numpy(), atol=1e-4, rtol=1e-4, err_msg=f"{name} {output}")
 
 
 def test_names_axes_and_metadata_are_those_of_the_contract(clevr_run):
-    sessions = {
-        n: onnxruntime.InferenceSession(clevr_run / "export" / f"{n}.onnx") for n in ("encoder", "decoder", "composer")
-    }
-    names = {n: ([i.name for i in s.get_inputs()], [o.name for o in s.get_outputs()]) for n, s in sessions.items()}
-    assert names == {
+    folder = clevr_run / "export"
+    sessions = {n: onnxruntime.InferenceSession(folder / f"{n}.onnx") for n in ("encoder", "decoder", "composer")}
+    assert {name: names_of(session) for name, session in sessions.items()} == {
         "encoder": (["image"], ["mu", "logvar", "cell", "kl", "kl_map", "background"]),
         "decoder": (["z", "cell"], ["layer"]),
         "composer": (["layer", "background"], ["image"]),
     }
     for name, session in sessions.items():
         for tensor in session.get_inputs():
-            assert isinstance(tensor.shape[0], str), "the batch must be free"
-            assert tensor.name in ("image", "background") or isinstance(tensor.shape[1], str), "the slots must be free"
-        model = onnx.load(clevr_run / "export" / f"{name}.onnx")
+            assert tensor.shape[0] == "batch"
+            assert tensor.name in ("image", "background") or tensor.shape[1] == "slots"
+        model = onnx.load(folder / f"{name}.onnx")
         assert {o.version for o in model.opset_import if not o.domain} == {export.OPSET}
-    written = json.loads((clevr_run / "export" / "model.json").read_text())
-    inside = json.loads(sessions["decoder"].get_modelmeta().custom_metadata_map["model"])
-    assert written == inside
-    assert (inside["kind"], inside["N"], inside["D"], inside["op"], inside["size"]) == ("mvae-image", 3, 4, "alpha", 64)
-    assert inside["data_source"] == "built-in CLEVR-like renderer"
+    about = json.loads((folder / "model.json").read_text())
+    assert about == json.loads(sessions["decoder"].get_modelmeta().custom_metadata_map["model"])
+    expected = {"kind": "mvae-image", "N": 3, "D": 4, "op": "alpha", "compose": "data", "size": 64, "dataset": "clevr"}
+    assert expected | {"data_source": "built-in CLEVR-like renderer", "steps": 3, "crop": "clevr"} == {
+        name: about[name] for name in (*expected, "data_source", "steps", "crop")
+    }
+
+
+def test_torchscript_files_hold_the_weights_they_use_no_gradients_and_the_metadata(clevr_run):
+    sizes, folder = {}, clevr_run / "export"
+    for name in ("encoder", "decoder", "composer"):
+        sizes[name], extra = (folder / f"{name}.pt").stat().st_size, {"model.json": ""}
+        graph = torch.jit.load(folder / f"{name}.pt", _extra_files=extra)
+        assert not any(parameter.requires_grad for parameter in graph.parameters())
+        assert json.loads(extra["model.json"]) == json.loads((folder / "model.json").read_text())
+    assert sizes["composer"] < 40_000
+    assert sizes["composer"] < sizes["encoder"] and sizes["composer"] < sizes["decoder"]
 
 
 def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
@@ -76,8 +87,7 @@ def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
     for name in ("encoder", "decoder", "composer", "vocoder"):
         path = duo_run / "export" / f"{name}.onnx"
         assert path.stat().st_size < 5e6, "matrices of the Fourier transform are computed in the graph, not stored"
-        session = onnxruntime.InferenceSession(path)
-        names[name] = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
+        names[name] = names_of(onnxruntime.InferenceSession(path))
     assert names == {
         "encoder": (["waveform"], ["mu", "logvar", "cell", "kl", "kl_map"]),
         "decoder": (["z", "cell"], ["layer"]),
@@ -85,113 +95,161 @@ def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
         "vocoder": (["spectrogram"], ["waveform"]),
     }
     about = json.loads((duo_run / "export" / "model.json").read_text())
-    wanted = {
-        "kind": "mvae-sound",
-        "N": 2,
-        "D": 4,
-        "op": "sum",
-        "domain": "magnitude",
-        "sample_rate": 16000,
-        "hop": 1024,
-    }
-    assert wanted.items() <= about.items()
+    expected = {"kind": "mvae-sound", "N": 2, "D": 3, "op": "sum", "domain": "magnitude", "n_fft": 4096, "hop": 1024}
+    assert expected | {"sample_rate": 16000} == {name: about[name] for name in (*expected, "sample_rate")}
 
 
 @torch.no_grad()
 def test_the_encoder_of_sounds_hears_what_training_saw_at_any_loudness(duo_run):
-    model, inputs = model_and_inputs(duo_run, 2, 1)
-    waveform = inputs["encoder"]["waveform"]
-    expected = model.encode(train_mvae.SoundLevels(64)(waveform))
+    waveform = graphs_of(duo_run)["encoder"][1]["waveform"]
+    expected = train_mvae.load(duo_run).encode(train_mvae.SoundLevels(64)(waveform))
     for factor in (1, 0.01):
         mu, *_, kl_map = export.run_onnx(duo_run / "export" / "encoder.onnx", {"waveform": factor * waveform})
         np.testing.assert_allclose(kl_map, expected.kl_map.numpy(), atol=1e-3)
         np.testing.assert_allclose(mu, expected.mu.numpy(), atol=1e-3)
 
 
-def test_a_graph_holds_only_the_weights_it_uses(clevr_run):
-    sizes = {n: (clevr_run / "export" / f"{n}.pt").stat().st_size for n in ("encoder", "decoder", "composer")}
-    assert sizes["composer"] < 40_000
-    assert sizes["composer"] < sizes["encoder"] and sizes["composer"] < sizes["decoder"]
+def test_the_exported_vocoder_gives_numbers_for_silence_noise_and_full_scale(duo_run):
+    magnitude = graphs_of(duo_run)["vocoder"][1]["spectrogram"][:1, :, :16]
+    silent_end = magnitude.clone()
+    silent_end[..., -6:] = 0
+    noise = torch.rand(magnitude.shape, generator=random_generator("noise"))
+    for spectrogram in (silent_end, 0 * magnitude, noise, 1000 * magnitude / magnitude.max()):
+        (waveform,) = export.run_onnx(duo_run / "export" / "vocoder.onnx", {"spectrogram": spectrogram})
+        assert waveform.shape == (1, 15 * 1024) and np.isfinite(waveform).all()
+        assert spectrogram.any() or not waveform.any()
 
 
-def test_a_mismatch_is_an_error_and_leaves_the_old_export(clevr_run, tmp_path, monkeypatch):
+def test_the_graphs_of_a_vae_encode_and_decode_digits(vae_run, digits):
+    folder = vae_run / "export"
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    image = torch.rand(7, 1, 28, 28, generator=random_generator("digits"))
+    mu, logvar, kl = encoder.run(None, {"image": image.numpy()})
+    assert mu.shape == logvar.shape == (7, 3) and kl.shape == (7,)
+    np.testing.assert_allclose(kl, 0.5 * (mu**2 + np.exp(logvar) - logvar - 1).sum(1), rtol=1e-4)
+    (decoded,) = decoder.run(None, {"z": mu})
+    model = train_vae_mnist.load(vae_run)
+    with torch.no_grad():
+        expected = model.decode(model.encode(image.flatten(1))[0]).sigmoid()
+    np.testing.assert_allclose(decoded.reshape(7, 784), expected.numpy(), atol=1e-5)
+    about = json.loads((folder / "model.json").read_text())
+    assert about["kind"] == "vae-image" and about["D"] == 3 and about["data_source"] == "MNIST, dynamic binarisation"
+    assert about == json.loads(decoder.get_modelmeta().custom_metadata_map["model"])
+
+
+# ---------------------------------------------------------------- The check
+
+
+def verdict(graph, example, written=None):
+    """export.check's, of what `written` computes (the graph itself, by default), without writing a file."""
+
+    def run(path, inputs):
+        with torch.no_grad():
+            return [output.numpy() for output in export.as_tuple((written or graph)(*inputs.values()))]
+
+    generator = random_generator("check")
+    cases = {"other": export.resized(example, 1, 1, generator)}
+    cases |= export.extremes(export.resized(example, 1, 1, generator), generator)
+    with torch.no_grad():
+        return export.check(graph, Path("graph.onnx"), run, cases)
+
+
+def test_a_graph_whose_stft_is_not_torchaudios_differs(duo_run, capsys):
+    graph, example = graphs_of(duo_run)["encoder"]
+    assert verdict(graph, example)
+    stft = next(module for module in graph.modules() if hasattr(module, "window") and hasattr(module, "places"))
+    stft.window.copy_(torch.hann_window(4096, periodic=False).view_as(stft.window).roll(1, 0))
+    assert not verdict(graph, example)
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_a_vocoder_that_stops_early_or_gives_nan_differs():
+    example = {"spectrogram": torch.rand(2, 65, 16, generator=random_generator("magnitudes"))}
+    graph = GriffinLim(128)
+    assert verdict(graph, example)
+    assert not verdict(graph, example, GriffinLim(128, iterations=1))
+    assert not verdict(graph, example, lambda spectrogram: graph(spectrogram) / spectrogram[:, :1, :1, 0].sign())
+
+
+def test_what_counts_as_a_difference():
+    cell, mu = torch.tensor([[[0.5, 0.25]]]), torch.rand(1, 1, 4, generator=random_generator("mu"))
+
+    def difference(mu_, cell_=cell, scale=1.0):
+        expected = (scale * mu, torch.ones(1, 1), cell)
+        return export.largest_difference(("mu", "kl", "cell"), expected, (mu_, np.ones((1, 1)), np.asarray(cell_)))
+
+    mu = mu / mu.max()
+    assert difference(mu.numpy()) == 0
+    assert difference(mu.numpy() + 0.5) == pytest.approx(0.5)
+    assert difference(100 * mu.numpy() + 1, scale=100.0) == pytest.approx(0.01)  # relative, of what exceeds 1
+    assert difference(mu.numpy() * np.nan) == float("inf")
+    assert difference(mu.numpy()[:, :, :2]) == float("inf")
+    assert difference(mu.numpy() + 0.5, cell + 0.5) == 0  # a tie: other cells of the same KL
+
+
+# ---------------------------------------------------------------- The folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """An export that writes and runs nothing: its graphs say what the model does."""
+    graphs = {}
+    monkeypatch.setattr(
+        export, "write_onnx", lambda graph, inputs, path, info: path.write_text("") or graphs.update({path: graph})
+    )
+    monkeypatch.setattr(
+        export,
+        "run_onnx",
+        lambda path, inputs: [o.numpy() for o in export.as_tuple(graphs[path].reference(*inputs.values()))],
+    )
+
+
+def test_a_mismatch_is_an_error_and_leaves_the_old_export(vae_run, tmp_path, monkeypatch, quick):
     real = export.run_onnx
     monkeypatch.setattr(export, "run_onnx", lambda path, inputs: [o + 1e-3 for o in real(path, inputs)])
     out = tmp_path / "export"
     out.mkdir()
     (out / "encoder.onnx").write_text("old")
-    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out)])
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out)])
     assert result.exit_code == 1
     assert "DIFFERS" in result.output and "nothing was written" in result.output
     assert (out / "encoder.onnx").read_text() == "old"
     assert len(list(out.iterdir())) == 1
 
 
-def test_a_later_export_leaves_nothing_of_the_one_before(clevr_run, tmp_path):
+def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quick):
     out = tmp_path / "export"
     out.mkdir()
     (out / "encoder.pt").write_text("of another model")
-    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out), "--no-torchscript"])
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out), "--no-torchscript"])
     assert result.exit_code == 0, result.output
-    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "composer.onnx", "model.json"}
-    result = CliRunner().invoke(export.main, [str(clevr_run), "--out", str(out / "model.json")])
+    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"}
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out / "model.json")])
     assert result.exit_code == 2
     assert "cannot be written" in result.output
 
 
-@torch.no_grad()
-def test_other_cells_count_as_a_difference():
-    class Graph:
-        outputs = ("mu", "cell")
-
-    cell = torch.tensor([[[0.5, 0.25]]])
-    mu = torch.rand(1, 1, 4, generator=random_generator("mu"))
-    assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy())) == 0
-    assert export.largest_difference(Graph, (mu, cell), (mu.numpy() + 0.5, cell.numpy())) == pytest.approx(0.5)
-    assert export.largest_difference(
-        Graph, (100 * mu / mu.max(), cell), (100 * (mu / mu.max()).numpy() + 1, cell.numpy())
-    ) == pytest.approx(0.01)
-    assert export.largest_difference(Graph, (mu, cell), (mu.numpy(), cell.numpy() + 0.01)) == float("inf")
-    assert export.largest_difference(Graph, (mu, cell), (mu.numpy() * np.nan, cell.numpy())) == float("inf")
-
-
 def test_folders_that_are_no_runs_are_refused(tmp_path, clevr_run):
-    result = CliRunner().invoke(export.main, [str(tmp_path)])
-    assert result.exit_code == 2
-    assert "no config.json" in result.output
+    def refused():
+        result = CliRunner().invoke(export.main, [str(tmp_path)])
+        assert isinstance(result.exception, SystemExit)
+        return result.exit_code, " ".join(result.output.split())
+
+    code, message = refused()
+    assert code == 2 and "config.json: missing" in message
     config = json.loads((clevr_run / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"script": "train_other"}))
-    result = CliRunner().invoke(export.main, [str(tmp_path)])
-    assert result.exit_code == 2
-    assert "expected a run of train_vae_mnist.py or train_vae_audio.py or train_mvae.py" in result.output
+    code, message = refused()
+    assert code == 2 and "expected a run of train_vae_mnist or train_vae_audio or train_mvae" in message
     wrong = {**config, "options": {**config["options"], "d": 7}}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     (tmp_path / "checkpoint.pt").write_bytes((clevr_run / "checkpoint.pt").read_bytes())
-    result = CliRunner().invoke(export.main, [str(tmp_path)])
-    assert result.exit_code == 1
-    assert "does not fit" in result.output
-
-
-def test_the_graphs_of_a_vae_encode_and_decode_digits(vae_run, digits):
-    folder = vae_run / "export"
-    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
-    data = train_vae_mnist.Digits("mnist", digits, False, "dynamic", 0, torch.device("cpu"))
-    mu, logvar, kl = encoder.run(None, {"image": data.test[:7].view(7, 1, 28, 28).numpy()})
-    assert mu.shape == logvar.shape == (7, 3) and kl.shape == (7,)
-    np.testing.assert_allclose(kl, 0.5 * (mu**2 + np.exp(logvar) - logvar - 1).sum(1), rtol=1e-4)
-    (image,) = decoder.run(None, {"z": mu})
-    assert image.shape == (7, 1, 28, 28) and image.min() >= 0 and image.max() <= 1
-    model, _, _ = export.load_model(vae_run)
-    with torch.no_grad():
-        expected = model.decode(model.encode(data.test[:7])[0]).sigmoid()
-    np.testing.assert_allclose(image.reshape(7, 784), expected.numpy(), atol=1e-5)
-    info = json.loads((folder / "model.json").read_text())
-    assert info["kind"] == "vae-image" and info["D"] == 3 and info["data_source"] == "MNIST, dynamic binarisation"
-    assert info == json.loads(decoder.get_modelmeta().custom_metadata_map["model"])
+    code, message = refused()
+    assert code == 1 and "does not fit" in message
 
 
 def test_recompose_refuses_a_vae(vae_run):
     picture = Path(export.__file__).parent / "models" / "clevr" / "a.png"
     result = CliRunner().invoke(recompose.main, [str(picture), "--model", str(vae_run / "export")])
     assert result.exit_code == 2
-    assert "expected the export of a train_mvae.py run" in result.output
+    assert "train_mvae.py" in result.output

@@ -584,11 +584,11 @@ def test_help_shows_a_data_sets_own_options_and_values():
     assert "--shift" in CliRunner().invoke(train_mvae.main, ["--help"]).output  # and a later call hides nothing more
 
 
-def test_resume_refuses_another_model_and_a_half_written_checkpoint(sprites_run, tmp_path):
-    code, message = refused("--resume", sprites_run, "--N", "7")
-    assert code == 2 and "--N 7: the run to resume has 4" in message
-    (tmp_path / "config.json").write_text((sprites_run / "config.json").read_text())
-    (tmp_path / "checkpoint.pt").write_bytes((sprites_run / "checkpoint.pt").read_bytes()[:5000])
+def test_resume_refuses_another_model_and_a_half_written_checkpoint(clevr_run, tmp_path):
+    code, message = refused("--resume", clevr_run, "--N", "7")
+    assert code == 2 and "--N 7: the run to resume has 3" in message
+    (tmp_path / "config.json").write_text((clevr_run / "config.json").read_text())
+    (tmp_path / "checkpoint.pt").write_bytes((clevr_run / "checkpoint.pt").read_bytes()[:5000])
     code, message = refused("--resume", tmp_path)
     assert code == 1 and "damaged" in message
 

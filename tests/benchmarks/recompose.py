@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = 7
+WARM_UP, ROUNDS = 1, 7
 
 
 def measure(command):
-    """Median seconds and largest MB of ROUNDS runs of a command, after one to warm the disk cache."""
+    """Median seconds and largest MB of ROUNDS runs of a command, after WARM_UP to warm the disk cache."""
     seconds, peaks = [], []
-    for _ in range(ROUNDS + 1):
+    for _ in range(WARM_UP + ROUNDS):
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -26,7 +26,7 @@ def measure(command):
         peaks.append(usage.ru_maxrss / 1024)
         if status:
             raise SystemExit(f"{command} failed")
-    return statistics.median(seconds[1:]), max(peaks)
+    return statistics.median(seconds[WARM_UP:]), max(peaks)
 
 
 def main():

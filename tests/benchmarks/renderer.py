@@ -47,7 +47,7 @@ def main(data_root, figure):
     """Time the built-in CLEVR renderer, or draw its scenes beside real ones."""
     options = train_mvae.main.make_context("", ["--dataset", "clevr"]).params
     if figure:
-        draw_figure(options, data_root, 8).save(figure)
+        draw_figure(options, data_root).save(figure)
         return
     data, batch, sigma = train_mvae.load_data(options, torch.device("cpu")), options["batch"], options["sigma"]
     generator, scenes = random_generator("benchmark"), train_mvae.BLOCK
@@ -60,7 +60,8 @@ def main(data_root, figure):
 
     def train(steps=10):
         for _ in range(steps):
-            loss, terms = train_mvae.objective(image, *model(image, noise), 1.0, sigma)
+            encoding, mean, offset = model(image, noise)
+            loss, terms = train_mvae.objective(image, mean, encoding, offset, 1.0, sigma)
             optimizer_step(loss, terms, optimizer, options["lr"], train_mvae.CLIP)
 
     used = scenes_a_second(train, 10 * batch)

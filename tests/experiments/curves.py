@@ -1,7 +1,7 @@
 """Scores of the valid split while runs of train_mvae.py trained, against minutes or steps.
 
     python -m tests.experiments.curves runs/mvae-sprites-alpha-N4-seed0
-    python -m tests.experiments.curves runs/mvae-clevr-alpha-N6-seed0 runs/mvae-clevr-alpha-N6-seed1 --by step --out curves.png
+    python -m tests.experiments.curves runs/mvae-sprites-alpha-N4-seed0 runs/mvae-sprites-alpha-N4-seed1 --by step
 
 Draws every RUN_DIR/curve.json, a colour a run, and writes RUN_DIR/figures/curve.png of the first, or --out. Of pictures
 with masks ARI-FG, of slots alone too, and mIoU; of mixtures SI-SDR gained; of all else the squared error.
@@ -13,11 +13,11 @@ from pathlib import Path
 import click
 from matplotlib.figure import Figure
 
-from common import FOLDER, load_config, plotted
+from common import FOLDER, load_config
 
 # {axis: {score: (name, line)}}: drawn is the first axis whose scores all points have.
 CURVES = {
-    "score, 1 is best": {"ari_fg": ("ARI-FG", "-"), "ari_fg_slots": ("ARI-FG of slots alone", "--"), "miou": ("mIoU", ":")},
+    "score, 1 is best": {"ari_fg": ("ARI-FG", "-"), "ari_fg_slots": ("of slots alone", "--"), "miou": ("mIoU", ":")},
     "SI-SDR gained, dB": {"si_sdr_gained": ("mean", "-"), "si_sdr_gained_median": ("median", "--")},
     "mean squared error": {"mse": ("MSE", "-")}
 }  # fmt: skip
@@ -25,7 +25,7 @@ COLOURS = ("#1e88e5", "#e65100", "#43a047", "#8e24aa", "#6d4c41", "#00acc1")
 
 
 def curve_figure(curves, by="minutes", title=""):
-    """{run: points of curve.json} against "minutes" or "step": one PIL picture."""
+    """{run: points of curve.json} against "minutes" or "step": a matplotlib figure."""
     points = [point for curve in curves.values() for point in curve]
     unit, wanted = next((u, w) for u, w in CURVES.items() if all(w.keys() <= point.keys() for point in points))
     figure = Figure(figsize=(6.5, 4), dpi=120, layout="constrained")
@@ -42,7 +42,7 @@ def curve_figure(curves, by="minutes", title=""):
         axes.set_ylim(0, 1 if "miou" in wanted else None)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    return plotted(figure)
+    return figure
 
 
 def read_curve(folder):
@@ -68,7 +68,7 @@ def main(run_dirs, by, out):
         raise click.UsageError("these runs saw different data; draw them apart")
     title = f"Valid split of {next(iter(read.values()))[1]}"
     out = out or run_dirs[0] / "figures" / "curve.png"
-    curve_figure({name: points for name, (points, _) in read.items()}, by, title).save(out)
+    curve_figure({name: points for name, (points, _) in read.items()}, by, title).savefig(out)
     click.echo(f"written: {out}")
 
 

@@ -9,13 +9,17 @@ also the run's own, before and after training, and whether a classifier hears th
 """
 
 import click
+import numpy as np
 import torch
+import torch.nn.functional as F
+import torchaudio
 
 import train_mvae
 from common import FOLDER, griffin_lim, random_generator
+from recompose import inverse_stft, soft_masks, stft
 from tests.experiments.judges import train_classifier
 from tests.experiments.slots import load_run, load_start
-from train_mvae import apply_masks, assign, complex_stft, root_mean_square, separate, si_sdr
+from train_mvae import SOUND_FFT, assign, root_mean_square, separate, si_sdr
 
 CHUNK = 20  # mixtures at a time
 HEARD = 100  # mixtures whose slots are heard through Griffin-Lim, which takes its time
@@ -36,20 +40,44 @@ def factorize(magnitude, components, iterations=200):
     return w.mT[..., None] * h[:, :, None]  # (B, K, F, T)
 
 
+def stft_magnitude(waveform, n_fft):
+    """(B, samples), zero-padded to whole hops -> magnitudes (B, F, T)."""
+    hop = n_fft // 4
+    padded = F.pad(waveform, (0, -waveform.shape[1] % hop))
+    return torchaudio.transforms.Spectrogram(n_fft, hop_length=hop, power=1)(padded)
+
+
+def apply_masks(waveform, magnitude):
+    """Sounds (B, samples) through the masks that a model's slots get, each one's share of the power: (B, M, samples).
+
+    magnitude (B, M, F, T), not yet squared.
+    """
+    n_fft, parts = 2 * (magnitude.shape[2] - 1), []
+    for sound, slots in zip(waveform.numpy(), magnitude.numpy(), strict=True):
+        masked = soft_masks(slots) * stft(sound, n_fft, n_fft // 4)  # (M, F, T)
+        parts.append([inverse_stft(part, n_fft, n_fft // 4, len(sound)) for part in masked])
+    return torch.from_numpy(np.array(parts, np.float32))
+
+
 def masking_magnitudes(levels, stems):
-    """{name: magnitudes (B, 2, F, T)} that masks of mixtures of stems (B, 2, samples) are made of, as of a model's."""
-    magnitude = complex_stft(stems).abs()  # (B, 2, F, T)
-    seen = levels.to_stft_magnitude(levels.of_magnitude(magnitude.flatten(0, 1))).unflatten(0, magnitude.shape[:2])
-    ways = {f"NMF, two components, n_fft {n}": factorize(complex_stft(stems.sum(1), n).abs(), 2)
-            for n in (512, 1024, 2048, 4096)}  # fmt: skip
-    return ways | {"ideal masks at the model's resolution": seen, "ideal masks": magnitude}
+    """{name: magnitudes (B, 2, F, T)} that masks for mixtures of stems (B, 2, samples) are made of."""
+    own, mixture = stems.flatten(0, 1), stems.sum(1)
+    ways = {
+        f"NMF, two components, n_fft {n_fft}": factorize(stft_magnitude(mixture, n_fft), 2)
+        for n_fft in (512, 1024, 2048, 4096)
+    }
+    ideal = {
+        "ideal masks at the model's resolution": levels.to_stft_magnitude(levels.as_loud(own)),
+        "ideal masks": stft_magnitude(own, SOUND_FFT)
+    }  # fmt: skip
+    return ways | {name: magnitude.unflatten(0, stems.shape[:2]) for name, magnitude in ideal.items()}
 
 
 @torch.no_grad()
 def compare(data, n, models):
     """{name: dB of SI-SDR gained (n, 2)} on the first n test mixtures, of every way and of the models {name: model}."""
     gained = {}
-    for some in data.mixtures("test", n)[0].split(CHUNK):
+    for some in data.mixtures("test", n).split(CHUNK):
         mixture = some.sum(1)
         before = si_sdr(mixture[:, None], some)
         for name, magnitude in masking_magnitudes(data.levels, some).items():
@@ -69,18 +97,20 @@ def family_agreement(classifier, model, data, n):
     mixtures. What is heard in a mixture is held against both stems, and right for both only where they are of one
     family: "ceiling".
     """
-    stems, loudness, family = data.mixtures("test", n)
-    right = {}
+    notes, stems, right = data.notes["test"], data.mixtures("test", n), {}
+    pair = data.sample("test", max(n, train_mvae.MIXTURES), random_generator("held out"))[0][:n]  # those of `mixtures`
+    family = notes.family[pair]
     for i in range(0, n, CHUNK):
-        some, true = stems[i : i + CHUNK], family[i : i + CHUNK].flatten()
+        some, own = stems[i : i + CHUNK], pair[i : i + CHUNK].flatten()
+        loudness = root_mean_square(notes.waveform(own))
         found = separate(model, data.levels, some)
         heard = {"stem": some.flatten(0, 1), "mixture": some.sum(1).repeat_interleave(2, 0)}
         heard["masked"] = found.parts.flatten(0, 1)
         if i < HEARD:
             heard["slot"] = griffin_lim(data.levels.to_stft_magnitude(found.alone.flatten(0, 1)))
         for name, waveform in heard.items():
-            louder = waveform * (loudness[i : i + CHUNK].reshape(-1, 1) / root_mean_square(waveform))
-            right.setdefault(name, []).append(classifier(louder) == true)
+            louder = waveform * (loudness / root_mean_square(waveform))
+            right.setdefault(name, []).append(classifier(louder) == notes.family[own])
     shares = {f"family_{name}": torch.cat(hits).double().mean().item() for name, hits in right.items()}
     alike = (family[:, 0] == family[:, 1]).double().mean().item()
     return shares | {"family_mixture_ceiling": (1 + alike) / 2}

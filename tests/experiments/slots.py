@@ -16,7 +16,7 @@ import torch
 import train_mvae
 from common import FOLDER, RATE, SAMPLES, gaussian_kl, random_generator, write_json
 from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
-from train_mvae import averages, complex_stft, match, separate
+from train_mvae import averages, match, separate
 
 PAIRS = 64  # of scenes recomposed
 
@@ -188,10 +188,10 @@ def remix_figure(model, data, rows=4):
 
     Bars end at a mixture's maximum, in its slot's tile too, as in separation.png; of the last two at the true one's.
     """
-    stems = data.mixtures("valid", 2 * rows)[0].to(data.device)
+    stems = data.mixtures("valid", 2 * rows).to(data.device)
     found, sheet = separate(model, data.levels, stems), []
     recomposed = model.compose(torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1))
-    true = data.levels.of_magnitude(complex_stft(stems[0::2, 0] + stems[1::2, 1]).abs())
+    true = data.levels.as_loud(stems[0::2, 0] + stems[1::2, 1])
     for r in range(rows):
         a, b = 2 * r, 2 * r + 1
         every = [found.level[a], found.alone[a, 0], found.level[b], found.alone[b, 1], true[r], recomposed[r]]

@@ -1,0 +1,188 @@
+"""The experiments on MVAE runs: recomposition against the truth, NMF and ideal masks, grids, curves; on tiny runs."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_data import write_clevr
+
+from tests.experiments import curves, grid, separation, slots
+from tests.experiments.judges import FamilyClassifier
+from train_mvae import Encoding, separate
+
+
+def invoke(command, *args):
+    """The output of a command, whose exit code must be 0."""
+    result = CliRunner().invoke(command, [str(arg) for arg in args])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.mark.parametrize("kind", ["clevr_run", "sprites_run"])
+def test_recompositions_of_a_run_are_scored_and_its_slots_drawn(kind, request, monkeypatch):
+    monkeypatch.setattr(slots, "PAIRS", 3)
+    folder = request.getfixturevalue(kind)
+    printed = invoke(slots.main, folder)
+    assert "| recomposition_psnr | " in printed and "built-in" in printed
+    scores = json.loads((folder / "recomposition.json").read_text())
+    assert (scores["split"], scores["pairs"]) == ("test", 3)
+    assert scores["step_0/recomposition_psnr"] > 0 and scores["recomposition_psnr_baseline"] > 0
+    for name in ("traversals", "moved", "recomposition"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_slots_of_mixtures_are_remixed(duo_run):
+    invoke(slots.main, duo_run)
+    assert (duo_run / "figures" / "remix.png").stat().st_size > 10_000
+    assert not (duo_run / "recomposition.json").exists()
+
+
+def test_the_start_of_a_run_is_what_it_was_trained_from(sprites_run):
+    model, data = slots.load_run(sprites_run)
+    start, again = (slots.load_start(model, data).state_dict() for _ in range(2))
+    trained = model.state_dict()
+    assert all(torch.equal(start[name], again[name]) for name in start)
+    moved = max(float((start[name] - trained[name]).abs().max()) for name in start)
+    assert 0 < moved < 0.01, "two steps at the first learning rates of the warm-up"
+
+
+class Cutout:
+    """A model that knows: its slots are the objects of the scenes drawn last, which its composition lays together."""
+
+    def __init__(self, data):
+        self.render, data.render, self.shown = data.render, self.record, []
+
+    def record(self, scene):
+        self.shown.append(self.render(scene))
+        return self.shown[-1]
+
+    def encode(self, image):
+        index = next(i for i, (shown, _) in enumerate(self.shown) if torch.equal(shown, image))
+        return Encoding(torch.tensor(index), None, None, None, None, None, None)
+
+    def decode(self, mu, cell):
+        image, label = self.shown[int(mu)]
+        masks = (label[:, None] == torch.arange(1, 9)[:, None, None]).float()[:, :, None]  # (n, 8, 1, H, W)
+        return torch.cat([masks * image[:, None], masks], dim=2)  # (n, 8, 4, H, W)
+
+    def responsibilities(self, layer, background):
+        masks = layer[:, :, 3]  # (n, 8, H, W)
+        return torch.cat([0.5 * torch.ones_like(masks[:, :1]), masks], dim=1)
+
+    def compose(self, layer, background):
+        return layer[:, :, :3].amax(1)
+
+
+def test_a_model_that_knows_recomposes_without_error_what_is_shown(sprites_run):
+    _, data = slots.load_run(sprites_run)
+    scores = slots.score_recomposition(Cutout(data), data, "test", 6)
+    assert scores["recomposition_psnr_shown"] > 30 and scores["reconstruction_psnr"] > 60
+    assert scores["recomposition_psnr_baseline"] < 15
+
+
+def test_scenes_on_disk_are_drawn_but_not_drawn_anew(clevr_run, tmp_path):
+    root = tmp_path / "CLEVR_v1.0"
+    write_clevr(root, sizes=[(320, 240)] * 4, train=30)
+    result = CliRunner().invoke(slots.main, [str(clevr_run), "--data-root", str(root)])
+    assert result.exit_code == 2 and "was trained on built-in" in result.output
+    folder = tmp_path / "run"
+    shutil.copytree(clevr_run, folder, ignore=shutil.ignore_patterns("recomposition.json"))
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["source"], config["options"]["data_root"] = f"CLEVR folder {root.name}", str(root)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "PSNR" not in invoke(slots.main, folder)
+    assert not (folder / "recomposition.json").exists()
+
+
+# ---------------------------------------------------------------- Separation
+
+
+def test_factors_of_a_matrix_of_two_components_are_found():
+    first, second = torch.tensor([[4.0], [1.0], [0.0]]), torch.tensor([[0.0], [2.0], [3.0]])
+    true = torch.stack([first @ torch.tensor([[1.0, 1.0, 0.0, 0.0]]), second @ torch.tensor([[0.0, 1.0, 1.0, 2.0]])])
+    found = separation.factorize(true.sum(0)[None], 2)[0]
+    torch.testing.assert_close(found.sum(0), true.sum(0), atol=1e-2, rtol=1e-2)
+    order = [0, 1] if found[0, 0, 0] > found[1, 0, 0] else [1, 0]
+    torch.testing.assert_close(found[order], true, atol=0.1, rtol=0)
+
+
+def test_ways_to_take_two_notes_apart_are_compared_with_a_run(duo_run, monkeypatch):
+    monkeypatch.setattr(FamilyClassifier, "STEPS", 3)
+    printed = invoke(separation.main, "--run", duo_run, "--mixtures", 2)
+    assert "| the mixture itself (baseline) | 0 | 0 |" in printed
+    rows = dict(line.strip("| ").split(" | ", 1) for line in printed.splitlines() if line.startswith("| "))
+    gained = {name: float(cells.split(" | ")[0]) for name, cells in rows.items() if "masks" in name or "NMF" in name}
+    assert len(gained) == 6 and gained["ideal masks"] == max(gained.values()) > 10
+    assert {"the run at step 0", "the run, step 2", "family_slot", "family_mixture_ceiling"} <= rows.keys()
+
+
+@torch.no_grad()
+def test_masks_of_nmf_are_shares_of_power_as_the_models_are(duo_run):
+    model, data = slots.load_run(duo_run)
+    stems = data.mixtures("test", 2)
+    found = separate(model, data.levels, stems)
+    magnitude = data.levels.to_stft_magnitude(found.alone.flatten(0, 1)).unflatten(0, (2, 2))
+    torch.testing.assert_close(separation.apply_masks(stems.sum(1), magnitude), found.parts, atol=1e-6, rtol=0)
+    parts = separation.apply_masks(stems.sum(1), torch.stack([3 * magnitude[:, 0], magnitude[:, 0]], dim=1))
+    torch.testing.assert_close(parts[:, 0], 0.9 * stems.sum(1), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- Grid, curves
+
+
+def fake_training(template):
+    """subprocess.run, that leaves a copy of the run `template` instead of training."""
+    calls = []
+
+    def run(command, **_):
+        folder = command[command.index("--out") + 1]
+        calls.append(command)
+        return subprocess.check_call(["cp", "-r", str(template), folder])
+
+    return run, calls
+
+
+def test_the_grid_trains_each_row_once_and_prints_a_table(sprites_run, tmp_path, monkeypatch):
+    run, calls = fake_training(sprites_run)
+    monkeypatch.setattr(slots, "PAIRS", 2)
+    monkeypatch.setattr(subprocess, "run", run)
+    args = ["selection", "--only", "and", "--steps", 2, "--seeds", "0,1", "--out", tmp_path]
+    (tmp_path / "sprites").mkdir()
+    printed = [invoke(grid.main, *args) for _ in range(2)]
+    assert printed[0] == printed[1] and len(calls) == 3 * 2
+    assert "| | step 0: ari_fg | ari_fg | ari_fg_slots |" in printed[0]
+    row = next(line for line in printed[0].splitlines() if line.startswith("| and exploring (the default) |"))
+    assert all(cell.strip() for cell in row.strip("|").split("|")), "every score is there, recomposition too"
+    assert (tmp_path / "sprites-selection.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("rows", grid.ROWS)
+def test_every_row_of_a_grid_is_a_command_that_train_mvae_takes(rows):
+    import train_mvae
+
+    dataset = "nsynth-duo" if rows == "domains" else "sprites"
+    for options in grid.ROWS[rows].values():
+        words = ["--dataset", dataset, *grid.DATA[dataset], *options]
+        train_mvae.check_options(train_mvae.main.make_context("", words).params)
+
+
+def test_grids_belong_to_their_data():
+    for args in (["domains"], ["selection", "--dataset", "nsynth-duo"], ["selection", "--only", "no such row"]):
+        assert CliRunner().invoke(grid.main, args).exit_code == 2
+
+
+def test_curves_show_scores_with_units_and_never_nothing(sprites_run, duo_run, tmp_path, monkeypatch):
+    seen = []
+    real = curves.curve_figure
+    monkeypatch.setattr(curves, "curve_figure", lambda *a: seen.append(real(*a)) or seen[-1])
+    for folder, unit, lines in ((sprites_run, "score, 1 is best", 3), (duo_run, "SI-SDR gained, dB", 2)):
+        invoke(curves.main, folder, "--out", tmp_path / "curve.png", "--by", "step")
+        axes = seen[-1].axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.lines)) == ("steps of training", unit, lines)
+        assert (tmp_path / "curve.png").stat().st_size > 5_000
+    axes = real({"a": [{"minutes": 1, "mse": 0.1}], "b": [{"minutes": 2, "mse": 0.2}]}).axes[0]
+    assert axes.get_ylabel() == "mean squared error" and len(axes.lines) == 2
+    assert CliRunner().invoke(curves.main, [str(sprites_run), str(duo_run)]).exit_code == 2
