@@ -671,8 +671,8 @@ class MVAE(nn.Module):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
         Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat.
-        `suppress` "neighbours": the 3 x 3 cells around; "drawn": also cells as far as the slot draws in them, or where
-        theirs would stand, and those that point beside it.
+        `suppress` "neighbours": all but the highest of 3 x 3 cells; "drawn": the cells around, cells as far as the slot
+        draws in them, or where theirs would stand, and those that point beside it.
         """
         (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
         score, kl, free, chosen = kl_map.flatten(1), kl_map.flatten(1), torch.ones_like(kl_map).flatten(1), []
@@ -681,19 +681,21 @@ class MVAE(nn.Module):
             score = score * torch.exp(-away / self.encoder.max_shift**2)
         y, x = ((place + 1) / 2).unbind(1)
         stands = (y * rows).long().clamp(0, rows - 1) * columns + (x * columns).long().clamp(0, columns - 1)
+        if self.suppress == "neighbours":
+            highest = F.max_pool2d(score.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1)
+            free = torch.where(score >= highest, free, NEIGHBOUR_WEIGHT)
         for k in range(n):
             index = (score * free).argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
             if k + 1 == n:
                 break
             taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
-            near = F.max_pool2d(taken.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1) > 0
             if self.suppress == "drawn":
+                near = F.max_pool2d(taken.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1) > 0
                 z, here = gather_cells(mu, index), gather_cells(place[..., None], index)  # (B, 1, D), (B, 1, 2)
                 drawn = self.drawn(z, here, background).flatten(1)
                 free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
                 near = near | ((place - here.transpose(1, 2)).abs().amax(1) < 2 / rows)
-            if self.suppress != "none":
                 free = torch.where(near, NEIGHBOUR_WEIGHT * free, free)
             free = free.masked_fill(taken > 0, -1.0)
         index = torch.cat(chosen, dim=1)
