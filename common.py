@@ -368,12 +368,10 @@ class NoteSplit:
 
     def read(self, i):
         """Note i, 16 bits a sample: (SAMPLES,)."""
-        samples = self.kept.get(i)
-        if samples is None:
-            samples = (read_note(self.notes[i]).clamp(-1, 1) * 32767).round().short()
-            if len(self.kept) < KEPT:
-                self.kept[i] = samples
-        return samples
+        if i in self.kept:
+            return self.kept[i]
+        samples = (read_note(self.notes[i]).clamp(-1, 1) * 32767).round().short()
+        return self.kept.setdefault(i, samples) if len(self.kept) < KEPT else samples
 
     def waveform(self, index):
         """The notes at `index`, a tensor of B numbers, as they sound: (B, SAMPLES)."""
@@ -455,7 +453,7 @@ def training_command(script, presets, foreign=None):
     """Decorator: a click command of the function's own options, --dataset, --resume and RUN_OPTIONS.
 
     Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators; --help after these shows
-    what will be used. foreign: {data set: names of options that do not concern it}, which its help leaves out.
+    what will be used, but for what is `foreign` {data set: names of options that do not concern it}.
     """
 
     def fill_from_preset(context, parameter, dataset):
@@ -474,11 +472,10 @@ def training_command(script, presets, foreign=None):
         return folder
 
     def decorate(function):
-        first = next(iter(presets))
+        names = {"type": click.Choice(list(presets)), "default": next(iter(presets)), "is_eager": True}
+        settings = {"show_default": True, "default_map": presets[names["default"]]}
         text = sys.modules[function.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
-        settings = {"show_default": True, "default_map": presets[first]}
         command = click.command(context_settings=settings, help=text)(function)
-        names = {"type": click.Choice(list(presets)), "default": first, "is_eager": True}
         dataset = click.Option(["--dataset"], callback=fill_from_preset, **names)
         resume = click.Option(["--resume"], type=FOLDER, is_eager=True, callback=fill_from_run, help="Run folder.")
         command.params = [dataset, *command.params, *RUN_OPTIONS, resume]
@@ -592,17 +589,17 @@ def load_checkpoint(folder, device, **modules):
 
 
 def build_model(kind, options):
-    """An untrained model of class `kind`, whose keyword arguments are named as options are."""
-    return kind(**{name: options[name] for name in inspect.signature(kind).parameters})
+    """An untrained model of class `kind`, whose keyword arguments are named as options are; or click.UsageError."""
+    try:
+        return kind(**{name: options[name] for name in inspect.signature(kind).parameters})
+    except (KeyError, ValueError) as error:
+        raise click.UsageError(f"these options make no {kind.__name__}: {error}") from error
 
 
 def load_model(folder, kind):
     """The trained model of a run folder; its `config` is config.json and the step. Raises click exceptions."""
     config = load_config(folder)
-    try:
-        model = build_model(kind, config["options"])
-    except (KeyError, TypeError) as error:
-        raise click.ClickException(f"{folder}/config.json is of another version: {error}") from error
+    model = build_model(kind, config["options"])
     model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"]}
     return model.eval()
 
@@ -682,7 +679,7 @@ class Run:
         return free
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         form = "{percentage:3.0f}%|{bar:20}|{postfix}"
         self.bar = tqdm(total=1000, bar_format=form, disable=not self.folder or not sys.stderr.isatty())
         self.saved = self.said = time.monotonic()
@@ -692,12 +689,8 @@ class Run:
     def stop(self, number, frame):
         self.stopped = True  # Ctrl-C, SIGTERM: after this step
 
-    def restore_signals(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
     def __exit__(self, kind, error, _):
-        self.restore_signals()
+        list(itertools.starmap(signal.signal, self.handlers.items()))
         self.bar.close()
         if isinstance(error, click.UsageError) and not self.complete:  # a damaged file, met while training
             self.save()
@@ -724,7 +717,7 @@ class Run:
         while self.share < 1 and not self.stopped:
             yield self.step, self.progress
         self.save()
-        self.restore_signals()  # Ctrl-C ends an evaluation at once
+        list(itertools.starmap(signal.signal, self.handlers.items()))  # as before: Ctrl-C ends an evaluation at once
         if dist.is_initialized():  # the others need not wait for what process 0 does now
             dist.destroy_process_group()
         self.complete = bool(self.folder) and self.share >= 1

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 
-from common import RUN_OPTIONS, load_config, random_generator, versions, write_json
+from common import RUN_OPTIONS, Graph, load_config, random_generator, versions, write_json
 
 OPSET = 18
 TOLERANCE = 1e-4  # relative to the largest value of an output, where that exceeds 1
@@ -76,24 +76,18 @@ def resized(inputs, batch, slots, generator):
     return other
 
 
-FULL_SCALE = {"image": torch.ones_like, "waveform": torch.sign, "spectrogram": lambda value: 1000 * value}
-
-
 def extremes(inputs, generator):
     """Inputs no training sees: zeros (silence), full scale (of latents thrice as much), noise, an end of silence."""
-
-    def noise(value):
-        return torch.rand(value.shape, generator=generator) * 2 - (value.min() < 0).float()
-
-    def of(make):
-        return {name: make(name, value) if value.is_floating_point() else value for name, value in inputs.items()}
-
-    return {
-        "zeros": of(lambda name, value: torch.zeros_like(value)),
-        "full scale": of(lambda name, value: FULL_SCALE.get(name, lambda v: 3 * v)(value)),
-        "noise": of(lambda name, value: noise(value)),
-        "silent end": of(lambda name, value: F.pad(value[..., :-6], (0, min(6, value.shape[-1]))))
+    full = {"image": torch.ones_like, "waveform": torch.sign, "spectrogram": lambda value: 1000 * value}
+    floats = {name: value for name, value in inputs.items() if value.is_floating_point()}
+    noise = {name: torch.rand(v.shape, generator=generator) * 2 - (v.min() < 0).float() for name, v in floats.items()}
+    cases = {
+        "zeros": {name: torch.zeros_like(value) for name, value in floats.items()},
+        "full scale": {name: full.get(name, lambda v: 3 * v)(value) for name, value in floats.items()},
+        "noise": noise,
+        "silent end": {name: F.pad(v[..., :-6], (0, min(6, v.shape[-1]))) for name, v in floats.items()}
     }  # fmt: skip
+    return {what: inputs | case for what, case in cases.items()}
 
 
 # ---------------------------------------------------------------- Writing and running
@@ -109,17 +103,12 @@ def write_onnx(graph, inputs, path, info):
     axes = {name: {axis: dims[kind] for axis, kind in kinds.items()} for name, kinds in dynamic_axes(inputs).items()}
     program = torch.onnx.export(
         graph, tuple(inputs.values()), input_names=list(inputs), output_names=list(graph.outputs), opset_version=OPSET,
-        dynamic_shapes=(tuple(axes.values()),) if is_variadic(graph) else tuple(axes.values()), dynamo=True,
+        dynamic_shapes=(tuple(axes.values()),) if isinstance(graph, Graph) else tuple(axes.values()), dynamo=True,
         external_data=False, verbose=False,
     )  # fmt: skip
     program.model.metadata_props["model"] = json.dumps(info)
     program.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
-
-
-def is_variadic(graph):
-    """Whether forward takes *inputs, which torch.export counts as one argument."""
-    return bool(graph.forward.__code__.co_flags & 0x04)
 
 
 def run_onnx(path, inputs):
@@ -191,10 +180,8 @@ def check(graph, path, run, cases):
             difference = largest_difference(graph.outputs, expected, actual)
         worst, where = max((worst, where), (difference, what))
     agrees, unit = worst <= (DECIBELS if vocoder else TOLERANCE), " dB of spectral convergence" if vocoder else ""
-    verdict = "agrees" if agrees else "DIFFERS"
-    click.echo(
-        f"{path.name:14} {verdict}: largest difference {worst:.1e}{unit} ({where}) over {len(cases)} other inputs"
-    )
+    difference = f"{'agrees' if agrees else 'DIFFERS'}: largest difference {worst:.1e}{unit} ({where})"
+    click.echo(f"{path.name:14} {difference} over {len(cases)} other inputs")
     return agrees
 
 

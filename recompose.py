@@ -188,8 +188,6 @@ TILE, GAP, LINE = 128, 10, 18
 ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
 LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begins
 FINE = 4  # rings and numbers are drawn so many times larger, then reduced, for smooth edges
-
-
 SEGMENTS = np.array(
     [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
      (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)], dtype=np.uint8
@@ -504,7 +502,7 @@ def save_sound(path, waveform, rate):
     save(path, lambda p: p.write_bytes(encoded.getvalue()))
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(help=__doc__.replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=PATH)
 @click.option("--slots", multiple=True, type=SLOTS, metavar="K,K", show_default="all",
               help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
@@ -513,12 +511,6 @@ def save_sound(path, waveform, rate):
 @click.option("--out", type=PATH, show_default="recomposed.png or .wav",
               help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip
 def main(inputs, slots, folder, vocoder, out):
-    """Recompose pictures, or sounds, from the slots of INPUT...
-
-    \b
-    python recompose.py a.png b.png --slots 0,2
-    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav
-    """
     # 1. Check the arguments, and read the model.
     sounds = {path.suffix.lower() in SUFFIXES for path in inputs}
     if len(sounds) > 1:

@@ -5,10 +5,9 @@
     python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
 
-A note of four seconds is seen as a spectrogram (STFT magnitudes or mel bands, log-compressed), computed on the device
-for every batch; Griffin-Lim turns what is decoded into sound. A run folder holds checkpoint.pt, metrics.json, figures,
-sounds and TensorBoard events; `python export.py RUN_DIR` makes graphs of encoder, prior, decoder and vocoder.
-Results: docs/audio.md. Whether samples have the pitch and family asked for: `python -m tests.experiments.conditional`.
+For who wants notes of four seconds (16 kHz) as a few latents, and back as sound through Griffin-Lim. They are seen as
+spectrograms, STFT magnitudes or mel bands, log-compressed. Results: docs/audio.md; whether samples have the pitch and
+family asked for: tests/experiments/conditional.py.
 """
 
 import copy
@@ -63,9 +62,8 @@ class Spectrogram(nn.Module):
         self.magnitude = STFTMagnitude(n_fft)
         self.bins = n_fft // 2 + 1 if representation == "stft" else n_mels
         if representation == "mel":
-            bank = torchaudio.functional.melscale_fbanks(
-                n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE, mel_scale="slaney"
-            ).T
+            ends = (n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE)
+            bank = torchaudio.functional.melscale_fbanks(*ends, mel_scale="slaney").T
             if (bank.amax(1) == 0).any():
                 raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
             self.register_buffer("bank", bank.contiguous(), persistent=False)  # (bands, F)
@@ -116,10 +114,7 @@ START_NOTES = 1000  # that the start is computed from
 
 
 def principal(x, n):
-    """The n principal components of the rows of x: mean (k,), scales (n,), directions (k, n) of norm 1.
-
-    Through the smaller of the two Gram matrices; where the data have fewer components the rest have scale 0.
-    """
+    """The n principal components of the rows of x: mean (k,), scales (n,), 0 beyond the data, directions (k, n)."""
     mean = x.mean(0)
     centred = x - mean
     wide = x.shape[1] > x.shape[0]
@@ -135,8 +130,7 @@ def principal(x, n):
 class FittedPrior(nn.Module):
     """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
 
-    Samples from N(0, I) combine latents that never occur together, or contradict the label; a Gaussian fitted to the
-    posteriors gives better ones (ex-post density estimation, Ghosh et al. 2020). N(0, I) where nothing was fitted.
+    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020).
     """
 
     def __init__(self, d, conditional, n_families):
@@ -164,10 +158,8 @@ class FittedPrior(nn.Module):
 
     @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
-        """Fit to posteriors, (n, D) each, of notes of pitch and family (n,): their means' covariance and mean variance.
-
-        The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
-        """
+        """Fit to posteriors (n, D) of notes of pitch and family (n,): their means' covariance and mean variance."""
+        # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
         for k in family.unique() if self.conditional else range(1):
             some = family == k if self.conditional else slice(None)
             self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
@@ -188,8 +180,7 @@ class NoteVAE(nn.Module):
 
     y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). Convolutions run along time, with the
     frequency bins as channels: a note's partials move together, which no filter that is local in frequency can see.
-    `start_at` initialises the net as a three-stage PCA, the linear VAE's optimum (Lucas et al. 2019). `prior` is
-    fitted after training.
+    `start_at` initialises the net as a three-stage PCA, the linear VAE's optimum (Lucas et al. 2019).
     """
 
     def __init__(self, *, representation, n_fft, n_mels, d, channels, condition, families):
@@ -263,11 +254,8 @@ class NoteVAE(nn.Module):
 
     @torch.no_grad()
     def start_at(self, level, label):
-        """Set the scaling from levels (n, bins, T), and initialise the net as a PCA of them, in three stages.
-
-        Principal components of patches of frames, of patches of those, and of what the label (n, n_labels) does not
-        explain of a whole note; latents start with variance 1.
-        """
+        """Set the scaling from levels (n, bins, T), and initialise the net as a PCA in stages: of patches of frames, of
+        patches of those, and what the label (n, n_labels) does not explain of a note; latents get variance 1."""
         self.spectrogram.mean.copy_(level.mean((0, 2))[:, None])
         self.spectrogram.std.copy_(level.std())
         x = F.pad(self.spectrogram.scale(level), (0, self.coarse * PATCH**2 - self.frames))
@@ -285,9 +273,8 @@ class NoteVAE(nn.Module):
             x = encoder(x)
         h = x.flatten(1)  # (n, wide)
         y = torch.ones(len(h), 1) if label is None else F.pad(label, (0, 1), value=1.0)  # the constant comes last
-        by_label = torch.linalg.solve(
-            y.T @ y + torch.eye(y.shape[1]), y.T @ h
-        )  # ridge regression, (n_labels + 1, wide)
+        # Ridge regression, (n_labels + 1, wide)
+        by_label = torch.linalg.solve(y.T @ y + torch.eye(y.shape[1]), y.T @ h)
         mean, scales, directions = principal(h - y @ by_label, self.d)
         inward = torch.where(scales > 1e-3 * scales[0] + 1e-6, directions / scales, 0.0)  # none of too few notes
         posterior, latents = self.encoder["posterior"], self.decoder["latents"]
@@ -415,10 +402,7 @@ def evaluate(model, start, splits, most):
 
 @torch.no_grad()
 def sample(model, pitch, family, *key, fitted=True, same=False):
-    """Levels (n, bins, T) of notes sampled with labels pitch and family (n,); `key` seeds the noise.
-
-    From the fitted prior, or from N(0, I); with `same` the noise of all notes is one.
-    """
+    """Levels (n, bins, T) of notes of pitch and family (n,) by the fitted prior, or N(0, I); `key` seeds the noise."""
     noise = torch.randn(1 if same else len(pitch), model.d, generator=random_generator("sample", *key))
     z = noise.expand(len(pitch), -1).to(model.device)
     pitch, family = pitch.to(model.device), family.to(model.device)
@@ -430,10 +414,7 @@ def sample(model, pitch, family, *key, fitted=True, same=False):
 
 
 def slerp(a, b, share):
-    """Spherical interpolation (Shoemake 1985) of the directions of a and b, (D,), and linear of their lengths.
-
-    The straight line between two samples of N(0, I) passes nearer to 0 than any other sample. share (n, 1) -> (n, D).
-    """
+    """Spherical interpolation (Shoemake 1985) of the directions of a and b, (D,), linear of lengths: share (n, 1)."""
     u, v = F.normalize(a, dim=0), F.normalize(b, dim=0)
     angle = torch.arccos((u @ v).clamp(-1, 1))
     if angle.sin() < 1e-4:  # one direction, or two opposite ones, which span no plane
@@ -581,10 +562,7 @@ def main(context, **options):
     # 1. Options, device, model, notes.
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
-    try:
-        model = build(options)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    model = build(options)
     splits, source = load_notes(options, options["transpose"])
     train, valid = splits["train"], splits["valid"]
     most = QUICK if options["evaluation"] == "quick" else EVALUATED

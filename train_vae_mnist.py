@@ -72,10 +72,9 @@ def read_larochelle(root):
 
 
 class Digits:
-    """A data set that lives on the device whole, so that no loader slows a step.
+    """A data set on the device whole: `train` (n, 784) in [0, 1], with "dynamic" binarised anew at every presentation;
 
-    `train` (n, 784) are grey values in [0, 1]; with "dynamic" binarisation every presentation samples its pixels anew.
-    `train_fixed`, `valid` and `test` are binarised once, the same in every run. Raises click.UsageError for bad files.
+    `train_fixed`, `valid` and `test` binarised once, the same in every run. Raises click.UsageError for bad files.
     """
 
     def __init__(self, options, device):

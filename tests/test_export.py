@@ -168,7 +168,7 @@ def test_a_vocoder_that_stops_early_or_gives_nan_differs():
     graph = GriffinLim(128)
     assert verdict(graph, example)
     assert not verdict(graph, example, GriffinLim(128, iterations=1))
-    assert not verdict(graph, example, lambda spectrogram: graph(spectrogram) / spectrogram[:, :1, :1, 0].sign())
+    assert not verdict(graph, example, lambda spectrogram: graph(spectrogram) / spectrogram[:, 0, :1].sign())
 
 
 def test_what_counts_as_a_difference():
