@@ -198,8 +198,8 @@ class Pool:
 
     crop = "clevr"
 
-    def __init__(self, size, objects, seed, device, length=POOL):
-        self.images, self.made = torch.empty((length, 3, size, size), dtype=torch.uint8), set()
+    def __init__(self, size, objects, seed, device, length=None):
+        self.images, self.made = torch.empty((length or POOL, 3, size, size), dtype=torch.uint8), set()
         self.size, self.objects, self.seed, self.device = size, objects, seed, device
 
     def batch(self, step, own, total):
@@ -337,7 +337,7 @@ class ClevrFolder(Pool):
             raise click.UsageError(f"--data-root {root}: no images/train and images/val there, nor in CLEVR_v1.0 below")
         self.root, self.source = folders[0], f"CLEVR folder {folders[0].resolve().name}"
         train, test = (self.list_files(split, *objects) for split in ("train", "val"))
-        kept = len(train) - min(320, len(train) // 10)
+        kept = len(train) - min(320, max(1, len(train) // 10))
         self.files, self.make = {"valid": train[kept:], "test": test}, lambda first, last: self.read(train[first:last])
         super().__init__(size, objects, seed, device, kept)
 
@@ -348,7 +348,7 @@ class ClevrFolder(Pool):
             listed = load_file(annotation, read_json, {"scenes": list}, click.UsageError)["scenes"]
             counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
             files = [file for file in files if low <= counts.get(file.name, low) <= high]
-        if not files:
+        if len(files) < 1 + (split == "train"):  # valid takes one
             raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {low} to {high} objects")
         return files
 
@@ -1125,6 +1125,8 @@ def main(context, **options):
 
     # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
+        if run.folder and run.step == 0:
+            run.report(evaluate(model, data, "valid", max(1, n // 5), sigma))
         for step, progress in run.steps():
             image = data.batch(step, run.own, run.total)
             generator = random_generator("noise", options["seed"], step)

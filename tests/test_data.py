@@ -229,12 +229,13 @@ def test_built_in_splits_share_no_scene_and_do_not_depend_on_the_seed(kind):
 def test_the_last_tenth_of_the_training_files_at_most_320_are_valid(monkeypatch, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
+    monkeypatch.setattr(ClevrFolder, "read", lambda self, files: files)
     for n, kept in ((3, 3), (30, 27), (4000, 3680)):
         listed = {split: [Path(split) / f"{i}.png" for i in range(n)] for split in ("train", "val")}
         monkeypatch.setattr(ClevrFolder, "list_files", lambda self, split, *_, listed=listed: listed[split])
-        files = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU).files
-        assert files["train"] == listed["train"][:kept] and files["valid"] == listed["train"][kept:]
-        assert files["test"] == listed["val"]
+        data = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)
+        assert len(data.images) == kept and data.make(0, kept) == listed["train"][:kept]
+        assert data.files["valid"] == listed["train"][kept:] and data.files["test"] == listed["val"]
 
 
 def write_clevr(root, masks=True, sizes=((480, 320), (320, 240)), train=0):

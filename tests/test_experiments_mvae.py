@@ -116,7 +116,8 @@ def test_ways_to_take_two_notes_apart_are_compared_with_a_run(duo_run, monkeypat
     rows = dict(line.strip("| ").split(" | ", 1) for line in printed.splitlines() if line.startswith("| "))
     gained = {name: float(cells.split(" | ")[0]) for name, cells in rows.items() if "masks" in name or "NMF" in name}
     assert len(gained) == 6 and gained["ideal masks"] == max(gained.values()) > 10
-    assert {"the run at step 0", "the run, step 2", "family_slot", "family_mixture_ceiling"} <= rows.keys()
+    assert {"the run at step 0", "family_slot", "family_mixture_ceiling"} <= rows.keys()
+    assert any(name.startswith("the run, step ") for name in rows)
 
 
 @torch.no_grad()

@@ -78,18 +78,14 @@ def test_every_parameter_gets_a_gradient_and_training_composes_as_many_layers_as
 
 
 def selection_by_a_loop(kl_map, n, suppress):
-    """Greedy: the best cell, then the best of what is not beside a chosen one, those last of all, again and again."""
+    """The n best cells; with "neighbours" those that are the best of the 3 x 3 cells around come first."""
     height, width = kl_map.shape
-    score = {(y, x): kl_map[y, x].item() for y, x in itertools.product(range(height), range(width))}
-    chosen = []
-    for _ in range(n):
-        y, x = max(score, key=score.get)
-        chosen.append((kl_map[y, x].item(), y * width + x))
-        del score[y, x]
-        if suppress == "neighbours":
-            for beside in itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1)):
-                if beside in score:
-                    score[beside] *= train_mvae.NEIGHBOUR_WEIGHT
+    peaks, rest = [], []
+    for y, x in itertools.product(range(height), range(width)):
+        around = kl_map[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+        peak = suppress == "none" or kl_map[y, x] == around.max()
+        (peaks if peak else rest).append((kl_map[y, x].item(), y * width + x))
+    chosen = (sorted(peaks, reverse=True) + sorted(rest, reverse=True))[:n]
     return [index for _, index in sorted(chosen, reverse=True)]
 
 
@@ -543,7 +539,7 @@ def test_training_finds_objects(tmp_path, monkeypatch):
         (["--op", "max", "--background", "none"], "needs a --background"),
         (["--lr", "nan"], "must be finite"),
         (["--minutes", "inf"], "must be finite"),
-        (["--download"], "it needs --data-root"),
+        (["--download"], "--download needs --data-root"),
         (["--objects", "6-3"], "smaller number first"),
         (["--objects", "many"], "1 to 10 objects"),
         (["--data-root", "nowhere"], "no such folder"),
@@ -581,7 +577,6 @@ def test_help_shows_a_data_sets_own_options_and_values():
     assert "--domain" not in clevr and "--families" not in clevr
     assert "--domain" in duo and "--families" in duo and "default: magnitude" in duo
     assert not any(f"--{name}" in duo for name in train_mvae.OF_PICTURES)
-    assert "--shift" in CliRunner().invoke(train_mvae.main, ["--help"]).output  # and a later call hides nothing more
 
 
 def test_resume_refuses_another_model_and_a_half_written_checkpoint(clevr_run, tmp_path):

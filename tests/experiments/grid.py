@@ -100,15 +100,13 @@ def table_lines(rows, scores):
 def first_rows(folders, kind, scene):
     """{row: run folder} -> one scene, or mixture, as it stands in the figure of every run, below each other."""
     (name, count), tiles = FIGURES[kind], []
-    for folder in folders.values():
+    for row, folder in folders.items():
         with Image.open(folder / "figures" / f"{name}.png") as figure:
             top = GAP + 24  # of the rows: below the title
             height = (figure.height - top) / count
             box = (GAP, math.ceil(top + scene * height), figure.width, int(top + (scene + 1) * height))
-            tiles.append([Tile(figure.crop(box))])
-    return contact_sheet(
-        tiles, f"One {'scene' if kind == 'pictures' else 'mixture'}, by every row of the table", list(folders)
-    )
+            tiles.append([Tile(figure.crop(box), row)])
+    return contact_sheet(tiles, f"One {'scene' if kind == 'pictures' else 'mixture'}, by every row of the table")
 
 
 @click.command(context_settings={"show_default": True})

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 from matplotlib.figure import Figure
 
-from common import load_config, plotted
+from common import load_config
+from tests.experiments import plotted
 
 
 def curve_figure(curve, title):
