@@ -11,6 +11,7 @@ without labels. Without --data-root, CLEVR-like scenes are drawn by a ray caster
 Results, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
 """
 
+import copy
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +137,8 @@ class Sprites:
 
     def scenes(self, split, n):
         """The first n scenes of a split that no training step draws: images, labels."""
-        return self.render(self.sample(n, random_generator("sprites", split, device=self.device)))
+        scene = self.sample(max(n, SCENES), random_generator("sprites", split, device=self.device))
+        return self.render({name: value[:n] for name, value in scene.items()})
 
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
@@ -229,8 +231,8 @@ class BuiltInClevr(Pool):
     def scenes(self, split, n):
         """The first n scenes of a split that no training step sees: images, labels."""
         generator = random_generator("clevr", split, device=self.device)
-        parts = [self.render(self.sample(min(BLOCK, n - i), generator)) for i in range(0, n, BLOCK)]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
+        return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
@@ -871,8 +873,8 @@ def evaluate_pictures(model, data, split, n, sigma):
         ranks = model.encode(image, n=min(model.n_slots + 2, encoding.kl_map.numel())).kl[0].tolist()
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": encoding.kl_map.sum() + encoding.kl_background, "kl_background": encoding.kl_background}
-        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
         score |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
+        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
         scores.append({name: float(value) for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
@@ -955,8 +957,7 @@ def show_pictures(model, data, run, n=6):
     layer = model.decode(encoding.mu, encoding.cell)
     mean, alone = model.compose(layer, encoding.background), model.alone(layer, encoding.background)
     segments, rows = model.responsibilities(layer, encoding.background).argmax(1), []
-    every = (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)
-    numpy = [value.cpu().numpy() for value in every]
+    numpy = [v.cpu().numpy() for v in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)]
     for image, mean, alone, segment, kl_map, cell, kl in zip(*numpy, strict=True):
         image = to_uint8(image)
         row = [Tile(image, "scene"), Tile(to_uint8(mean), "reconstruction")]
@@ -1004,7 +1005,7 @@ def graphs(model):
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
     levels, trained = (SoundLevels(model.size) if sound else nn.Identity() for _ in range(2))
-    levels.magnitude = BlockSTFT(SOUND_FFT)
+    levels.magnitude = BlockSTFT(SOUND_FFT) if sound else None
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
     def encode(data, levels=levels):
@@ -1110,15 +1111,15 @@ def main(context, **options):
     check_options(options)
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
-    pictures, sounds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
-    evaluate, show, n = sounds if options["domain"] else pictures
-    n_test = n if options["evaluation"] == "full" else max(1, n // 10)
+    kinds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
+    evaluate, show, n = kinds[bool(options["domain"])]
+    n_test, n_valid = (n, n // 5 or 1) if options["evaluation"] == "full" else (n // 10 or 1, n // 10 or 1)
 
     # 2. The model, which starts from the mean of the data.
     model = build(options)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
-    untrained = evaluate(model, data, "test", n_test, sigma)  # now: a resumed run has loaded its weights below
+    start = copy.deepcopy(model)  # as it is before a resumed run's weights are loaded
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
@@ -1126,7 +1127,7 @@ def main(context, **options):
     # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
-            run.report(evaluate(model, data, "valid", max(1, n // 5), sigma))
+            run.report(evaluate(model, data, "valid", n_valid, sigma))
         for step, progress in run.steps():
             image = data.batch(step, run.own, run.total)
             generator = random_generator("noise", options["seed"], step)
@@ -1140,9 +1141,9 @@ def main(context, **options):
             if run.looks:
                 show(model, data, run)
             if run.due:
-                run.report(evaluate(model, data, "valid", max(1, n // 5), sigma))
+                run.report(evaluate(model, data, "valid", n_valid, sigma))
         if run.complete:
-            run.finish(evaluate(model, data, "test", n_test, sigma), untrained)
+            run.finish(*(evaluate(one, data, "test", n_test, sigma) for one in (model, start)))
 
 
 if __name__ == "__main__":

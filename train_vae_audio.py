@@ -377,7 +377,6 @@ def evaluate(model, start, splits, most):
     notes' own spectrograms, through Griffin-Lim.
     """
     index, values, latents = splits["test"].spread(most), defaultdict(list), []
-    click.echo(f"evaluating {len(index)} notes of the test split")
     train = in_chunks(model, splits["train"], splits["train"].spread(2000))
     own = torch.cat([level.flatten(1).cpu() for _, level, _ in train])
     mean, _, directions = (part.to(model.device) for part in principal(own, model.d))
@@ -565,8 +564,7 @@ def main(context, **options):
     model = build(options)
     splits, source = load_notes(options, options["transpose"])
     train, valid = splits["train"], splits["valid"]
-    most = QUICK if options["evaluation"] == "quick" else EVALUATED
-    watched, evaluated = min(most, WATCHED), min(most, EVALUATED)
+    watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
     if not options["resume"]:
         start_at_notes(model, train)
     model = model.to(device)
