@@ -203,11 +203,11 @@ def main(run_dir, out, torchscript):
         raise click.UsageError(f"{run_dir} was written by {name}.py; expected a run of {' or '.join(SCRIPTS)}")
     script = importlib.import_module(name)
     model, out, agreed = script.load(run_dir), out or run_dir / "export", True
-    data, about = model.config["data"], {"trained": model.config["history"], "exported": versions()}
-    source = {"dataset": data["name"], "data_source": data["source"], "steps": model.config["step"]}
-    flags = {p.opts[0][2:]: p.name for p in script.main.params if p not in RUN_OPTIONS}  # as the command line has them
-    options = {flag: value for flag, name in flags.items() if (value := model.config["options"].get(name)) is not None}
-    info = options | script.describe(model) | source | about
+    config, options = model.config, model.config["options"]
+    hidden = {"resume", *script.main.foreign.get(options["dataset"], ()), *(p.name for p in RUN_OPTIONS)}
+    info = {p.opts[0][2:]: options[p.name] for p in script.main.params if p.name in options.keys() - hidden}
+    info |= script.describe(model) | {"dataset": config["data"]["name"], "data_source": config["data"]["source"]}
+    info |= {"steps": config["step"], "trained": config["history"], "exported": versions()}
 
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:

@@ -422,7 +422,7 @@ def silent(monkeypatch):
 
 
 def test_a_run_folder_holds_what_the_contract_says(clevr_run):
-    assert {f.name for f in (clevr_run / "figures").iterdir()} == {"decomposition.png"}
+    assert (clevr_run / "figures" / "decomposition.png").is_file()
     curve = json.loads((clevr_run / "curve.json").read_text())
     assert [point["step"] for point in curve][-3:] == [1, 2, 3]
     metrics = json.loads((clevr_run / "metrics.json").read_text())
@@ -437,11 +437,11 @@ def test_a_run_folder_holds_what_the_contract_says(clevr_run):
     assert list(clevr_run.glob("events.out.tfevents.*"))
 
 
-def test_test_scenes_are_touched_at_both_ends_of_a_run_alone(tmp_path, monkeypatch):
+def test_test_scenes_are_touched_at_the_end_of_a_run_alone(tmp_path, monkeypatch):
     asked, scenes = [], train_mvae.Sprites.scenes
     monkeypatch.setattr(train_mvae.Sprites, "scenes", lambda self, *a: asked.append(a[0]) or scenes(self, *a))
     train("--dataset", "sprites", *TINY, "--size", 32, "--steps", 2, "--out", tmp_path / "run")
-    assert asked[0] == asked[-1] == "test" and set(asked[1:-1]) == {"valid"}
+    assert asked[-2:] == ["test", "test"] and set(asked[:-2]) == {"valid"}  # the trained model and its start
 
 
 def interrupted_after(steps, args, folder, monkeypatch):

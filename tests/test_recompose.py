@@ -352,11 +352,11 @@ def test_files_that_are_no_still_pictures_are_refused(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        (["zero"], "expected slot numbers"),
-        ([""], "expected slot numbers"),
-        (["0,,1"], "expected slot numbers"),
-        (["-1"], "start at 0"),
-        (["1,1"], "named once"),
+        (["zero"], "slot numbers, from 0 on"),
+        ([""], "slot numbers, from 0 on"),
+        (["0,,1"], "slot numbers, from 0 on"),
+        (["-1"], "from 0 on"),
+        (["1,1"], "different slot numbers"),
         (["6"], "slots 0 to 5"),
         (["0", "1", "2"], "given 3 times for 2 inputs"),
     ],

@@ -14,6 +14,7 @@ from PIL import Image
 
 import recompose
 import train_mvae
+from tests.experiments.separation import apply_masks
 
 SAMPLES, RATE = 64000, 16000
 SHIPPED = recompose.SHIPPED["mvae-sound"]
@@ -91,7 +92,7 @@ def test_a_slot_of_each_sound_is_what_pytorch_makes(duo_run, sounds, tmp_path):
         encoding = model.encode(levels(waveform))
         layer = model.decode(encoding.mu, encoding.cell)
         alone = torch.cat([levels.to_stft_magnitude(model.compose(layer[:, k : k + 1])) for k in range(2)])[None]
-        expected = expected + train_mvae.apply_masks(waveform, alone)[0, slot]
+        expected = expected + apply_masks(waveform, alone)[0, slot]
     np.testing.assert_allclose(soundfile.read(tmp_path / "m.wav")[0], expected.numpy(), atol=1e-4)
     assert run(*args, "--vocoder", "--out", tmp_path / "v.wav").exit_code == 0
     loud = [np.square(soundfile.read(tmp_path / f"{name}.wav")[0]).mean() for name in "mv"]
