@@ -506,9 +506,10 @@ def test_a_damaged_picture_stops_the_run_but_loses_nothing(tmp_path, monkeypatch
 
 
 def test_training_finds_objects(tmp_path, monkeypatch):
-    """Three hundred steps on scenes of two sprites already tell the two apart; what is trained is what is scored."""
+    """180 steps on scenes of two sprites already tell the two apart; what is trained is what is scored."""
     monkeypatch.setattr(train_mvae, "SCENES", 64)
-    args = ["--dataset", "sprites", "--objects", 2, "--N", 2, "--op", "sum", "--background", "none", "--steps", 300]
+    args = ["--dataset", "sprites", "--objects", 2, "--N", 2, "--op", "sum", "--background", "none", "--steps", 180]
+    monkeypatch.setattr(train_mvae, "show_pictures", lambda *_: None)
     train(*args, "--size", 32, "--cells", 8, "--device", "cpu", "--out", tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["mse"] < 0.015 < metrics["mse_baseline"]  # black pictures: 0.026
