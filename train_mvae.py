@@ -476,9 +476,15 @@ def load_data(options, device):
 
 # ---------------------------------------------------------------- Model
 
-UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data slots are decoded, before sub-pixel convolution
+UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data feature maps are, before sub-pixel convolution
+SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas, in half picture widths
+SHADE_EXTENT = 2  # how many times as wide a slot may shade the background
+CANVAS = 16  # side of a slot's canvas, doubled for pictures of more than 64 pixels
+CLOSER = 16  # pixels, each way, of the closer look at a slot
+TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
 NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
+SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
 NEIGHBOUR_WEIGHT = 1e-3  # what the KL of cells beside a chosen one still counts
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
@@ -486,8 +492,10 @@ LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 # What the encoder says of B pictures or sounds, slots in order of falling KL: mu, logvar (B, N, D), cell (B, N, 2), the
-# (y, x) where every slot stands, kl (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_background (B,).
-Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_background")
+# (y, x) where every slot stands, kl (B, N) of its cell, kl_map (B, H_l, W_l), background (B, C, h, w) or None, and the
+# KLs of the background's latents and of the slots' details (B,).
+Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_background kl_detail")
+OCTAVES = 6  # of the Fourier features of a place along the frequency
 
 
 def fourier_features(position, octaves):
@@ -497,26 +505,140 @@ def fourier_features(position, octaves):
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019): z (M, D), cell (M, 2) -> features (M, channels, h, w).
+    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1).
 
-    Every place is told its offset from the slot's, which is drawn the same anywhere; with `absolute` its own too.
+    Every band is told its offset from the slot's, so that a timbre is drawn the same at any pitch, and its own place.
     """
 
-    def __init__(self, d, channels, grid, absolute, octaves, conv):
+    def __init__(self, d, channels, parts, height, shuffle):
         super().__init__()
-        self.octaves = octaves
-        self.register_buffer("grid", position_grid(*grid), persistent=False)
+        self.register_buffer("grid", position_grid(height, 1), persistent=False)
         self.from_latent = nn.Linear(d, channels)
-        self.from_offset = nn.Conv2d(2 + 4 * octaves, channels, 1)
-        self.from_place = nn.Conv2d(2 + 4 * octaves, channels, 1) if absolute else None
-        self.body = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(2)])
+        self.from_offset, self.from_place = (nn.Conv2d(2 + 4 * OCTAVES, channels, 1) for _ in range(2))
+        self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
+        self.fine = UPSCALE_SOUND if shuffle else 1
+        self.out = column_conv(channels, parts * self.fine, 3, padding=1)
+        self.shuffle = ColumnShuffle() if shuffle else nn.Identity()
+
+    @torch.no_grad()
+    def start_at(self, colour):
+        """Slots of one spectrum (C,) at every band."""
+        self.out.weight.mul_(0.3)
+        self.out.bias.copy_(colour.repeat_interleave(self.fine))
 
     def forward(self, z, cell):
         h = self.from_latent(z)[:, :, None, None]
-        h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None], self.octaves))
-        if self.from_place is not None:
-            h = h + self.from_place(fourier_features(self.grid[None], self.octaves))
-        return self.body(h)
+        h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None], OCTAVES))
+        h = h + self.from_place(fourier_features(self.grid[None], OCTAVES))
+        return self.shuffle(self.out(self.body(h)))
+
+
+def resample(source, scale, offset, side):
+    """source (M, C, S, S) at positions scale * (y, x) + offset, all in halves of a side: -> (M, C, side, side).
+
+    Linear, without aliasing, 0 beyond it; scale (M,), offset (M, 2). A spatial transformer (Jaderberg et al. 2015)
+    without rotation, so that it comes down to two products of matrices (as in DRAW, Gregor et al. 2015).
+    """
+    n, axis = source.shape[-1], position_grid(side, 1)[0, :, 0].to(offset)
+    index = ((scale[:, None, None] * axis + offset[..., None] + 1) * n - 1) / 2  # (M, 2, side), into the source
+    width = (scale * n / side).clamp(min=1)[:, None, None, None]
+    near = (index[..., None] - torch.arange(n, device=source.device)).abs()  # (M, 2, side, S)
+    y, x = ((1 - near / width).clamp(min=0) / width).to(source.dtype)[:, :, None].unbind(1)  # (M, 1, side, S) each
+    return y @ source @ x.mT
+
+
+class CanvasDecoder(nn.Module):
+    """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
+
+    The first `d_cell` latents say how large. So resolution is where the slot is, the same for near and far objects, at
+    no higher price in larger pictures. What is drawn are colours, or features, that are `outside` where the canvas
+    ends; with `masked` a mask's logit too, and with `shaded`, in logarithms, how much the slot darkens the background.
+    """
+
+    def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
+        super().__init__()
+        self.d_cell, self.side, self.masked = d_cell, side, masked
+        self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
+        self.extent = nn.Linear(d_cell, 1)
+        double = [nn.Conv2d(2 * channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2), nn.SiLU()]
+        self.coarse = nn.Sequential(nn.SiLU(), *double)
+        double = [nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2)]
+        out = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1)
+        self.body = nn.Sequential(*double, ResBlock(channels, norm=True), nn.SiLU(), out, nn.PixelShuffle(fine))
+        self.shade = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)) if shaded else None
+        self.mean = nn.Parameter(torch.zeros(parts + masked, CANVAS * fine, CANVAS * fine))
+        r2, shade_r2 = (position_grid(n, n).square().sum(0) for n in (CANVAS * fine, CANVAS))
+        self.register_buffer("blob", 2 - 6 * r2, persistent=False)
+        self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
+        self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
+        beyond = torch.tensor([outside] * parts + [-NEUTRAL] * masked)
+        self.register_buffer("beyond", beyond[:, None, None], persistent=False)
+
+    @torch.no_grad()
+    def start_at(self, colour):
+        """Slots as blobs of one colour (C,), in the middle of canvases of middling size."""
+        out, fine = self.body[-2], self.body[-1].upscale_factor ** 2
+        out.weight.copy_(0.3 * out.weight[::fine].repeat_interleave(fine, dim=0))  # sub-pixels start alike
+        for parameter in (out.bias, self.extent.weight, self.extent.bias):
+            parameter.zero_()
+        self.mean[: len(colour)] = colour[:, None, None]
+        if self.masked:
+            self.mean[-1] = self.blob / SHARPNESS
+        if self.shade:
+            self.shade[0].weight.mul_(0.1)
+            self.shade[0].bias.fill_(-3.0)
+
+    def half(self, z):
+        """Half the side of the canvas, in half picture widths: z (..., D) -> (...)."""
+        share = self.extent(z[..., : self.d_cell])[..., 0].to(self.window.dtype).sigmoid()
+        return SMALLEST_CANVAS * (LARGEST_CANVAS / SMALLEST_CANVAS) ** share
+
+    def forward(self, z, place):
+        half, h = self.half(z), self.coarse(self.start(z).unflatten(1, (-1, CANVAS // 4, CANVAS // 4)))
+        canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
+        if self.masked:
+            colours, logit = canvas[:, :-1], SHARPNESS * canvas[:, -1:]
+            canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
+        scale, offset = 1 / half, -place / half[:, None]
+        layer = resample(self.window * (canvas - self.beyond), scale, offset, self.side) + self.beyond
+        if not self.shade:
+            return layer
+        shade = -F.softplus(self.shade(h).to(place.dtype)) * self.shade_window
+        shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
+        return torch.cat([layer[:, :-1], shade, layer[:, -1:]], dim=1)
+
+
+def bleed(colours, mask):
+    """Colours (M, C, S, S) that, where the mask (M, 1, S, S) ends, go on as they are inside of it.
+
+    Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
+    """
+    weight = mask.square() + 1e-3
+    around = torch.cat([weight * colours, weight], dim=1)
+    for _ in range(2):
+        around = F.avg_pool2d(around, 3, stride=1, padding=1)
+    own = mask.square().square()
+    return own * colours + (1 - own) * around[:, :-1] / around[:, -1:]
+
+
+class CloserLook(nn.Module):
+    """What a slot's cell is too coarse to see: cut-outs (M, C, CLOSER, CLOSER), mu of cells (M, d_cell) ->
+
+    mu, logvar (M, d) of the slot's other latents.
+    """
+
+    def __init__(self, d, d_cell, channels):
+        super().__init__()
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU(), ResBlock(channels, norm=True), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten()]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128), nn.SiLU(), nn.Linear(128, 2 * d)
+        )
+
+    def forward(self, cut, mu):
+        mu, logvar = self.head(torch.cat([self.trunk(4 * cut), mu], dim=1)).to(mu.dtype).chunk(2, dim=1)
+        return mu, logvar + LOGVAR_START
 
 
 def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):
@@ -591,35 +713,44 @@ class Background(nn.Module):
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
-    compose_at "feature": the slots' feature maps are combined and decoded on together. In half picture widths, `shift`:
-    how far from its cell's middle a slot may stand; `reach`: how far from there it is drawn, 0 for no bound. With a
+    compose_at "feature": the slots' feature maps are combined and decoded on together. `detail` of a slot's `d` latents
+    come from a closer look at where it stands, up to `shift` half picture widths from its cell's middle. With a
     `domain` the data are sounds, levels (B, FRAMES, size, 1): the height of a picture is the logarithm of a frequency,
     its colours are times. Layers are logarithms of magnitudes, combined as magnitudes, powers or levels ("log").
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, channels, op, compose_at, domain, suppress, background, shift, reach, explore
+        self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, suppress, background, shift, explore
     ):
         super().__init__()
         self.size, self.n_slots, self.d, self.op, self.domain, self.suppress = size, n_slots, d, op, domain, suppress
-        self.compose_at, self.reach, self.explore, sound = compose_at, reach, explore, bool(domain)
-        self.subpixels = UPSCALE_SOUND if sound else UPSCALE**2
+        self.compose_at, self.explore, self.detail, sound, masked = (
+            compose_at,
+            explore,
+            detail,
+            bool(domain),
+            op == "alpha",
+        )
+        at_data, d_cell = compose_at == "data", d - detail
         if sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
-            shape, self.grid_shape, conv, octaves, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 6, 7
+            shape, self.grid_shape, conv, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 7
             side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
         else:
-            shape, self.grid_shape, conv, octaves, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3, 3
+            shape, self.grid_shape, conv, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3
             side, shuffle = (size // UPSCALE, size // UPSCALE), nn.PixelShuffle(UPSCALE)
         self.patch = (shape[1] // self.grid_shape[0], shape[2] // self.grid_shape[1])  # what a cell has of the data
-        at_data = compose_at == "data"
         parts, layer_shape = (shape[0], shape[1:]) if at_data else (channels, side)
-        self.encoder = Encoder(shape, self.grid_shape, d, channels, shift, sound, conv, kernel)
-        self.slot_decoder = BroadcastDecoder(d, channels, side, sound, octaves, conv)
-        out = (parts + (op == "alpha")) * (self.subpixels if at_data else 1)
-        self.to_layer = nn.Sequential(nn.SiLU(), conv(channels, out, 3, padding=1), *[shuffle] * at_data)
+        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, shift, sound, conv, kernel)
+        if sound:
+            self.slot_decoder = BroadcastDecoder(d, channels, parts, side[0], at_data)
+        else:
+            outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
+            about = layer_shape[0], 1 + (size > 64), outside, masked, masked and at_data
+            self.slot_decoder = CanvasDecoder(d, d_cell, channels, parts, *about)
+        self.closer = CloserLook(detail, d_cell, channels) if detail else None
         self.to_image = nn.Identity()
         if not at_data:
-            to_colours = conv(channels, shape[0] * self.subpixels, 3, padding=1)
+            to_colours = conv(channels, shape[0] * (UPSCALE_SOUND if sound else UPSCALE**2), 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
         d_background = BACKGROUND_D if background == "latent" else 0
         behind = Background((parts, *layer_shape), channels, d_background) if background != "none" else None
@@ -628,28 +759,24 @@ class MVAE(nn.Module):
         self.exchange = op == "mean" or (op == "sum" and background == "none")
         self.trained_slots = n_slots + (explore and not self.exchange)
         self.noise_sizes = [self.trained_slots * d, d_background]
-        self.register_buffer("grid", position_grid(*layer_shape), persistent=False)
 
     @torch.no_grad()
     def start_at_mean(self, mean):
         """The background as the data's mean (C, H, W), slots in its colour: others are masked out at once for good."""
-        colour = mean.mean((1, 2)).repeat_interleave(self.subpixels)
+        colour, n = mean.mean((1, 2)), self.n_slots if self.op == "sum" else 1
         if self.compose_at == "feature":
-            self.to_image[2].bias.copy_(colour)
-            return
-        convolution, n = self.to_layer[1], self.n_slots if self.op == "sum" else 1
-        convolution.weight.mul_(0.3)
-        convolution.bias.zero_()
-        if self.background is not None:
+            bias = self.to_image[2].bias
+            bias.copy_(colour.repeat_interleave(len(bias) // len(colour)))
+            colour = torch.zeros_like(self.slot_decoder.mean[:, 0, 0])
+        elif self.background is not None:
             self.background.picture.copy_(mean)
-        if self.domain:  # so that layers, once combined, are the mean
+            colour = 0 * colour if self.op == "sum" else colour  # layers are what a slot adds to it
+        elif self.domain:  # so that layers, once combined, are the mean; times without sound have no logarithm
             level, power = (colour / n, 0) if self.domain == "log" else (colour, 0.5 if self.domain == "power" else 1)
-            colour = (log_expand(level) / n**power).clamp(min=1e-4).log()  # times without sound have no logarithm
-        elif self.op == "sum":  # with a background, layers are what a slot adds to it
-            colour = torch.zeros_like(colour) if self.background is not None else colour / n
-        convolution.bias[: len(colour)] = colour
-        if self.op == "alpha":
-            convolution.bias[len(colour) :] = 1.0  # the background's logit is 0
+            colour = (log_expand(level) / n**power).clamp(min=1e-4).log()
+        else:
+            colour = colour / n
+        self.slot_decoder.start_at(colour)
 
     def encode(self, image, noise=None, explore=False, n=None):
         """image (B, C, H, W) -> Encoding of n or N slots, with `explore` one more; noise (B, d) of the background."""
@@ -658,48 +785,50 @@ class MVAE(nn.Module):
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
         if self.background is not None:
             background, kl_background = self.background(features, noise)
-        index = self.select(kl_map, mu, place, background, n or self.n_slots)
+        half = None if self.domain else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
+        index = self.select(kl_map, place, half, n or self.n_slots)
         if explore:
             extra = self.least_explained(image, mu, place, background, index)
             if self.exchange:  # in every second picture, in the place of the last
                 every_second = torch.arange(len(extra), device=extra.device)[:, None] % 2 == 0
                 index, extra = index[:, :-1], torch.where(every_second, extra, index[:, -1:])
             index = torch.cat([index, extra], dim=1)
-        slots = (gather_cells(values, index) for values in (mu, logvar, place))
-        return Encoding(*slots, kl_map.flatten(1).gather(1, index), kl_map, background, kl_background)
+        mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
+        kl, kl_detail = kl_map.flatten(1).gather(1, index), torch.zeros_like(kl_background)
+        if self.closer is not None:
+            image = (image - image.mean((2, 3), keepdim=True))[:, None].expand(-1, index.shape[1], -1, -1, -1)
+            cut = resample(image.flatten(0, 1), half.gather(1, index).flatten(), place.flatten(0, 1), CLOSER)
+            detail = [values.unflatten(0, index.shape) for values in self.closer(cut, mu.flatten(0, 1))]
+            mu, logvar = (torch.cat(pair, dim=2) for pair in zip((mu, logvar), detail, strict=True))
+            kl_detail = gaussian_kl(*detail).sum((1, 2))
+        return Encoding(mu, logvar, place, kl, kl_map, background, kl_background, kl_detail)
 
     @torch.no_grad()
-    def select(self, kl_map, mu, place, background, n):
+    def select(self, kl_map, place, half, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
         Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat.
-        `suppress` "neighbours": all but the highest of 3 x 3 cells; "drawn": the cells around, cells as far as the slot
-        draws in them, or where theirs would stand, and those that point beside it.
+        `suppress` "neighbours": all but the highest of 3 x 3 cells; "canvas": the cells around, and those whose middles
+        or slots would stand within TAKEN of the slot's canvas, which is half (B, H_l * W_l) times two wide.
         """
         (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
-        score, kl, free, chosen = kl_map.flatten(1), kl_map.flatten(1), torch.ones_like(kl_map).flatten(1), []
+        score, kl, chosen, middles = kl_map.flatten(1), kl_map.flatten(1), [], self.encoder.middles.flatten(1)
         if self.encoder.max_shift:  # else all slots may settle at the end of one common shift (docs/mvae-log.md)
-            away = (place - self.encoder.middles.flatten(1)).square().sum(1)
-            score = score * torch.exp(-away / self.encoder.max_shift**2)
-        y, x = ((place + 1) / 2).unbind(1)
-        stands = (y * rows).long().clamp(0, rows - 1) * columns + (x * columns).long().clamp(0, columns - 1)
+            score = score * torch.exp(-(place - middles).square().sum(1) / self.encoder.max_shift**2)
         if self.suppress == "neighbours":
             highest = F.max_pool2d(score.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1)
-            free = torch.where(score >= highest, free, NEIGHBOUR_WEIGHT)
-        for k in range(n):
-            index = (score * free).argmax(1, keepdim=True)  # (B, 1)
+            score = torch.where(score >= highest, score, NEIGHBOUR_WEIGHT * score)
+        for _ in range(n):
+            index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
-            if k + 1 == n:
-                break
-            taken = (torch.arange(score.shape[1], device=score.device) == index).to(score.dtype)
-            if self.suppress == "drawn":
-                near = F.max_pool2d(taken.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1) > 0
-                z, here = gather_cells(mu, index), gather_cells(place[..., None], index)  # (B, 1, D), (B, 1, 2)
-                drawn = self.drawn(z, here, background).flatten(1)
-                free = torch.minimum(free, 1 - torch.maximum(drawn, drawn.gather(1, stands)))
-                near = near | ((place - here.transpose(1, 2)).abs().amax(1) < 2 / rows)
-                free = torch.where(near, NEIGHBOUR_WEIGHT * free, free)
-            free = free.masked_fill(taken > 0, -1.0)
+            if self.suppress == "canvas":
+                here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
+                apart, beside = place - here, middles - middles.T[index].transpose(1, 2)  # (B, 2, H_l * W_l)
+                away = torch.minimum(apart.norm(dim=1), (middles - here).norm(dim=1))
+                score = score * torch.sigmoid(8 * (away / size - TAKEN))
+                near = torch.minimum(apart.abs().amax(1), beside.abs().amax(1) - 1 / rows) < 2 / rows
+                score = torch.where(near, NEIGHBOUR_WEIGHT * score, score)
+            score = score.scatter(1, index, -1.0)
         index = torch.cat(chosen, dim=1)
         return index.gather(1, kl.gather(1, index).topk(n).indices)
 
@@ -707,15 +836,10 @@ class MVAE(nn.Module):
     def least_explained(self, image, mu, place, background, index):
         """The cell, none of index (B, N), around which these slots leave the largest squared error: (B, 1)."""
         # An object in no slot (drawn over, outranked) is charged for its KL and would stay there: here is its chance.
-        layer = self.decode(gather_cells(mu, index), gather_cells(place, index))
+        layer = self.decode(F.pad(gather_cells(mu, index), (0, self.detail)), gather_cells(place, index))
         error = (self.compose(layer, background) - image).square().sum(1, keepdim=True)
         around = F.avg_pool2d(F.avg_pool2d(error, self.patch), 3, stride=1, padding=1)
         return around.flatten(1).scatter(1, index, -1.0).argmax(1, keepdim=True)
-
-    def drawn(self, z, cell, background):
-        """How much of every cell one slot draws, alone, 0 to 1: z (B, 1, D), cell (B, 1, 2) -> (B, H_l, W_l)."""
-        behind, slot = self.responsibilities(self.decode(z, cell), background).unbind(1)  # (B, H, W) each
-        return F.avg_pool2d(slot / (behind + slot), self.patch)
 
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
@@ -734,30 +858,25 @@ class MVAE(nn.Module):
         return torch.stack([self.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])], dim=1)
 
     def neutral_layer(self, layer):
-        """The operator's neutral element, which a slot is out of its reach: (B, N, C, h, w) -> (B, 1, C, h, w)."""
-        return self.fade(torch.zeros_like(layer[:, :1]), torch.zeros_like(layer[:, :1, :1]))
+        """What a slot of pictures is beyond its canvas: (B, N, C, h, w) -> (B, 1, C, h, w)."""
+        beyond = self.slot_decoder.beyond
+        if layer.shape[2] > len(beyond):  # no shade either
+            beyond = torch.cat([beyond[:-1], torch.zeros_like(beyond[:1]), beyond[-1:]])
+        return beyond.expand(len(layer), 1, -1, *layer.shape[3:])
 
     def decode(self, z, cell):
-        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own, neutral beyond its `reach`."""
-        h = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, channels, h, w)
-        layer = self.to_layer(h).to(self.grid.dtype).unflatten(0, z.shape[:2])
-        if not self.reach:
-            return layer
-        squared = (self.grid - cell[..., None, None]).square().sum(2, keepdim=True)  # (B, N, 1, h, w)
-        # 1 - 2e-4 at a third of the reach, 0.37 at it. Unbound slots settle on one common offset (docs/mvae-log.md).
-        return self.fade(layer, torch.exp(-(squared / self.reach**2).square().square()))
-
-    def fade(self, layer, window):
-        """layer (B, N, C, h, w) where window (B, N, 1, h, w) is 1, the neutral element where it is 0."""
-        if self.op == "alpha":
-            return torch.cat([layer[:, :, :-1], window * (layer[:, :, -1:] + NEUTRAL) - NEUTRAL], dim=2)
-        neutral = {"max": -NEUTRAL, "min": NEUTRAL}.get(self.op, 0.0)
-        return window * (layer - neutral) + neutral
+        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
+        layer = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, C, h, w)
+        return layer.to(cell.dtype).unflatten(0, z.shape[:2])
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
+        if self.op == "alpha" and self.compose_at == "data":
+            colours, shade, logit = layer.split([3, 1, 1], dim=2)
+            background = background * shade.sum(1).exp()
+            layer = torch.cat([colours, logit], dim=2)
         if not self.domain or self.compose_at == "feature":
-            return self.to_image(compose(layer, background, self.op)).to(self.grid.dtype)
+            return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
         magnitude = layer.clamp(max=LOUDEST).exp()
         if self.domain == "log":
             return compose(log_compress(magnitude), background, self.op)
@@ -800,12 +919,18 @@ def gaussian_log_likelihood(x, mean, sigma):
     return log_density.flatten(1).sum(1)
 
 
+def total_kl(encoding):
+    """Of all latents, those of all cells, in nats: (B,)."""
+    return encoding.kl_map.sum((1, 2)) + encoding.kl_background + encoding.kl_detail
+
+
 def objective(image, mean, encoding, offset, beta, sigma):
     """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus the price of offsets; and its terms."""
     reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
-    kl, offset = (encoding.kl_map.sum((1, 2)) + encoding.kl_background).mean(), offset.mean()
+    kl, offset = total_kl(encoding).mean(), offset.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/offset": offset}
     terms |= {"loss/negative_elbo": reconstruction + kl, "loss/kl_background": encoding.kl_background.mean()}
+    terms |= {"loss/kl_detail": encoding.kl_detail.mean()}
     return reconstruction + beta * kl + ANCHOR * offset, terms
 
 
@@ -872,7 +997,7 @@ def evaluate_pictures(model, data, split, n, sigma):
         mean = model.compose(layer, encoding.background)
         ranks = model.encode(image, n=min(model.n_slots + 2, encoding.kl_map.numel())).kl[0].tolist()
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
-        score |= {"kl": encoding.kl_map.sum() + encoding.kl_background, "kl_background": encoding.kl_background}
+        score |= {"kl": total_kl(encoding), "kl_background": encoding.kl_background, "kl_detail": encoding.kl_detail}
         score |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
         score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
         scores.append({name: float(value) for name, value in score.items()})
@@ -1022,7 +1147,7 @@ def graphs(model):
         layer["background"] = model.encode(image).background.contiguous()
     made = {
         "encoder": (encoder, {"waveform": waveform} if sound else {"image": image}),
-        "decoder": (Graph(("layer",), model.decode, model.slot_decoder, model.to_layer), {"z": z, "cell": cell}),
+        "decoder": (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell}),
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
     if sound:
@@ -1046,10 +1171,10 @@ PRESETS = {
     "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.4,
               "minutes": 20.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
-                   "suppress": "neighbours", "background": "none", "shift": 0.0, "reach": 0.0, "explore": False,
+                   "suppress": "neighbours", "background": "none", "shift": 0.0, "detail": 0, "explore": False,
                    "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "suppress", "shift", "reach", "explore")
+OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "suppress", "shift", "detail", "explore")
 FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
 
 
@@ -1070,6 +1195,7 @@ def check_options(options):
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2 - options["explore"])
     behind = sound or options["background"] != "none" or options["op"] in ("sum", "mean")
     rules = {
+        f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
@@ -1093,15 +1219,15 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @families_option
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
+@click.option("--detail", type=click.IntRange(0), default=10, help="Those of them that come from a closer look.")
 @click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
 @click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
 @click.option("--background", type=click.Choice(["none", "picture", "latent"]), default="picture", help="Behind slots.")
-@click.option("--suppress", type=click.Choice(["none", "neighbours", "drawn"]), default="drawn", help="By a slot.")
+@click.option("--suppress", type=click.Choice(["none", "neighbours", "canvas"]), default="canvas", help="By a slot.")
 @click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
-@click.option("--reach", type=Finite(0), default=0.6, help="How far from its cell a slot is drawn; 0: no bound.")
 @click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context

@@ -20,7 +20,7 @@ import train_mvae
 import train_vae_audio
 import train_vae_mnist
 
-TINY = ["--channels", "8", "--D", "4", "--cells", "8", "--batch", "4", "--device", "cpu"]
+TINY = ["--channels", "8", "--D", "4", "--detail", "2", "--cells", "8", "--batch", "4", "--device", "cpu"]
 NOTES = ["--families", "bass,flute", "--D", "3", "--batch", "4", "--device", "cpu"]
 
 

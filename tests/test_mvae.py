@@ -28,7 +28,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "domain": None, "suppress": "drawn", "background": "latent", "shift": 0.3, "reach": 0.6, "explore": True,
+        "domain": None, "suppress": "canvas", "background": "latent", "shift": 0.3, "detail": 2, "explore": True,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -96,12 +96,12 @@ def test_selected_cells_are_those_of_a_loop(suppress):
     maps = torch.rand(6, 8, 8, generator=random_generator("maps")) + 0.01
     place = position_grid(8, 8).expand(6, -1, -1, -1)
     for n in (1, 5, 20):
-        index = model.select(maps, torch.zeros(6, 4, 8, 8), place, None, n)
+        index = model.select(maps, place, None, n)
         assert index.tolist() == [selection_by_a_loop(one, n, suppress) for one in maps]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("suppress", ["none", "neighbours", "drawn"])
+@pytest.mark.parametrize("suppress", ["none", "neighbours", "canvas"])
 def test_slots_are_cells_in_falling_order_of_their_kl_each_once(suppress):
     for n in (3, 64):
         encoding = build(suppress=suppress, shift=0.0, n_slots=n, explore=False).encode(pictures())
@@ -112,46 +112,35 @@ def test_slots_are_cells_in_falling_order_of_their_kl_each_once(suppress):
         assert all(len(set(cells)) == n for cells in (row * 8 + column).tolist())
 
 
-class Painter(MVAE):
-    """An MVAE whose slots draw discs of the radius their first latent says, where they stand."""
-
-    def decode(self, z, cell):
-        distance = (self.grid - cell[..., None, None]).norm(dim=2, keepdim=True)  # (B, N, 1, h, w)
-        logit = 40 * (z[..., :1, None, None] - distance)
-        return torch.cat([torch.ones_like(logit).expand(-1, -1, 3, -1, -1), logit], dim=2)
-
-
 @torch.no_grad()
-def test_cells_that_a_chosen_slot_draws_become_no_slots():
+def test_cells_within_the_canvas_of_a_chosen_slot_become_no_slots():
     model = build()
-    model.__class__ = Painter
-    kl_map, place = torch.zeros(1, 8, 8), position_grid(8, 8)[None].clone()
-    mu = torch.full((1, 4, 8, 8), 0.1)
-    mu[0, 0, 2, 2] = 0.6  # a large disc, which reaches 2.4 cells far
+    kl_map, place, half = torch.zeros(1, 8, 8), position_grid(8, 8)[None].clone(), torch.full((1, 8, 8), 0.2)
+    half[0, 2, 2] = 0.9  # a large canvas, 0.65 of which reaches 2.3 cells far
     for k, (row, column) in enumerate([(2, 2), (2, 4), (4, 2), (3, 3), (6, 6), (2, 6), (7, 0)]):
         kl_map[0, row, column] = 20 - k
-    place[0, :, 2, 6] = torch.tensor([-0.375, -0.375])  # its slot would stand in the large disc
-    place[0, :, 0, 7] = place[0, :, 6, 6] + 0.2  # and this one's beside a small one, where that draws nothing
+    place[0, :, 2, 6] = torch.tensor([-0.375, -0.375])  # its slot would stand in the large canvas
+    place[0, :, 0, 7] = place[0, :, 6, 6] + 0.2  # and this one's beside a small one, beyond its canvas
     kl_map[0, 0, 7] = 13.5
-    index = model.select(kl_map, mu, place, None, 3)
-    assert index.tolist() == [[2 * 8 + 2, 6 * 8 + 6, 7 * 8 + 0]]
+    half = half.flatten(1)
+    assert model.select(kl_map, place, half, 3).tolist() == [[2 * 8 + 2, 6 * 8 + 6, 7 * 8 + 0]]
     model.suppress = "neighbours"
-    assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 54]]
+    assert model.select(kl_map, place, half, 4).tolist() == [[18, 20, 34, 54]]
     model.suppress = "none"
-    assert model.select(kl_map, mu, place, None, 4).tolist() == [[18, 20, 34, 27]]
+    assert model.select(kl_map, place, half, 4).tolist() == [[18, 20, 34, 27]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("suppress", ["none", "neighbours", "drawn"])
+@pytest.mark.parametrize("suppress", ["none", "neighbours", "canvas"])
 def test_a_cell_far_from_where_its_slot_stands_counts_less(suppress):
     model = build(suppress=suppress, shift=0.3)
-    kl_map, mu = torch.zeros(1, 8, 8), torch.zeros(1, 4, 8, 8)
+    kl_map, half = torch.zeros(1, 8, 8), torch.full((1, 64), 0.2)
     kl_map[0, 1, 1], kl_map[0, 6, 6], kl_map[0, 1, 6] = 4, 3, 2
     place = position_grid(8, 8)[None].clone()
-    assert model.select(kl_map, mu, place, None, 2).tolist() == [[9, 54]]
+    assert model.select(kl_map, place, half, 2).tolist() == [[9, 54]]
     place[0, 0, 1, 1] += 0.3 * 0.8  # exp(-0.64) of 4 is 2.1, below 3 and above 2
     place[0, 1, 6, 6] -= 0.3  # exp(-1) of 3 is 1.1, below 2
-    assert model.select(kl_map, mu, place, None, 2).tolist() == [[9, 14]]
+    assert model.select(kl_map, place, half, 2).tolist() == [[9, 14]]
 
 
 @torch.no_grad()
@@ -182,15 +171,49 @@ def test_a_slot_stands_at_most_the_shift_from_its_cell_and_is_moved_with_its_con
 
 
 @torch.no_grad()
-def test_a_slot_is_decoded_by_itself_the_same_wherever_it_stands():
-    model = build()
+@pytest.mark.parametrize("op", OPS)
+def test_a_slot_is_decoded_by_itself_the_same_wherever_it_stands(op):
+    model = build(op=op)
     z, cell = torch.randn(1, 3, 4), torch.rand(1, 3, 2)
     torch.testing.assert_close(model.decode(z[:, 1:2], cell[:, 1:2])[:, 0], model.decode(z, cell)[:, 1])
-    decoder = train_mvae.BroadcastDecoder(4, 8, (32, 32), absolute=False, octaves=3, conv=torch.nn.Conv2d)
-    step = 2 / 32  # one cell of the grid
-    features = decoder(z[0, :1].expand(2, -1), torch.tensor([[0.0, 0.0], [3 * step, -2 * step]]))
-    inner = slice(8, 24)  # far from the border, where zero padding shows
-    torch.testing.assert_close(features[0, :, inner, inner], features[1, :, 11:27, 6:22], rtol=1e-4, atol=1e-5)
+    step = 2 / 32  # one pixel
+    layer = model.decode(z[:, :1].expand(-1, 2, -1), torch.tensor([[[0.0, 0.0], [3 * step, -2 * step]]]))
+    torch.testing.assert_close(layer[0, 0, :, :-3, 2:], layer[0, 1, :, 3:, :-2])
+
+
+@torch.no_grad()
+def test_resampling_is_exact_for_planes_keeps_means_and_cuts_out_what_it_pasted():
+    y, x = position_grid(12, 12)
+    plane = (0.3 + 0.5 * y - 0.2 * x)[None, None]  # linear interpolation is exact on planes
+    scale, offset = torch.tensor([0.5]), torch.tensor([[0.1, -0.2]])
+    v, u = position_grid(20, 20)
+    seen = train_mvae.resample(plane, scale, offset, 20)
+    torch.testing.assert_close(seen[0, 0], 0.3 + 0.5 * (0.1 + 0.5 * v) - 0.2 * (-0.2 + 0.5 * u))
+    noise = torch.rand(1, 2, 32, 32, generator=random_generator("noise"))
+    small = train_mvae.resample(noise, torch.ones(1), torch.zeros(1, 2), 8)  # every pixel counts, as in an average
+    assert small.std() < 0.5 * noise.std()
+    torch.testing.assert_close(small[..., 1:-1, 1:-1].mean(), noise.mean(), atol=0.02, rtol=0)
+    pasted = train_mvae.resample(plane, 1 / scale, -offset / scale[:, None], 64)
+    assert not pasted[..., position_grid(64, 64)[1] > 0.35].any(), "beyond the canvas there is nothing"
+    again = train_mvae.resample(pasted, scale, offset, 12)
+    torch.testing.assert_close(again[..., 2:-2, 2:-2], plane[..., 2:-2, 2:-2], atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_a_closer_look_sees_where_the_slot_stands_and_nothing_else():
+    model = build(n_slots=1)
+    image = 0.5 * torch.ones(2, 3, 32, 32)
+    image[:, :, 10:14, 18:22] += torch.rand(3, 4, 4, generator=random_generator("object"))
+    encoding, half = model.encode(image), model.slot_decoder.half(model.encode(image).mu)[0, 0]
+    y, x = position_grid(32, 32)
+    away = torch.maximum((y - encoding.cell[0, 0, 0]).abs(), (x - encoding.cell[0, 0, 1]).abs()) > half + 3 / 32
+    changed = image + away * torch.tensor([0.0, 0.2])[:, None, None, None]
+    seen = []
+    model.closer.trunk.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.closer(
+        train_mvae.resample(changed, half.expand(2), encoding.cell[:, 0], train_mvae.CLOSER), encoding.mu[:, 0, :2]
+    )
+    torch.testing.assert_close(seen[0][0], seen[0][1])
 
 
 def test_a_grids_positions_are_symmetric_and_inside():
@@ -202,19 +225,24 @@ def test_a_grids_positions_are_symmetric_and_inside():
 
 @torch.no_grad()
 @pytest.mark.parametrize("op", OPS)
-def test_a_slot_is_drawn_within_reach_of_its_cell(op):
-    """Beyond it, composing the slot with the background changes nothing; near the cell the layer is as decoded."""
-    model, free = build(op=op, reach=0.4), build(op=op, reach=0)
+def test_a_slot_is_drawn_within_its_canvas(op):
+    """Beyond it, composing the slot with the background changes nothing but, by its shade, up to twice as far."""
+    model = build(op=op)
+    model.slot_decoder.mean += 3 * torch.rand(model.slot_decoder.mean.shape, generator=random_generator("drawn"))
     z, cell = torch.randn(1, 1, 4), torch.tensor([[[0.25, -0.5]]])
-    y, x = position_grid(32, 32)
-    distance = ((y - 0.25) ** 2 + (x + 0.5) ** 2).sqrt()
-    layer, unbound = model.decode(z, cell), free.decode(z, cell)
-    torch.testing.assert_close(layer[..., distance < 0.1], unbound[..., distance < 0.1], atol=1e-3, rtol=1e-3)
+    half, (y, x) = model.slot_decoder.half(z)[0, 0], position_grid(32, 32)
+    distance = torch.maximum((y - 0.25).abs(), (x + 0.5).abs()) - half
     background = torch.rand(1, 3, 32, 32, generator=random_generator("background"))
+    layer = model.decode(z, cell)
     image = model.compose(layer, background)
     expected = background / 2 if op == "mean" else background
-    torch.testing.assert_close(image[..., distance > 0.7], expected[..., distance > 0.7], atol=2e-4, rtol=0)
-    assert (image - expected)[..., distance < 0.3].abs().max() > 0.01
+    pixel = 2 / 32
+    assert (image - expected)[..., distance < -half / 2].abs().max() > 0.01
+    if op == "alpha":
+        assert (image <= background + 1e-4)[..., distance > pixel].all(), "a shade only darkens"
+        layer[:, :, 3] = 0
+        image = model.compose(layer, background)
+    torch.testing.assert_close(image[..., distance > pixel], expected[..., distance > pixel], atol=2e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -254,7 +282,8 @@ def test_objective_by_hand():
     image = pictures()
     encoding, mean, offset = model(image, noise_for(model))
     loss, terms = train_mvae.objective(image, mean, encoding, offset, 2.5, 0.2)
-    kl = common.gaussian_kl(*model.encoder(image)[:2]).sum((1, 2, 3)) + encoding.kl_background  # of all cells
+    kl = common.gaussian_kl(*model.encoder(image)[:2]).sum((1, 2, 3)) + encoding.kl_background
+    kl = kl + common.gaussian_kl(encoding.mu, encoding.logvar)[..., 2:].sum((1, 2))  # of all cells, and of details
     expected = -td.Normal(mean, 0.2).log_prob(image).sum((1, 2, 3)) + 2.5 * kl
     torch.testing.assert_close(loss, (expected + train_mvae.ANCHOR * offset).mean())
     torch.testing.assert_close(terms["loss/kl"], kl.mean())
@@ -267,7 +296,7 @@ def test_the_offset_is_that_of_the_middle_of_what_is_drawn_and_moves_only_places
         layer[0, 0, :, 8:16, 16:24] = 1.0  # its middle at (-0.25, 0.25)
         layer[0, 1, :, 20:24, 0:4] = 1.0  # its middle at (0.375, -0.875)
     cell = torch.tensor([[[-0.25, 0.25], [0.375, -0.375], [0.5, 0.5]]], requires_grad=True)  # the third draws nothing
-    encoding = train_mvae.Encoding(None, None, cell, None, None, None, None)
+    encoding = train_mvae.Encoding(None, None, cell, None, None, None, None, None)
     offset = model.offset(layer, encoding)
     mass = 16 / 1.05  # one pixel weighs 1 / (1 + VISIBLE)
     assert offset.item() == pytest.approx(0.25 * mass / (mass + 1024 * train_mvae.SMALLEST), rel=1e-4)
@@ -308,11 +337,11 @@ def test_two_processes_of_16_have_the_gradients_of_one_of_32(monkeypatch):
 
 @pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
 @torch.no_grad()
-def test_pixels_out_of_every_slots_reach_belong_to_the_background(op, compose_at, background):
-    model = build(op=op, compose_at=compose_at, background=background, reach=0.4)
+def test_pixels_beyond_every_slots_canvas_belong_to_the_background(op, compose_at, background):
+    model = build(op=op, compose_at=compose_at, background=background)
     encoding = model.encode(pictures())
     cell = torch.tensor([[[-0.8, -0.8]]]).expand(2, 3, 2)
-    layer = 5 * model.decode(torch.randn(2, 3, 4), cell)
+    layer = model.decode(5 * torch.randn(2, 3, 4), cell)
     owned = model.responsibilities(layer, encoding.background)
     assert owned.shape == (2, 4, 32, 32)
     assert (owned.argmax(1)[:, 24:, 24:] == 0).all()
@@ -394,7 +423,7 @@ def test_a_scene_without_objects_has_no_scores_and_is_left_out_of_averages():
 
 @torch.no_grad()
 def test_kls_by_rank_are_those_of_the_models_own_selection():
-    data, model = train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")), build(suppress="drawn")
+    data, model = train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")), build()
     scores = train_mvae.evaluate_pictures(model, data, "test", 4, 0.1)
     expected = model.encode(data.scenes("test", 4)[0], n=5).kl.sort(dim=1, descending=True).values.mean(0)
     assert [scores[f"kl_rank/{rank}"] for rank in range(1, 6)] == pytest.approx(expected.tolist(), rel=1e-4)
@@ -533,7 +562,7 @@ def test_training_finds_objects(tmp_path, monkeypatch):
         (["--dataset", "faces"], "'sprites', 'clevr'"),
         (["--N", "0"], "--N"),
         (["--N", "300", "--cells", "8"], "--N 300: expected 1 to 63"),
-        (["--suppress", "4"], "drawn"),
+        (["--suppress", "4"], "canvas"),
         (["--channels", "12"], "multiple of 8"),
         (["--size", "40", "--cells", "16"], "times the cells"),
         (["--op", "alpha", "--background", "none"], "needs a --background"),
