@@ -478,7 +478,7 @@ def load_data(options, device):
 
 UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data feature maps are, before sub-pixel convolution
 SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas, in half picture widths
-SHADE_EXTENT = 2  # how many times as wide a slot may shade the background
+SHADE_EXTENT, DARKEST = 2, 0.7  # how many times as wide a slot may shade the background, and by what logarithm
 CANVAS = 16  # side of a slot's canvas, doubled for pictures of more than 64 pixels
 CLOSER = 16  # pixels, each way, of the closer look at a slot
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas
@@ -603,7 +603,7 @@ class CanvasDecoder(nn.Module):
         layer = resample(self.window * (canvas - self.beyond), scale, offset, self.side) + self.beyond
         if not self.shade:
             return layer
-        shade = -F.softplus(self.shade(h).to(place.dtype)) * self.shade_window
+        shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
         shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
         return torch.cat([layer[:, :-1], shade, layer[:, -1:]], dim=1)
 
@@ -885,14 +885,16 @@ class MVAE(nn.Module):
         return log_compress(compose(magnitude, background, self.op))
 
     def forward(self, image, noise):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), offset (B,)."""
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), prices {name: (B,)}."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, self.explore)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
         layer = self.decode(z, encoding.cell)
-        mean = self.compose(layer, encoding.background)
-        offset = self.offset(layer, encoding) if self.encoder.max_shift else torch.zeros_like(mean[:, 0, 0, 0])
-        return encoding, mean, offset
+        prices = {"offset": ANCHOR * self.offset(layer, encoding)} if self.encoder.max_shift else {}
+        if self.op == "alpha":  # masks that are half of the one and half of the other
+            behind = alpha_masks(layer)[:, 0]
+            prices["haze"] = HAZE * (behind * (1 - behind)).sum((1, 2, 3))
+        return encoding, self.compose(layer, encoding.background), prices
 
     def offset(self, layer, encoding):
         """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared."""
@@ -910,6 +912,8 @@ class MVAE(nn.Module):
 # ---------------------------------------------------------------- Objective
 
 ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
+HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m
+FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
 
 
@@ -924,14 +928,19 @@ def total_kl(encoding):
     return encoding.kl_map.sum((1, 2)) + encoding.kl_background + encoding.kl_detail
 
 
-def objective(image, mean, encoding, offset, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus the price of offsets; and its terms."""
-    reconstruction = -gaussian_log_likelihood(image, mean, sigma).mean()
-    kl, offset = total_kl(encoding).mean(), offset.mean()
-    terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/offset": offset}
-    terms |= {"loss/negative_elbo": reconstruction + kl, "loss/kl_background": encoding.kl_background.mean()}
-    terms |= {"loss/kl_detail": encoding.kl_detail.mean()}
-    return reconstruction + beta * kl + ANCHOR * offset, terms
+def kl_weight(progress, beta, last, warmup):
+    """beta_at, and after the warm-up along a half cosine down to `last`."""
+    fallen = min(max((progress - FALL[0]) / (FALL[1] - FALL[0]), 0.0), 1.0)
+    return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def objective(image, mean, encoding, prices, beta, sigma):
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus prices of offsets and haze; and its terms."""
+    reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
+    terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
+    terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
+    terms |= {f"loss/{name}": price.mean() for name, price in prices.items()}
+    return reconstruction + beta * kl + sum(price.mean() for price in prices.values()), terms
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -1167,12 +1176,12 @@ def describe(model):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"objects": "3-4", "d": 16, "batch": 16, "beta": 4.0, "minutes": 10.0},
-    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.4,
-              "minutes": 20.0},
+    "sprites": {"objects": "3-4", "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
+    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
+              "minutes": 30.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
                    "suppress": "neighbours", "background": "none", "shift": 0.0, "detail": 0, "explore": False,
-                   "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
+                   "last_beta": 4.0, "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
 OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "suppress", "shift", "detail", "explore")
 FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
@@ -1218,9 +1227,9 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--objects", type=OBJECTS, default="3-6", help="Objects in a scene: a number or a range.")
 @families_option
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
-@click.option("--D", "d", type=click.IntRange(1), default=12, help="Latents of a slot.")
+@click.option("--D", "d", type=click.IntRange(1), default=20, help="Latents of a slot.")
 @click.option("--detail", type=click.IntRange(0), default=10, help="Those of them that come from a closer look.")
-@click.option("--channels", type=click.IntRange(8), default=32, help="Width of all layers, a multiple of 8.")
+@click.option("--channels", type=click.IntRange(8), default=48, help="Width of all layers, a multiple of 8.")
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
@@ -1229,6 +1238,9 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--suppress", type=click.Choice(["none", "neighbours", "canvas"]), default="canvas", help="By a slot.")
 @click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
+@click.option(
+    "--last-beta", type=Finite(0), default=0.5, help="KL weight that --beta falls to, once slots have parted."
+)
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
@@ -1258,10 +1270,10 @@ def main(context, **options):
             image = data.batch(step, run.own, run.total)
             generator = random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
-            beta = beta_at(progress, options["beta"], options["warmup"])
+            beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
             with autocast(device, options["precision"]):
-                encoding, mean, offset = model(image, noise)
-            loss, terms = objective(image, mean, encoding, offset, beta, sigma)
+                encoding, mean, prices = model(image, noise)
+            loss, terms = objective(image, mean, encoding, prices, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:

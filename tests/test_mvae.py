@@ -64,10 +64,10 @@ def test_every_parameter_gets_a_gradient_and_training_composes_as_many_layers_as
     counts = op == "mean" or (op == "sum" and background == "none")
     assert model.trained_slots == (3 if counts else 4)
     image = pictures(4)
-    encoding, mean, offset = model(image, noise_for(model, 4))
+    encoding, mean, prices = model(image, noise_for(model, 4))
     assert mean.shape == (4, 3, 32, 32)
     assert encoding.mu.shape == encoding.logvar.shape == (4, model.trained_slots, 4)
-    loss, _ = train_mvae.objective(image, mean, encoding, offset, 1.0, 0.1)
+    loss, _ = train_mvae.objective(image, mean, encoding, prices, 1.0, 0.1)
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -280,12 +280,12 @@ def test_the_likelihood_is_that_of_torch_summed_over_an_example():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, mean, offset = model(image, noise_for(model))
-    loss, terms = train_mvae.objective(image, mean, encoding, offset, 2.5, 0.2)
+    encoding, mean, prices = model(image, noise_for(model))
+    loss, terms = train_mvae.objective(image, mean, encoding, prices, 2.5, 0.2)
     kl = common.gaussian_kl(*model.encoder(image)[:2]).sum((1, 2, 3)) + encoding.kl_background
     kl = kl + common.gaussian_kl(encoding.mu, encoding.logvar)[..., 2:].sum((1, 2))  # of all cells, and of details
     expected = -td.Normal(mean, 0.2).log_prob(image).sum((1, 2, 3)) + 2.5 * kl
-    torch.testing.assert_close(loss, (expected + train_mvae.ANCHOR * offset).mean())
+    torch.testing.assert_close(loss, (expected + prices["offset"] + prices["haze"]).mean())
     torch.testing.assert_close(terms["loss/kl"], kl.mean())
 
 
@@ -308,8 +308,8 @@ def test_the_offset_is_that_of_the_middle_of_what_is_drawn_and_moves_only_places
 def gradients(own):
     """Of one step, for a process that has the slice `own` of a batch of 32."""
     model, image = build(background="picture"), train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")).batch(0, own, 32)
-    encoding, mean, offset = model(image, noise_for(model, 32)[own])
-    loss, terms = train_mvae.objective(image, mean, encoding, offset, 1.0, 0.1)
+    encoding, mean, prices = model(image, noise_for(model, 32)[own])
+    loss, terms = train_mvae.objective(image, mean, encoding, prices, 1.0, 0.1)
     common.optimizer_step(loss, terms, torch.optim.Adam(model.parameters()), 1e-3, math.inf)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
