@@ -206,12 +206,11 @@ class Pool:
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
-        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
-        position = step * total + torch.arange(total)[own]
-        epoch, index = position // len(self.images), position % len(self.images)
-        for e in epoch[epoch > 0].unique().tolist():
-            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
-            index = torch.where(epoch == e, order[index], index)
+        # The first pass goes straight, so that blocks fill one by one; then at random.
+        index = step * total + torch.arange(total)
+        if index[-1] >= len(self.images):
+            index = torch.randint(len(self.images), (total,), generator=random_generator("order", self.seed, step))
+        index = index[own]
         for block in {int(i) // BLOCK for i in index} - self.made:
             first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
             self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8
@@ -720,18 +719,13 @@ class MVAE(nn.Module):
     """
 
     def __init__(
-        self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, suppress, background, shift, explore
+        self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, background, shift, explore
     ):
         super().__init__()
-        self.size, self.n_slots, self.d, self.op, self.domain, self.suppress = size, n_slots, d, op, domain, suppress
-        self.compose_at, self.explore, self.detail, sound, masked = (
-            compose_at,
-            explore,
-            detail,
-            bool(domain),
-            op == "alpha",
-        )
-        at_data, d_cell = compose_at == "data", d - detail
+        self.size, self.n_slots, self.d, self.detail, self.op, self.domain = size, n_slots, d, detail, op, domain
+        sound, self.compose_at, at_data, masked = bool(domain), compose_at, compose_at == "data", op == "alpha"
+        # Where the number of layers counts, as many are trained as are used.
+        self.explore, d_cell = explore and op != "mean" and (op != "sum" or background != "none"), d - detail
         if sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
             shape, self.grid_shape, conv, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 7
             side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
@@ -754,10 +748,7 @@ class MVAE(nn.Module):
             self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
         d_background = BACKGROUND_D if background == "latent" else 0
         behind = Background((parts, *layer_shape), channels, d_background) if background != "none" else None
-        self.background = behind
-        # Where the number of layers counts, the exploring slot takes another's place: as many are trained as are used.
-        self.exchange = op == "mean" or (op == "sum" and background == "none")
-        self.trained_slots = n_slots + (explore and not self.exchange)
+        self.background, self.trained_slots = behind, n_slots + self.explore
         self.noise_sizes = [self.trained_slots * d, d_background]
 
     @torch.no_grad()
@@ -767,7 +758,7 @@ class MVAE(nn.Module):
         if self.compose_at == "feature":
             bias = self.to_image[2].bias
             bias.copy_(colour.repeat_interleave(len(bias) // len(colour)))
-            colour = torch.zeros_like(self.slot_decoder.mean[:, 0, 0])
+            return
         elif self.background is not None:
             self.background.picture.copy_(mean)
             colour = 0 * colour if self.op == "sum" else colour  # layers are what a slot adds to it
@@ -788,11 +779,7 @@ class MVAE(nn.Module):
         half = None if self.domain else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, n or self.n_slots)
         if explore:
-            extra = self.least_explained(image, mu, place, background, index)
-            if self.exchange:  # in every second picture, in the place of the last
-                every_second = torch.arange(len(extra), device=extra.device)[:, None] % 2 == 0
-                index, extra = index[:, :-1], torch.where(every_second, extra, index[:, -1:])
-            index = torch.cat([index, extra], dim=1)
+            index = torch.cat([index, self.least_explained(image, mu, place, background, index)], dim=1)
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
         kl, kl_detail = kl_map.flatten(1).gather(1, index), torch.zeros_like(kl_background)
         if self.closer is not None:
@@ -807,21 +794,21 @@ class MVAE(nn.Module):
     def select(self, kl_map, place, half, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
-        Greedy non-maximum suppression: take the best cell, discount the cells that its slot suppresses, repeat.
-        `suppress` "neighbours": all but the highest of 3 x 3 cells; "canvas": the cells around, and those whose middles
-        or slots would stand within TAKEN of the slot's canvas, which is half (B, H_l * W_l) times two wide.
+        Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted. Of pictures the
+        best cell is taken, those around it, and those that are, or whose slots would stand, within TAKEN of its canvas,
+        of half a side `half` (B, H_l * W_l), are discounted, and so on.
         """
         (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
         score, kl, chosen, middles = kl_map.flatten(1), kl_map.flatten(1), [], self.encoder.middles.flatten(1)
         if self.encoder.max_shift:  # else all slots may settle at the end of one common shift (docs/mvae-log.md)
             score = score * torch.exp(-(place - middles).square().sum(1) / self.encoder.max_shift**2)
-        if self.suppress == "neighbours":
+        if half is None:
             highest = F.max_pool2d(score.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1)
             score = torch.where(score >= highest, score, NEIGHBOUR_WEIGHT * score)
         for _ in range(n):
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
-            if self.suppress == "canvas":
+            if half is not None:
                 here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
                 apart, beside = place - here, middles - middles.T[index].transpose(1, 2)  # (B, 2, H_l * W_l)
                 away = torch.minimum(apart.norm(dim=1), (middles - here).norm(dim=1))
@@ -1180,10 +1167,10 @@ PRESETS = {
     "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
               "minutes": 30.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
-                   "suppress": "neighbours", "background": "none", "shift": 0.0, "detail": 0, "explore": False,
+                   "background": "none", "shift": 0.0, "detail": 0, "explore": False,
                    "last_beta": 4.0, "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "suppress", "shift", "detail", "explore")
+OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "shift", "detail", "explore")
 FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
 
 
@@ -1235,7 +1222,6 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
 @click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
 @click.option("--background", type=click.Choice(["none", "picture", "latent"]), default="picture", help="Behind slots.")
-@click.option("--suppress", type=click.Choice(["none", "neighbours", "canvas"]), default="canvas", help="By a slot.")
 @click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
 @click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
 @click.option(

@@ -170,8 +170,8 @@ def test_the_vocoder_gives_numbers_for_silence_noise_and_full_scale():
 
 def sound_model(**changes):
     wide = {
-        "size": 64, "cells": 16, "n_slots": 2, "op": "sum", "domain": "magnitude", "suppress": "neighbours",
-        "background": "none", "shift": 0.0, "reach": 0.0, "explore": False,
+        "size": 64, "cells": 16, "n_slots": 2, "op": "sum", "domain": "magnitude", "background": "none",
+        "shift": 0.0, "detail": 0, "explore": False,
     }  # fmt: skip
     return build(**wide | changes)
 
@@ -201,7 +201,7 @@ def test_all_operators_start_from_the_mean_of_the_data(op, domain):
     model = sound_model(op=op, domain=domain)
     mean = torch.linspace(0, 2, FRAMES)[:, None, None].expand(-1, 64, 1)  # and silence at the first time
     model.start_at_mean(mean)
-    model.to_layer[1].weight.zero_()
+    model.slot_decoder.out.weight.zero_()
     layer = model.decode(torch.zeros(1, 2, 4), torch.zeros(1, 2, 2))
     level = model.compose(layer)[0, :, 0, 0]
     assert torch.isfinite(layer).all()
@@ -239,7 +239,7 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
     [
         (["--op", "alpha"], "--op alpha is for pictures"),
         (["--background", "picture"], "--background does not belong to"),
-        (["--suppress", "drawn"], "--suppress does not belong to"),
+        (["--shift", "0.1"], "--shift does not belong to"),
         (["--N", "1"], "--N 1: expected 2 to"),
         (["--families", "mallet,bass"], "built in are"),
         (["--compose", "feature", "--domain", "log"], "in no --domain"),

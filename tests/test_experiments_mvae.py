@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.experiments import curves, grid, separation, slots
+from tests.experiments import curves, grid, properties, separation, slots
 from tests.experiments.judges import FamilyClassifier
-from train_mvae import Encoding, separate
+from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, Encoding, separate
 
 
 def invoke(command, *args):
@@ -95,6 +95,55 @@ def test_scenes_on_disk_are_drawn_but_not_drawn_anew(clevr_run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     assert "PSNR" not in invoke(slots.main, folder)
     assert not (folder / "recomposition.json").exists()
+
+
+# ---------------------------------------------------------------- Properties
+
+
+def test_properties_are_read_from_the_slots_of_a_run(clevr_run, monkeypatch):
+    monkeypatch.setattr(properties, "TESTED", 8)
+    monkeypatch.setattr(properties, "VISIBLE_SHARE", 10 / 64**2)
+    printed = invoke(properties.main, clevr_run, "--scenes", 12)
+    scores = json.loads((clevr_run / "properties.json").read_text())
+    assert scores["objects"]["train"] >= 8 and scores["objects"]["test"] >= 4
+    for name in properties.PROPERTIES:
+        assert f"| {name} | " in printed
+        assert all(0 <= scores[name][kind] <= 1 for kind in ("mu", "drawn", "true crops", "commonest"))
+
+
+def test_described_scenes_are_those_that_were_drawn():
+    data = BuiltInClevr(32, (3, 6), 0, torch.device("cpu"))
+    images, labels, answers = properties.described_scenes(data, "test", 5)
+    scene = data.sample(5, properties.random_generator("properties", "test", device=data.device))
+    again, label = data.render(scene)
+    assert torch.equal(images, again) and torch.equal(labels, label)
+    assert torch.equal(torch.tensor(COLOURS)[answers["color"]] / 255, scene["rgb"])
+    small = scene["half"] <= RADII[0]
+    assert torch.equal(answers["size"] == 1, small) and 0.2 < small.float().mean() < 0.8
+    assert torch.equal(answers["shape"] == CUBE, scene["shape"] == CUBE)
+
+
+def test_words_become_places_in_their_vocabulary():
+    table = properties.as_integers([["cube", "ball"], ["disc", "cube", "cube"]])
+    assert table.tolist() == [[1, 0, 0], [2, 1, 1]]
+
+
+@torch.no_grad()
+def test_a_crop_is_a_square_about_the_object():
+    label, image = torch.zeros(40, 40, dtype=torch.long), torch.zeros(1, 3, 40, 40)
+    label[10:20, 16:36], image[..., 10:20, 16:36] = 2, 1.0
+    (crop,) = properties.crops(image, label, 2)
+    share = 20 * 10 / (1.2 * 20 + 1) ** 2
+    assert crop.mean() == pytest.approx(share, abs=0.03)
+    assert crop[:, 12:20, 8:24].min() > 0.95 and crop[:, :6].max() < 0.05
+
+
+def test_a_classifier_learns_what_can_be_learnt():
+    x = torch.randn(300, 4, generator=properties.random_generator("points"))
+    answer = (x[:, 0] * x[:, 1] > 0).long()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.SiLU(), torch.nn.Linear(32, 2))
+    assert properties.read(properties.train_classifier(net, x, answer, 60), x, answer) > 0.93
 
 
 # ---------------------------------------------------------------- Separation
