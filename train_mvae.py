@@ -206,11 +206,12 @@ class Pool:
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
-        # The first pass goes straight, so that blocks fill one by one; then at random.
-        index = step * total + torch.arange(total)
-        if index[-1] >= len(self.images):
-            index = torch.randint(len(self.images), (total,), generator=random_generator("order", self.seed, step))
-        index = index[own]
+        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
+        position = step * total + torch.arange(total)[own]
+        epoch, index = position // len(self.images), position % len(self.images)
+        for e in epoch[epoch > 0].unique().tolist():
+            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
+            index = torch.where(epoch == e, order[index], index)
         for block in {int(i) // BLOCK for i in index} - self.made:
             first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
             self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8

@@ -126,7 +126,7 @@ class Knowing(torch.nn.Module):
         self.layer = levels.as_loud(stems[0]).flip(0)[None]  # (1, 2, FRAMES, bands, 1)
 
     def encode(self, level):
-        return train_mvae.Encoding(self.layer, None, None, None, None, None, None)
+        return train_mvae.Encoding(self.layer, *7 * [None])
 
     def decode(self, z, cell):
         return z

@@ -28,7 +28,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "domain": None, "suppress": "canvas", "background": "latent", "shift": 0.3, "detail": 2, "explore": True,
+        "domain": None, "background": "latent", "shift": 0.3, "detail": 2, "explore": True,
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)
@@ -59,7 +59,7 @@ COMBINATIONS += [(o, c, "none") for o in ("sum", "mean") for c in ("data", "feat
 
 @pytest.mark.parametrize(("op", "compose_at", "background"), COMBINATIONS)
 def test_every_parameter_gets_a_gradient_and_training_composes_as_many_layers_as_evaluation(op, compose_at, background):
-    """Where the operator counts layers; else one more, which explores. Pictures without one are composed alike."""
+    """Where the operator counts layers; else one more, which explores."""
     model = build(op=op, compose_at=compose_at, background=background)
     counts = op == "mean" or (op == "sum" and background == "none")
     assert model.trained_slots == (3 if counts else 4)
@@ -73,38 +73,34 @@ def test_every_parameter_gets_a_gradient_and_training_composes_as_many_layers_as
     assert not silent
     if counts:
         with torch.no_grad():
-            trained, scored = model(image, 0 * noise_for(model, 4))[1], reconstruct(model, image)
-        torch.testing.assert_close(trained[1::2], scored[1::2])
+            torch.testing.assert_close(model(image, 0 * noise_for(model, 4))[1], reconstruct(model, image))
 
 
-def selection_by_a_loop(kl_map, n, suppress):
-    """The n best cells; with "neighbours" those that are the best of the 3 x 3 cells around come first."""
+def selection_by_a_loop(kl_map, n):
+    """The n best cells, those that are the best of the 3 x 3 cells around first."""
     height, width = kl_map.shape
     peaks, rest = [], []
     for y, x in itertools.product(range(height), range(width)):
         around = kl_map[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
-        peak = suppress == "none" or kl_map[y, x] == around.max()
-        (peaks if peak else rest).append((kl_map[y, x].item(), y * width + x))
+        (peaks if kl_map[y, x] == around.max() else rest).append((kl_map[y, x].item(), y * width + x))
     chosen = (sorted(peaks, reverse=True) + sorted(rest, reverse=True))[:n]
     return [index for _, index in sorted(chosen, reverse=True)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("suppress", ["none", "neighbours"])
-def test_selected_cells_are_those_of_a_loop(suppress):
-    model = build(suppress=suppress, shift=0.0)
+def test_selected_cells_of_sounds_are_those_of_a_loop():
+    model = build(shift=0.0)
     maps = torch.rand(6, 8, 8, generator=random_generator("maps")) + 0.01
     place = position_grid(8, 8).expand(6, -1, -1, -1)
     for n in (1, 5, 20):
         index = model.select(maps, place, None, n)
-        assert index.tolist() == [selection_by_a_loop(one, n, suppress) for one in maps]
+        assert index.tolist() == [selection_by_a_loop(one, n) for one in maps]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("suppress", ["none", "neighbours", "canvas"])
-def test_slots_are_cells_in_falling_order_of_their_kl_each_once(suppress):
+def test_slots_are_cells_in_falling_order_of_their_kl_each_once():
     for n in (3, 64):
-        encoding = build(suppress=suppress, shift=0.0, n_slots=n, explore=False).encode(pictures())
+        encoding = build(shift=0.0, n_slots=n, explore=False).encode(pictures())
         assert (encoding.kl[:, :-1] >= encoding.kl[:, 1:]).all()
         torch.testing.assert_close(encoding.kl[:, 0], encoding.kl_map.flatten(1).amax(1))
         row, column = ((encoding.cell + 1) * 4 - 0.5).round().long().unbind(-1)
@@ -124,16 +120,12 @@ def test_cells_within_the_canvas_of_a_chosen_slot_become_no_slots():
     kl_map[0, 0, 7] = 13.5
     half = half.flatten(1)
     assert model.select(kl_map, place, half, 3).tolist() == [[2 * 8 + 2, 6 * 8 + 6, 7 * 8 + 0]]
-    model.suppress = "neighbours"
-    assert model.select(kl_map, place, half, 4).tolist() == [[18, 20, 34, 54]]
-    model.suppress = "none"
-    assert model.select(kl_map, place, half, 4).tolist() == [[18, 20, 34, 27]]
+    assert model.select(kl_map, place, None, 4).tolist() == [[18, 20, 34, 54]], "of sounds only neighbours"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("suppress", ["none", "neighbours", "canvas"])
-def test_a_cell_far_from_where_its_slot_stands_counts_less(suppress):
-    model = build(suppress=suppress, shift=0.3)
+def test_a_cell_far_from_where_its_slot_stands_counts_less():
+    model = build(shift=0.3)
     kl_map, half = torch.zeros(1, 8, 8), torch.full((1, 64), 0.2)
     kl_map[0, 1, 1], kl_map[0, 6, 6], kl_map[0, 1, 6] = 4, 3, 2
     place = position_grid(8, 8)[None].clone()
@@ -193,10 +185,10 @@ def test_resampling_is_exact_for_planes_keeps_means_and_cuts_out_what_it_pasted(
     small = train_mvae.resample(noise, torch.ones(1), torch.zeros(1, 2), 8)  # every pixel counts, as in an average
     assert small.std() < 0.5 * noise.std()
     torch.testing.assert_close(small[..., 1:-1, 1:-1].mean(), noise.mean(), atol=0.02, rtol=0)
-    pasted = train_mvae.resample(plane, 1 / scale, -offset / scale[:, None], 64)
-    assert not pasted[..., position_grid(64, 64)[1] > 0.35].any(), "beyond the canvas there is nothing"
+    pasted = train_mvae.resample(plane, 1 / scale, -offset / scale[:, None], 96)
+    assert not pasted[..., position_grid(96, 96)[1] > 0.35].any(), "beyond the canvas there is nothing"
     again = train_mvae.resample(pasted, scale, offset, 12)  # far from the border, where it fades
-    torch.testing.assert_close(again[..., 3:-3, 3:-3], plane[..., 3:-3, 3:-3], atol=1e-3, rtol=0)
+    torch.testing.assert_close(again[..., 3:-3, 3:-3], plane[..., 3:-3, 3:-3], atol=5e-3, rtol=0)
 
 
 def test_the_weight_of_the_kl_rises_and_falls():
@@ -567,7 +559,6 @@ def test_training_finds_objects(tmp_path, monkeypatch):
         (["--dataset", "faces"], "'sprites', 'clevr'"),
         (["--N", "0"], "--N"),
         (["--N", "300", "--cells", "8"], "--N 300: expected 1 to 63"),
-        (["--suppress", "4"], "canvas"),
         (["--channels", "12"], "multiple of 8"),
         (["--size", "40", "--cells", "16"], "times the cells"),
         (["--op", "alpha", "--background", "none"], "needs a --background"),

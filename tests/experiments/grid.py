@@ -32,10 +32,8 @@ DATA = {
 }  # fmt: skip
 BARE = ["--shift", "0", "--no-explore"]
 SELECTION = {
-    "KL alone": ["--suppress", "none", *BARE],
-    "3 x 3 neighbours suppressed": ["--suppress", "neighbours", *BARE],
-    "and shifted": ["--suppress", "neighbours", "--no-explore"],
-    "and what is drawn suppressed": ["--no-explore"],
+    "cells suppressed that a canvas covers": BARE,
+    "and shifted": ["--no-explore"],
     "and exploring (the default)": []
 }  # fmt: skip
 OPERATORS = {
