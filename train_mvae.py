@@ -873,33 +873,16 @@ class MVAE(nn.Module):
         return log_compress(compose(magnitude, background, self.op))
 
     def forward(self, image, noise):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), prices {name: (B,)}."""
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), layer (B, N, C, h, w)."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, self.explore)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
         layer = self.decode(z, encoding.cell)
-        prices = {"offset": ANCHOR * self.offset(layer, encoding)} if self.encoder.max_shift else {}
-        if self.op == "alpha":  # masks that are half of the one and half of the other
-            behind = alpha_masks(layer)[:, 0]
-            prices["haze"] = HAZE * (behind * (1 - behind)).sum((1, 2, 3))
-        return encoding, self.compose(layer, encoding.background), prices
-
-    def offset(self, layer, encoding):
-        """Squared distance of slots from the middle of what they draw, summed: (B,), in half picture widths squared."""
-        # Only where slots stand gets a gradient: what they draw does not shrink or fade to come nearer.
-        with torch.no_grad():
-            owned = self.responsibilities(layer, encoding.background)
-            share = owned[:, 1:] / owned.sum(1, keepdim=True)  # (B, N, H, W)
-            mass = share.sum((2, 3))
-            middle = torch.einsum("bnhw,chw->bnc", share, position_grid(*share.shape[2:]).to(share))
-            middle = middle / mass.clamp(min=1e-6)[..., None]
-            drawn = mass / (mass + SMALLEST * share[0, 0].numel())
-        return (drawn * (middle - encoding.cell).square().sum(2)).sum(1)
+        return encoding, self.compose(layer, encoding.background), layer
 
 
 # ---------------------------------------------------------------- Objective
 
-ANCHOR = 200.0  # nats a half picture width squared, of a slot's distance from the middle of what it draws
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
@@ -922,13 +905,18 @@ def kl_weight(progress, beta, last, warmup):
     return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
-def objective(image, mean, encoding, prices, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus prices of offsets and haze; and its terms."""
+def haze(layer, op):
+    """Pixels that "alpha" leaves half to the background, else 0: layer (B, N, C, h, w) -> (B,)."""
+    behind = alpha_masks(layer)[:, 0] if op == "alpha" else torch.zeros_like(layer[:, 0])
+    return (behind * (1 - behind)).sum((1, 2, 3))
+
+
+def objective(image, mean, encoding, murk, beta, sigma):
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on `murk` (B,); and its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
-    terms |= {f"loss/{name}": price.mean() for name, price in prices.items()}
-    return reconstruction + beta * kl + sum(price.mean() for price in prices.values()), terms
+    return reconstruction + beta * kl + HAZE * murk.mean(), terms | {"loss/haze": murk.mean()}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -1259,8 +1247,8 @@ def main(context, **options):
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
             with autocast(device, options["precision"]):
-                encoding, mean, prices = model(image, noise)
-            loss, terms = objective(image, mean, encoding, prices, beta, sigma)
+                encoding, mean, layer = model(image, noise)
+            loss, terms = objective(image, mean, encoding, haze(layer, options["op"]), beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:

@@ -64,10 +64,10 @@ def test_every_parameter_gets_a_gradient_and_training_composes_as_many_layers_as
     counts = op == "mean" or (op == "sum" and background == "none")
     assert model.trained_slots == (3 if counts else 4)
     image = pictures(4)
-    encoding, mean, prices = model(image, noise_for(model, 4))
+    encoding, mean, layer = model(image, noise_for(model, 4))
     assert mean.shape == (4, 3, 32, 32)
     assert encoding.mu.shape == encoding.logvar.shape == (4, model.trained_slots, 4)
-    loss, _ = train_mvae.objective(image, mean, encoding, prices, 1.0, 0.1)
+    loss, _ = train_mvae.objective(image, mean, encoding, train_mvae.haze(layer, model.op), 1.0, 0.1)
     loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -277,36 +277,28 @@ def test_the_likelihood_is_that_of_torch_summed_over_an_example():
 def test_objective_by_hand():
     model = build()
     image = pictures()
-    encoding, mean, prices = model(image, noise_for(model))
-    loss, terms = train_mvae.objective(image, mean, encoding, prices, 2.5, 0.2)
+    encoding, mean, layer = model(image, noise_for(model))
+    loss, terms = train_mvae.objective(image, mean, encoding, train_mvae.haze(layer, model.op), 2.5, 0.2)
     kl = common.gaussian_kl(*model.encoder(image)[:2]).sum((1, 2, 3)) + encoding.kl_background
     kl = kl + common.gaussian_kl(encoding.mu, encoding.logvar)[..., 2:].sum((1, 2))  # of all cells, and of details
     expected = -td.Normal(mean, 0.2).log_prob(image).sum((1, 2, 3)) + 2.5 * kl
-    torch.testing.assert_close(loss, (expected + prices["offset"] + prices["haze"]).mean())
+    torch.testing.assert_close(loss, (expected + train_mvae.HAZE * train_mvae.haze(layer, "alpha")).mean())
     torch.testing.assert_close(terms["loss/kl"], kl.mean())
 
 
-def test_the_offset_is_that_of_the_middle_of_what_is_drawn_and_moves_only_places():
-    model = build(op="sum", background="none")
-    layer = torch.zeros(1, 3, 3, 32, 32, requires_grad=True)
-    with torch.no_grad():
-        layer[0, 0, :, 8:16, 16:24] = 1.0  # its middle at (-0.25, 0.25)
-        layer[0, 1, :, 20:24, 0:4] = 1.0  # its middle at (0.375, -0.875)
-    cell = torch.tensor([[[-0.25, 0.25], [0.375, -0.375], [0.5, 0.5]]], requires_grad=True)  # the third draws nothing
-    encoding = train_mvae.Encoding(None, None, cell, None, None, None, None, None)
-    offset = model.offset(layer, encoding)
-    mass = 16 / 1.05  # one pixel weighs 1 / (1 + VISIBLE)
-    assert offset.item() == pytest.approx(0.25 * mass / (mass + 1024 * train_mvae.SMALLEST), rel=1e-4)
-    to_cell, to_layer = torch.autograd.grad(offset.sum(), [cell, layer], allow_unused=True)
-    assert to_cell[0, 1, 1] > 0 and to_cell.abs().sum() == pytest.approx(to_cell[0, 1, 1].item(), rel=1e-4)
-    assert to_layer is None
+def test_haze_is_largest_where_masks_are_one_half():
+    layer = torch.zeros(1, 2, 5, 4, 4)
+    layer[:, :, -1] = torch.tensor([0.5, -10.0])[None, :, None, None].log().nan_to_num(-10.0)
+    behind = 1 / 1.5  # of a mask logit log 0.5 beside 0
+    assert train_mvae.haze(layer, "alpha").item() == pytest.approx(16 * behind * (1 - behind), rel=1e-3)
+    assert train_mvae.haze(layer, "max").item() == 0
 
 
 def gradients(own):
     """Of one step, for a process that has the slice `own` of a batch of 32."""
     model, image = build(background="picture"), train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")).batch(0, own, 32)
-    encoding, mean, prices = model(image, noise_for(model, 32)[own])
-    loss, terms = train_mvae.objective(image, mean, encoding, prices, 1.0, 0.1)
+    encoding, mean, layer = model(image, noise_for(model, 32)[own])
+    loss, terms = train_mvae.objective(image, mean, encoding, train_mvae.haze(layer, model.op), 1.0, 0.1)
     common.optimizer_step(loss, terms, torch.optim.Adam(model.parameters()), 1e-3, math.inf)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
