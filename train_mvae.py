@@ -597,7 +597,8 @@ class CanvasDecoder(nn.Module):
         half, h = self.half(z), self.coarse(self.start(z).unflatten(1, (-1, CANVAS // 4, CANVAS // 4)))
         canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
         if self.masked:
-            colours, logit = canvas[:, :-1], SHARPNESS * canvas[:, -1:]
+            colours, logit = canvas.split([len(self.beyond) - 1, 1], dim=1)
+            logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
         layer = resample(self.window * (canvas - self.beyond), scale, offset, self.side) + self.beyond
@@ -872,11 +873,17 @@ class MVAE(nn.Module):
             return log_compress((compose(magnitude.square(), background, self.op) + 1e-10).sqrt())
         return log_compress(compose(magnitude, background, self.op))
 
-    def forward(self, image, noise):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), layer (B, N, C, h, w)."""
+    def forward(self, image, noise, detailed=True):
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), layer (B, N, C, h, w).
+
+        Without `detailed` the latents of the closer look are 0, and free.
+        """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, self.explore)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
+        if not detailed:
+            z = F.pad(z[..., : self.d - self.detail], (0, self.detail))
+            encoding = encoding._replace(kl_detail=0 * encoding.kl_detail)
         layer = self.decode(z, encoding.cell)
         return encoding, self.compose(layer, encoding.background), layer
 
@@ -884,6 +891,8 @@ class MVAE(nn.Module):
 # ---------------------------------------------------------------- Objective
 
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m
+SHADOW = 1.0  # nats a pixel that slots own and a background as dark as a shade may be explains
+DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
 
@@ -905,18 +914,21 @@ def kl_weight(progress, beta, last, warmup):
     return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
-def haze(layer, op):
-    """Pixels that "alpha" leaves half to the background, else 0: layer (B, N, C, h, w) -> (B,)."""
-    behind = alpha_masks(layer)[:, 0] if op == "alpha" else torch.zeros_like(layer[:, 0])
-    return (behind * (1 - behind)).sum((1, 2, 3))
+def price_of_masks(image, background, layer, sigma):
+    """What masks cost where they are haze, and where they own what a shaded background explains: (B,), in nats."""
+    ground, behind = background.detach(), alpha_masks(layer)[:, 0, 0]  # (B, 3, H, W), (B, H, W)
+    light = (image * ground).sum(1) / ground.square().sum(1).clamp(min=1e-4)
+    light = light.clamp(math.exp(-DARKEST), 1)[:, None]  # that fits the pixel best
+    explained = torch.exp(-0.5 * ((image - light * ground) / sigma).square().sum(1))
+    return (HAZE * behind * (1 - behind) + SHADOW * (1 - behind) * explained).sum((1, 2))
 
 
-def objective(image, mean, encoding, murk, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on `murk` (B,); and its terms."""
+def objective(image, mean, encoding, price, beta, sigma):
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus the price of masks (B,); and its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
-    return reconstruction + beta * kl + HAZE * murk.mean(), terms | {"loss/haze": murk.mean()}
+    return reconstruction + beta * kl + price.mean(), terms | {"loss/masks": price.mean()}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -1247,8 +1259,10 @@ def main(context, **options):
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
             with autocast(device, options["precision"]):
-                encoding, mean, layer = model(image, noise)
-            loss, terms = objective(image, mean, encoding, haze(layer, options["op"]), beta, sigma)
+                encoding, mean, layer = model(image, noise, progress >= DETAILED)
+            priced = options["op"] == "alpha" and options["compose_at"] == "data"
+            price = price_of_masks(image, encoding.background, layer, sigma) if priced else torch.zeros(1, device=device)
+            loss, terms = objective(image, mean, encoding, price, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
