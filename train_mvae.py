@@ -480,6 +480,7 @@ UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data feature maps are
 SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas, in half picture widths
 SHADE_EXTENT, DARKEST = 2, 0.7  # how many times as wide a slot may shade the background, and by what logarithm
 CANVAS = 16  # side of a slot's canvas, doubled for pictures of more than 64 pixels
+SHIFT = 0.3  # how far from its cell's middle a slot may stand, in half picture widths
 CLOSER = 16  # pixels, each way, of the closer look at a slot
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
@@ -552,7 +553,8 @@ class CanvasDecoder(nn.Module):
 
     The first `d_cell` latents say how large. So resolution is where the slot is, the same for near and far objects, at
     no higher price in larger pictures. What is drawn are colours, or features, that are `outside` where the canvas
-    ends; with `masked` a mask's logit too, and with `shaded`, in logarithms, how much the slot darkens the background.
+    ends; with `masked` a mask's logit too, and with `shaded`, before them, the logarithm of how far the slot darkens
+    the background.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
@@ -571,7 +573,7 @@ class CanvasDecoder(nn.Module):
         self.register_buffer("blob", 2 - 6 * r2, persistent=False)
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
-        beyond = torch.tensor([outside] * parts + [-NEUTRAL] * masked)
+        beyond = torch.tensor([0.0] * shaded + [outside] * parts + [-NEUTRAL] * masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
     @torch.no_grad()
@@ -597,16 +599,16 @@ class CanvasDecoder(nn.Module):
         half, h = self.half(z), self.coarse(self.start(z).unflatten(1, (-1, CANVAS // 4, CANVAS // 4)))
         canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
         if self.masked:
-            colours, logit = canvas.split([len(self.beyond) - 1, 1], dim=1)
+            colours, logit = canvas.split([len(canvas[0]) - 1, 1], dim=1)
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
-        layer = resample(self.window * (canvas - self.beyond), scale, offset, self.side) + self.beyond
-        if not self.shade:
-            return layer
-        shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
-        shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
-        return torch.cat([layer[:, :-1], shade, layer[:, -1:]], dim=1)
+        layer = resample(self.window * (canvas - self.beyond[-len(canvas[0]) :]), scale, offset, self.side)
+        if self.shade:
+            shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
+            shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
+            layer = torch.cat([shade, layer], dim=1)
+        return layer + self.beyond
 
 
 def bleed(colours, mask):
@@ -657,24 +659,24 @@ class ColumnShuffle(nn.Module):
 class Encoder(nn.Module):
     """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
 
-    A slot stands up to `shift` from the middle of its cell: an object's corner is easier to find than its middle. Only
-    with `absolute` is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
+    Of pictures a slot stands up to SHIFT from the middle of its cell: an object's corner is easier to find than its
+    middle. Only of sounds is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
     """
 
-    def __init__(self, shape, grid, d, channels, shift, absolute, conv, kernel):
+    def __init__(self, shape, grid, d, channels, sound, conv, kernel):
         super().__init__()
         # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
-        layers = [conv(shape[0] + 2 * absolute, channels, 6, stride=2, padding=2)]
+        layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
         self.trunk = nn.Sequential(*layers, nn.SiLU())
         self.head = nn.Conv2d(channels, 2 * d, 1)
-        self.max_shift, self.shift = shift, nn.Conv2d(channels, 2, 1) if shift else None
-        for parameter in self.shift.parameters() if shift else ():
+        self.shift = None if sound else nn.Conv2d(channels, 2, 1)
+        for parameter in () if sound else self.shift.parameters():
             nn.init.zeros_(parameter)
         self.register_buffer("middles", position_grid(*grid), persistent=False)
-        self.register_buffer("grid", position_grid(*shape[1:]) if absolute else None, persistent=False)
+        self.register_buffer("grid", position_grid(*shape[1:]) if sound else None, persistent=False)
 
     def forward(self, x):
         if self.grid is not None:
@@ -683,51 +685,42 @@ class Encoder(nn.Module):
         mu, logvar = self.head(h).to(self.middles.dtype).chunk(2, dim=1)
         place = self.middles.expand(x.shape[0], -1, -1, -1)
         if self.shift is not None:
-            place = place + self.max_shift * self.shift(h).to(place.dtype).tanh()
+            place = place + SHIFT * self.shift(h).to(place.dtype).tanh()
         return mu, logvar + LOGVAR_START, place, h.to(place.dtype).mean((2, 3))
 
 
 class Background(nn.Module):
-    """A learned picture, shaded by `d` latents: features (B, F), noise (B, d) or None -> (B, C, h, w), KL (B,)."""
+    """A learned picture, shaded by latents: features (B, F), noise (B, BACKGROUND_D) or None -> (B, C, h, w), KL (B,)."""
 
-    def __init__(self, shape, features, d):
+    def __init__(self, shape, features):
         super().__init__()
-        self.picture = nn.Parameter(torch.zeros(shape))
-        self.d, self.shape = d, shape
-        if d:
-            self.posterior = nn.Linear(features, 2 * d)
-            self.shade = nn.Linear(d, shape[0] * BACKGROUND_GRID**2, bias=False)
-            nn.init.normal_(self.shade.weight, std=0.03)
+        self.picture, self.shape = nn.Parameter(torch.zeros(shape)), shape
+        self.posterior = nn.Linear(features, 2 * BACKGROUND_D)
+        self.shade = nn.Linear(BACKGROUND_D, shape[0] * BACKGROUND_GRID**2, bias=False)
+        nn.init.normal_(self.shade.weight, std=0.03)
 
     def forward(self, features, noise):
-        picture = self.picture.expand(features.shape[0], -1, -1, -1)
-        if not self.d:
-            return picture, torch.zeros_like(features[:, 0])
         mu, logvar = self.posterior(features).to(features.dtype).chunk(2, dim=1)  # the KL in full precision
         logvar = logvar + LOGVAR_START
         z = mu if noise is None else reparameterize(mu, logvar, noise)
         knots = self.shade(z).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
         shade = F.interpolate(knots, size=self.shape[1:], mode="bilinear", align_corners=False)
-        return picture + shade, gaussian_kl(mu, logvar).sum(1)
+        return self.picture + shade, gaussian_kl(mu, logvar).sum(1)
 
 
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "feature": the slots' feature maps are combined and decoded on together. `detail` of a slot's `d` latents
-    come from a closer look at where it stands, up to `shift` half picture widths from its cell's middle. With a
-    `domain` the data are sounds, levels (B, FRAMES, size, 1): the height of a picture is the logarithm of a frequency,
-    its colours are times. Layers are logarithms of magnitudes, combined as magnitudes, powers or levels ("log").
+    come from a closer look at where it stands, of pictures only. With a `domain` the data are
+    sounds, levels (B, FRAMES, size, 1): a picture's height is the logarithm of a frequency, its colours are times. Layers are logarithms of magnitudes, combined as magnitudes or as levels ("log").
     """
 
-    def __init__(
-        self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, background, shift, explore
-    ):
+    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, background):
         super().__init__()
         self.size, self.n_slots, self.d, self.detail, self.op, self.domain = size, n_slots, d, detail, op, domain
         sound, self.compose_at, at_data, masked = bool(domain), compose_at, compose_at == "data", op == "alpha"
-        # Where the number of layers counts, as many are trained as are used.
-        self.explore, d_cell = explore and op != "mean" and (op != "sum" or background != "none"), d - detail
+        d_cell = d - detail
         if sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
             shape, self.grid_shape, conv, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 7
             side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
@@ -736,7 +729,7 @@ class MVAE(nn.Module):
             side, shuffle = (size // UPSCALE, size // UPSCALE), nn.PixelShuffle(UPSCALE)
         self.patch = (shape[1] // self.grid_shape[0], shape[2] // self.grid_shape[1])  # what a cell has of the data
         parts, layer_shape = (shape[0], shape[1:]) if at_data else (channels, side)
-        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, shift, sound, conv, kernel)
+        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, sound, conv, kernel)
         if sound:
             self.slot_decoder = BroadcastDecoder(d, channels, parts, side[0], at_data)
         else:
@@ -748,10 +741,8 @@ class MVAE(nn.Module):
         if not at_data:
             to_colours = conv(channels, shape[0] * (UPSCALE_SOUND if sound else UPSCALE**2), 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
-        d_background = BACKGROUND_D if background == "latent" else 0
-        behind = Background((parts, *layer_shape), channels, d_background) if background != "none" else None
-        self.background, self.trained_slots = behind, n_slots + self.explore
-        self.noise_sizes = [self.trained_slots * d, d_background]
+        self.background = Background((parts, *layer_shape), channels) if background else None
+        self.noise_sizes = [n_slots * d, BACKGROUND_D * background]
 
     @torch.no_grad()
     def start_at_mean(self, mean):
@@ -765,14 +756,14 @@ class MVAE(nn.Module):
             self.background.picture.copy_(mean)
             colour = 0 * colour if self.op == "sum" else colour  # layers are what a slot adds to it
         elif self.domain:  # so that layers, once combined, are the mean; times without sound have no logarithm
-            level, power = (colour / n, 0) if self.domain == "log" else (colour, 0.5 if self.domain == "power" else 1)
-            colour = (log_expand(level) / n**power).clamp(min=1e-4).log()
+            magnitude = log_expand(colour / n) if self.domain == "log" else log_expand(colour) / n
+            colour = magnitude.clamp(min=1e-4).log()
         else:
             colour = colour / n
         self.slot_decoder.start_at(colour)
 
-    def encode(self, image, noise=None, explore=False, n=None):
-        """image (B, C, H, W) -> Encoding of n or N slots, with `explore` one more; noise (B, d) of the background."""
+    def encode(self, image, noise=None, n=None):
+        """image (B, C, H, W) -> Encoding of n or N slots; noise (B, BACKGROUND_D) of the background."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
@@ -780,8 +771,6 @@ class MVAE(nn.Module):
             background, kl_background = self.background(features, noise)
         half = None if self.domain else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, n or self.n_slots)
-        if explore:
-            index = torch.cat([index, self.least_explained(image, mu, place, background, index)], dim=1)
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
         kl, kl_detail = kl_map.flatten(1).gather(1, index), torch.zeros_like(kl_background)
         if self.closer is not None:
@@ -800,35 +789,25 @@ class MVAE(nn.Module):
         best cell is taken, those around it, and those that are, or whose slots would stand, within TAKEN of its canvas,
         of half a side `half` (B, H_l * W_l), are discounted, and so on.
         """
-        (rows, columns), place = self.grid_shape, place.flatten(2)  # (B, 2, H_l * W_l)
-        score, kl, chosen, middles = kl_map.flatten(1), kl_map.flatten(1), [], self.encoder.middles.flatten(1)
-        if self.encoder.max_shift:  # else all slots may settle at the end of one common shift (docs/mvae-log.md)
-            score = score * torch.exp(-(place - middles).square().sum(1) / self.encoder.max_shift**2)
+        kl = kl_map.flatten(1)  # (B, H_l * W_l)
         if half is None:
-            highest = F.max_pool2d(score.view(-1, 1, rows, columns), 3, stride=1, padding=1).flatten(1)
-            score = torch.where(score >= highest, score, NEIGHBOUR_WEIGHT * score)
+            highest = F.max_pool2d(kl_map[:, None], 3, stride=1, padding=1).flatten(1)
+            index = torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
+            return index.gather(1, kl.gather(1, index).topk(n).indices)
+        place, middles, width, chosen = place.flatten(2), self.encoder.middles.flatten(1), 2 / kl_map.shape[1], []
+        # Cells far from their slots count less: else all slots may settle at the end of one common shift.
+        score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
         for _ in range(n):
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
-            if half is not None:
-                here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
-                apart, beside = place - here, middles - middles.T[index].transpose(1, 2)  # (B, 2, H_l * W_l)
-                away = torch.minimum(apart.norm(dim=1), (middles - here).norm(dim=1))
-                score = score * torch.sigmoid(8 * (away / size - TAKEN))
-                near = torch.minimum(apart.abs().amax(1), beside.abs().amax(1) - 1 / rows) < 2 / rows
-                score = torch.where(near, NEIGHBOUR_WEIGHT * score, score)
-            score = score.scatter(1, index, -1.0)
+            here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
+            apart, beside = place - here, middles - middles.T[index].transpose(1, 2)  # (B, 2, H_l * W_l)
+            away = torch.minimum(apart.norm(dim=1), (middles - here).norm(dim=1))
+            score = score * torch.sigmoid(8 * (away / size - TAKEN))
+            near = torch.minimum(apart.abs().amax(1), beside.abs().amax(1) - width / 2) < width
+            score = torch.where(near, NEIGHBOUR_WEIGHT * score, score).scatter(1, index, -1.0)
         index = torch.cat(chosen, dim=1)
         return index.gather(1, kl.gather(1, index).topk(n).indices)
-
-    @torch.no_grad()
-    def least_explained(self, image, mu, place, background, index):
-        """The cell, none of index (B, N), around which these slots leave the largest squared error: (B, 1)."""
-        # An object in no slot (drawn over, outranked) is charged for its KL and would stay there: here is its chance.
-        layer = self.decode(F.pad(gather_cells(mu, index), (0, self.detail)), gather_cells(place, index))
-        error = (self.compose(layer, background) - image).square().sum(1, keepdim=True)
-        around = F.avg_pool2d(F.avg_pool2d(error, self.patch), 3, stride=1, padding=1)
-        return around.flatten(1).scatter(1, index, -1.0).argmax(1, keepdim=True)
 
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
@@ -848,10 +827,7 @@ class MVAE(nn.Module):
 
     def neutral_layer(self, layer):
         """What a slot of pictures is beyond its canvas: (B, N, C, h, w) -> (B, 1, C, h, w)."""
-        beyond = self.slot_decoder.beyond
-        if layer.shape[2] > len(beyond):  # no shade either
-            beyond = torch.cat([beyond[:-1], torch.zeros_like(beyond[:1]), beyond[-1:]])
-        return beyond.expand(len(layer), 1, -1, *layer.shape[3:])
+        return self.slot_decoder.beyond.expand(len(layer), 1, -1, *layer.shape[3:])
 
     def decode(self, z, cell):
         """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
@@ -861,16 +837,13 @@ class MVAE(nn.Module):
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
         if self.op == "alpha" and self.compose_at == "data":
-            colours, shade, logit = layer.split([3, 1, 1], dim=2)
+            shade, layer = layer[:, :, :1], layer[:, :, 1:]
             background = background * shade.sum(1).exp()
-            layer = torch.cat([colours, logit], dim=2)
         if not self.domain or self.compose_at == "feature":
             return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
         magnitude = layer.clamp(max=LOUDEST).exp()
         if self.domain == "log":
             return compose(log_compress(magnitude), background, self.op)
-        if self.domain == "power":
-            return log_compress((compose(magnitude.square(), background, self.op) + 1e-10).sqrt())
         return log_compress(compose(magnitude, background, self.op))
 
     def forward(self, image, noise, detailed=True):
@@ -879,8 +852,8 @@ class MVAE(nn.Module):
         Without `detailed` the latents of the closer look are 0, and free.
         """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
-        encoding = self.encode(image, of_background, self.explore)
-        z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.trained_slots, self.d)))
+        encoding = self.encode(image, of_background)
+        z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
         if not detailed:
             z = F.pad(z[..., : self.d - self.detail], (0, self.detail))
             encoding = encoding._replace(kl_detail=0 * encoding.kl_detail)
@@ -891,7 +864,6 @@ class MVAE(nn.Module):
 # ---------------------------------------------------------------- Objective
 
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m
-SHADOW = 1.0  # nats a pixel that slots own and a background as dark as a shade may be explains
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
@@ -914,21 +886,18 @@ def kl_weight(progress, beta, last, warmup):
     return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
-def price_of_masks(image, background, layer, sigma):
-    """What masks cost where they are haze, and where they own what a shaded background explains: (B,), in nats."""
-    ground, behind = background.detach(), alpha_masks(layer)[:, 0, 0]  # (B, 3, H, W), (B, H, W)
-    light = (image * ground).sum(1) / ground.square().sum(1).clamp(min=1e-4)
-    light = light.clamp(math.exp(-DARKEST), 1)[:, None]  # that fits the pixel best
-    explained = torch.exp(-0.5 * ((image - light * ground) / sigma).square().sum(1))
-    return (HAZE * behind * (1 - behind) + SHADOW * (1 - behind) * explained).sum((1, 2))
+def haze(layer):
+    """Pixels whose mask is half the background's: layer (B, N, C, H, W) -> (B,)."""
+    behind = alpha_masks(layer)[:, 0]
+    return (behind * (1 - behind)).sum((1, 2, 3))
 
 
-def objective(image, mean, encoding, price, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus the price of masks (B,); and its terms."""
+def objective(image, mean, encoding, murk, beta, sigma):
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on `murk` (B,); and its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
-    return reconstruction + beta * kl + price.mean(), terms | {"loss/masks": price.mean()}
+    return reconstruction + beta * kl + HAZE * murk.mean(), terms | {"loss/haze": murk.mean()}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -1165,13 +1134,13 @@ def describe(model):
 
 PRESETS = {
     "sprites": {"objects": "3-4", "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
-    "clevr": {"n_slots": 6, "background": "latent", "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
+    "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
               "minutes": 30.0},
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
-                   "background": "none", "shift": 0.0, "detail": 0, "explore": False,
+                   "background": False, "detail": 0,
                    "last_beta": 4.0, "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "shift", "detail", "explore")
+OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "detail")
 FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
 
 
@@ -1189,8 +1158,8 @@ OBJECTS = Parsed("1 to 10 objects, or a range such as 3-6, the smaller number fi
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["domain"] is not None
-    unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2 - options["explore"])
-    behind = sound or options["background"] != "none" or options["op"] in ("sum", "mean")
+    unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
+    behind = sound or options["background"] or options["op"] in ("sum", "mean")
     rules = {
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
@@ -1221,10 +1190,8 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
-@click.option("--domain", type=click.Choice(["magnitude", "power", "log"]), help="As what sounds are combined.")
-@click.option("--background", type=click.Choice(["none", "picture", "latent"]), default="picture", help="Behind slots.")
-@click.option("--shift", type=Finite(0), default=0.3, help="How far from its cell's middle a slot may stand.")
-@click.option("--explore/--no-explore", default=True, help="Train with a slot where the others explain least.")
+@click.option("--domain", type=click.Choice(["magnitude", "log"]), help="As what sounds are combined.")
+@click.option("--background/--no-background", default=True, help="One layer more, behind the slots.")
 @click.option(
     "--last-beta", type=Finite(0), default=0.5, help="KL weight that --beta falls to, once slots have parted."
 )
@@ -1260,9 +1227,8 @@ def main(context, **options):
             beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
             with autocast(device, options["precision"]):
                 encoding, mean, layer = model(image, noise, progress >= DETAILED)
-            priced = options["op"] == "alpha" and options["compose_at"] == "data"
-            price = price_of_masks(image, encoding.background, layer, sigma) if priced else torch.zeros(1, device=device)
-            loss, terms = objective(image, mean, encoding, price, beta, sigma)
+            murk = haze(layer) if options["op"] == "alpha" else torch.zeros_like(encoding.kl_detail)
+            loss, terms = objective(image, mean, encoding, murk, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
