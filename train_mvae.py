@@ -12,6 +12,7 @@ Results, with commands and seeds: docs/mvae.md and docs/mvae-audio.md.
 """
 
 import copy
+import itertools
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from common import (  # isort: skip
     reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    LOWEST, Parsed, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, segment_map,
+    LOWEST, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, segment_map,
     inverse_stft, soft_masks, spectrum_tile, stft, to_uint8,
 )  # fmt: skip
 
@@ -47,7 +48,49 @@ def position_grid(height, width):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
-# ---------------------------------------------------------------- Data: built-in sprites
+# ---------------------------------------------------------------- Data: pools of pictures, and built-in sprites
+
+BLOCK = 64  # scenes drawn, or files read, at a time
+POOL = 10_000  # scenes drawn for training
+SCENES = 320  # that a finished run is judged by, as in the literature
+
+
+class Pool:
+    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
+
+    crop = "clevr"
+
+    def __init__(self, size, objects, seed, device, length=None):
+        self.images, self.made = torch.empty((length or POOL, 3, size, size), dtype=torch.uint8), set()
+        self.size, self.objects, self.seed, self.device = size, objects, seed, device
+
+    def batch(self, step, own, total):
+        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
+        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
+        position = step * total + torch.arange(total)[own]
+        epoch, index = position // len(self.images), position % len(self.images)
+        for e in epoch[epoch > 0].unique().tolist():
+            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
+            index = torch.where(epoch == e, order[index], index)
+        for block in {int(i) // BLOCK for i in index} - self.made:
+            first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
+            self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8
+            self.made.add(block)
+        return self.images[index].to(self.device, non_blocking=True).float() / 255
+
+
+class Drawn(Pool):
+    """Scenes drawn by their subclass, dicts of tensors: every block, and every split, has a generator of its own."""
+
+    def make(self, first, last):
+        scene = self.sample(last - first, random_generator(self.name, self.seed, first, device=self.device))
+        return (self.render(scene)[0] * 255).round().to(torch.uint8)
+
+    def scenes(self, split, n):
+        """The first n scenes of a split that no training step sees: images, labels."""
+        generator = random_generator(self.name, split, device=self.device)
+        parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
+        return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
 
 def uniform(low, high, shape, generator):
@@ -74,13 +117,13 @@ def place_apart(n, count, extent, clearance, generator):
     return chosen
 
 
-class Sprites:
+class Sprites(Drawn):
     """Coloured ellipses, squares and triangles on black, or real dSprites; scenes are dicts of tensors (n, K, ...)."""
 
-    crop = "none"
+    name, crop = "sprites", "none"
 
     def __init__(self, size, objects, seed, device, data_root=None):
-        self.size, self.objects, self.seed, self.device = size, objects, seed, device
+        super().__init__(size, objects, seed, device)
         self.source, self.library = "built-in sprites", None
         if data_root:
             file = min(data_root.glob("dsprites*.npz"), default=None)
@@ -130,16 +173,6 @@ class Sprites:
         fine = label.shape[-1] // self.size
         return F.avg_pool2d(image, fine), label[:, ::fine, ::fine]
 
-    def batch(self, step, own, total):
-        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
-        scene = self.sample(total, random_generator("sprites", self.seed, step, device=self.device))
-        return self.render({name: value[own] for name, value in scene.items()})[0]
-
-    def scenes(self, split, n):
-        """The first n scenes of a split that no training step draws: images, labels."""
-        scene = self.sample(max(n, SCENES), random_generator("sprites", split, device=self.device))
-        return self.render({name: value[:n] for name, value in scene.items()})
-
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
 # The world of Johnson et al. (2017): camera, lamps and sizes were fitted to scenes rendered with CLEVR's own assets.
@@ -157,9 +190,6 @@ LAMPS, LAMP_JITTER = ((6.45, -2.91, 4.26), (-4.67, -4.01, 3.01), (-1.17, 2.65, 5
 POWER = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2))  # of every lamp, RGB
 AMBIENT = 0.118
 LAMP_WIDTH = 1.2
-BLOCK = 64  # scenes drawn, or files read, at a time
-POOL = 10_000  # scenes drawn for training
-SCENES = 320  # that a finished run is judged by, as in the literature
 
 
 def crop_rays(side, camera):
@@ -195,44 +225,10 @@ def hit_distance(shape, half, origin, ray):
     return torch.where(near < far, near, torch.inf)
 
 
-class Pool:
-    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
-
-    crop = "clevr"
-
-    def __init__(self, size, objects, seed, device, length=None):
-        self.images, self.made = torch.empty((length or POOL, 3, size, size), dtype=torch.uint8), set()
-        self.size, self.objects, self.seed, self.device = size, objects, seed, device
-
-    def batch(self, step, own, total):
-        """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
-        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
-        position = step * total + torch.arange(total)[own]
-        epoch, index = position // len(self.images), position % len(self.images)
-        for e in epoch[epoch > 0].unique().tolist():
-            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
-            index = torch.where(epoch == e, order[index], index)
-        for block in {int(i) // BLOCK for i in index} - self.made:
-            first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
-            self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8
-            self.made.add(block)
-        return self.images[index].to(self.device, non_blocking=True).float() / 255
-
-
-class BuiltInClevr(Pool):
+class BuiltInClevr(Drawn):
     """CLEVR-like scenes by a ray caster: tensors of objects (n, K, ...), `camera` (n, 3), `lamps` (n, 3, 3)."""
 
-    source = "built-in CLEVR-like renderer"
-
-    def make(self, first, last):
-        generator = random_generator("clevr", self.seed, first, device=self.device)
-        return (self.render(self.sample(last - first, generator))[0] * 255).round().to(torch.uint8)
-
-    def scenes(self, split, n):
-        """The first n scenes of a split that no training step sees: images, labels."""
-        generator = random_generator("clevr", split, device=self.device)
-        parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
-        return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
+    name, source = "clevr", "built-in CLEVR-like renderer"
 
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
@@ -272,17 +268,14 @@ class BuiltInClevr(Pool):
     def nearest(self, scene, centre, rays):
         """Depth and label of the first object that every one of rays (n, W, 3) meets: (n, W) each; label 0: none."""
         depth = torch.full(rays.shape[:2], torch.inf, device=self.device)
-        label, found = torch.zeros_like(depth, dtype=torch.long), []
-        for shape in (SPHERE, CYLINDER, CUBE):
-            i, k = torch.nonzero((scene["shape"] == shape) & scene["present"], as_tuple=True)
-            angle, half = scene["angle"][i, k][:, None], scene["half"][i, k][:, None]
+        label = torch.zeros_like(depth, dtype=torch.long)
+        for k, shape in itertools.product(range(scene["shape"].shape[1]), (SPHERE, CYLINDER, CUBE)):
+            i = torch.nonzero((scene["shape"][:, k] == shape) & scene["present"][:, k])[:, 0]
+            angle, half = scene["angle"][i, k, None], scene["half"][i, k, None]
             origin = turn((scene["camera"][i] - centre[i, k])[:, None], angle)
             hit = hit_distance(shape, half, origin, turn(rays[i], angle))  # (P, W)
-            depth.scatter_reduce_(0, i[:, None].expand_as(hit), hit, "amin")
-            found.append((i, k, hit))
-        for i, k, hit in found:
-            p, pixel = torch.nonzero((hit < torch.inf) & (hit == depth[i]), as_tuple=True)
-            label[i[p], pixel] = k[p] + 1
+            label[i] = torch.where(hit < depth[i], k + 1, label[i])
+            depth[i] = torch.minimum(depth[i], hit)
         return depth, label
 
     def shade_ground(self, point, centre, scene):
@@ -499,9 +492,9 @@ Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_backgr
 OCTAVES = 6  # of the Fourier features of a place along the frequency
 
 
-def fourier_features(position, octaves):
-    """(..., 2, h, w) -> (..., 2 + 4 * octaves, h, w): positions, and sines and cosines of them of rising frequency."""
-    waves = [f(math.pi * 2**k * position) for k in range(octaves) for f in (torch.sin, torch.cos)]
+def fourier_features(position):
+    """(..., 2, h, w) -> (..., 2 + 4 * OCTAVES, h, w): positions, and sines and cosines of them of rising frequency."""
+    waves = [f(math.pi * 2**k * position) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
     return torch.cat([position, *waves], dim=-3)
 
 
@@ -529,8 +522,8 @@ class BroadcastDecoder(nn.Module):
 
     def forward(self, z, cell):
         h = self.from_latent(z)[:, :, None, None]
-        h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None], OCTAVES))
-        h = h + self.from_place(fourier_features(self.grid[None], OCTAVES))
+        h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None]))
+        h = h + self.from_place(fourier_features(self.grid[None]))
         return self.shuffle(self.out(self.body(h)))
 
 
@@ -712,25 +705,31 @@ class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "feature": the slots' feature maps are combined and decoded on together. `detail` of a slot's `d` latents
-    come from a closer look at where it stands, of pictures only. With a `domain` the data are
-    sounds, levels (B, FRAMES, size, 1): a picture's height is the logarithm of a frequency, its colours are times. Layers are logarithms of magnitudes, combined as magnitudes or as levels ("log").
+    come from a closer look at where it stands, of pictures only. Of `dataset` "nsynth-duo" the data are sounds, levels
+    (B, FRAMES, size, 1): a picture's height is the logarithm of a frequency, its colours are times, and layers are
+    logarithms of magnitudes, combined as magnitudes.
     """
 
-    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, domain, background):
+    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, background, dataset):
         super().__init__()
-        self.size, self.n_slots, self.d, self.detail, self.op, self.domain = size, n_slots, d, detail, op, domain
-        sound, self.compose_at, at_data, masked = bool(domain), compose_at, compose_at == "data", op == "alpha"
-        d_cell = d - detail
-        if sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
+        self.size, self.n_slots, self.d, self.detail, self.op, self.compose_at = (
+            size,
+            n_slots,
+            d,
+            detail,
+            op,
+            compose_at,
+        )
+        self.sound, at_data, masked, d_cell = dataset == "nsynth-duo", compose_at == "data", op == "alpha", d - detail
+        if self.sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
             shape, self.grid_shape, conv, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 7
             side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
         else:
             shape, self.grid_shape, conv, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3
             side, shuffle = (size // UPSCALE, size // UPSCALE), nn.PixelShuffle(UPSCALE)
-        self.patch = (shape[1] // self.grid_shape[0], shape[2] // self.grid_shape[1])  # what a cell has of the data
         parts, layer_shape = (shape[0], shape[1:]) if at_data else (channels, side)
-        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, sound, conv, kernel)
-        if sound:
+        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, self.sound, conv, kernel)
+        if self.sound:
             self.slot_decoder = BroadcastDecoder(d, channels, parts, side[0], at_data)
         else:
             outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
@@ -739,7 +738,7 @@ class MVAE(nn.Module):
         self.closer = CloserLook(detail, d_cell, channels) if detail else None
         self.to_image = nn.Identity()
         if not at_data:
-            to_colours = conv(channels, shape[0] * (UPSCALE_SOUND if sound else UPSCALE**2), 3, padding=1)
+            to_colours = conv(channels, shape[0] * (UPSCALE_SOUND if self.sound else UPSCALE**2), 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
         self.background = Background((parts, *layer_shape), channels) if background else None
         self.noise_sizes = [n_slots * d, BACKGROUND_D * background]
@@ -755,9 +754,8 @@ class MVAE(nn.Module):
         elif self.background is not None:
             self.background.picture.copy_(mean)
             colour = 0 * colour if self.op == "sum" else colour  # layers are what a slot adds to it
-        elif self.domain:  # so that layers, once combined, are the mean; times without sound have no logarithm
-            magnitude = log_expand(colour / n) if self.domain == "log" else log_expand(colour) / n
-            colour = magnitude.clamp(min=1e-4).log()
+        elif self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
+            colour = (log_expand(colour) / n).clamp(min=1e-4).log()
         else:
             colour = colour / n
         self.slot_decoder.start_at(colour)
@@ -769,7 +767,7 @@ class MVAE(nn.Module):
         background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
         if self.background is not None:
             background, kl_background = self.background(features, noise)
-        half = None if self.domain else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
+        half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, n or self.n_slots)
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
         kl, kl_detail = kl_map.flatten(1).gather(1, index), torch.zeros_like(kl_background)
@@ -839,17 +837,14 @@ class MVAE(nn.Module):
         if self.op == "alpha" and self.compose_at == "data":
             shade, layer = layer[:, :, :1], layer[:, :, 1:]
             background = background * shade.sum(1).exp()
-        if not self.domain or self.compose_at == "feature":
-            return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
-        magnitude = layer.clamp(max=LOUDEST).exp()
-        if self.domain == "log":
-            return compose(log_compress(magnitude), background, self.op)
-        return log_compress(compose(magnitude, background, self.op))
+        if self.sound and self.compose_at == "data":
+            return log_compress(compose(layer.clamp(max=LOUDEST).exp(), background, self.op))
+        return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), layer (B, N, C, h, w).
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), and haze (B,):
 
-        Without `detailed` the latents of the closer look are 0, and free.
+        of the background's masks m the sum of m (1 - m). Without `detailed` latents of the closer look are 0, and free.
         """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background)
@@ -857,8 +852,11 @@ class MVAE(nn.Module):
         if not detailed:
             z = F.pad(z[..., : self.d - self.detail], (0, self.detail))
             encoding = encoding._replace(kl_detail=0 * encoding.kl_detail)
-        layer = self.decode(z, encoding.cell)
-        return encoding, self.compose(layer, encoding.background), layer
+        layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_detail)
+        if self.op == "alpha":
+            behind = alpha_masks(layer)[:, 0]  # (B, 1, h, w)
+            haze = (behind * (1 - behind)).sum((1, 2, 3))
+        return encoding, self.compose(layer, encoding.background), haze
 
 
 # ---------------------------------------------------------------- Objective
@@ -886,18 +884,12 @@ def kl_weight(progress, beta, last, warmup):
     return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
-def haze(layer):
-    """Pixels whose mask is half the background's: layer (B, N, C, H, W) -> (B,)."""
-    behind = alpha_masks(layer)[:, 0]
-    return (behind * (1 - behind)).sum((1, 2, 3))
-
-
-def objective(image, mean, encoding, murk, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on `murk` (B,); and its terms."""
+def objective(image, mean, encoding, haze, beta, sigma):
+    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on haze (B,); and its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
-    return reconstruction + beta * kl + HAZE * murk.mean(), terms | {"loss/haze": murk.mean()}
+    return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -954,17 +946,15 @@ def averages(scores):
 
 @torch.no_grad()
 def evaluate_pictures(model, data, split, n, sigma):
-    """Scores on n scenes, z = mu: with masks ARI-FG and its companions; MSE, of the mean picture too; KL by rank."""
+    """Scores on n scenes, z = mu: with masks ARI-FG and its companions; MSE, of the mean picture too."""
     images, labels = data.scenes(split, n)
     scores, segmentations = [], []
     for i, image in enumerate(images.split(1)):
         encoding = model.encode(image)
         layer = model.decode(encoding.mu, encoding.cell)
         mean = model.compose(layer, encoding.background)
-        ranks = model.encode(image, n=min(model.n_slots + 2, encoding.kl_map.numel())).kl[0].tolist()
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": total_kl(encoding), "kl_background": encoding.kl_background, "kl_detail": encoding.kl_detail}
-        score |= {f"kl_rank/{rank}": kl for rank, kl in enumerate(ranks, 1)}
         score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
         scores.append({name: float(value) for name, value in score.items()})
         if labels is not None:
@@ -1091,7 +1081,7 @@ def show_sounds(model, data, run, n=5, heard=2):
 
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; pictures hold blobs, so that cells differ in KL."""
-    generator, sound = random_generator("graphs"), bool(model.domain)
+    generator, sound = random_generator("graphs"), model.sound
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
@@ -1123,7 +1113,7 @@ def graphs(model):
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
-    if not model.domain:
+    if not model.sound:
         return {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
     sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP}
@@ -1133,43 +1123,30 @@ def describe(model):
 # ---------------------------------------------------------------- Command line
 
 PRESETS = {
-    "sprites": {"objects": "3-4", "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
+    "sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
     "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
               "minutes": 30.0},
-    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "domain": "magnitude",
-                   "background": False, "detail": 0,
+    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "background": False,
+                   "detail": 0,
                    "last_beta": 4.0, "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-OF_SOUNDS, OF_PICTURES = ("domain", "families"), ("objects", "background", "detail")
-FOREIGN = {"sprites": OF_SOUNDS, "clevr": OF_SOUNDS, "nsynth-duo": OF_PICTURES}
-
-
-def parse_range(text):
-    """ "4" -> (4, 4), "3-6" -> (3, 6); raises ValueError for less than 1, more than 10, or the larger number first."""
-    low, high = map(int, (text.split("-") * 2)[:2] if isinstance(text, str) else text)
-    if not 1 <= low <= high <= 10:
-        raise ValueError
-    return low, high
-
-
-OBJECTS = Parsed("1 to 10 objects, or a range such as 3-6, the smaller number first", parse_range)
+FOREIGN = {"sprites": ("families",), "clevr": ("families",), "nsynth-duo": ("objects", "background", "detail")}
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["domain"] is not None
+    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] == "nsynth-duo"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     behind = sound or options["background"] or options["op"] in ("sum", "mean")
     rules = {
+        "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
         f"--op {options['op']} needs a --background to show where no slot draws anything": behind,
-        "--op alpha is for pictures: sounds have no background": not (sound and options["op"] == "alpha"),
-        "--compose feature combines feature maps, in no --domain: leave that at magnitude":
-            not sound or options["compose_at"] == "data" or options["domain"] == "magnitude"
+        "--op alpha is for pictures: sounds have no background": not (sound and options["op"] == "alpha")
     }  # fmt: skip
     for broken in (rule for rule, kept in rules.items() if not kept):
         raise click.UsageError(broken)
@@ -1181,7 +1158,7 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
-@click.option("--objects", type=OBJECTS, default="3-6", help="Objects in a scene: a number or a range.")
+@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="In a scene: fewest, and most.")
 @families_option
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=20, help="Latents of a slot.")
@@ -1190,7 +1167,6 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
-@click.option("--domain", type=click.Choice(["magnitude", "log"]), help="As what sounds are combined.")
 @click.option("--background/--no-background", default=True, help="One layer more, behind the slots.")
 @click.option(
     "--last-beta", type=Finite(0), default=0.5, help="KL weight that --beta falls to, once slots have parted."
@@ -1204,7 +1180,7 @@ def main(context, **options):
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
     kinds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
-    evaluate, show, n = kinds[bool(options["domain"])]
+    evaluate, show, n = kinds[options["dataset"] == "nsynth-duo"]
     n_test, n_valid = (n, n // 5 or 1) if options["evaluation"] == "full" else (n // 10 or 1, n // 10 or 1)
 
     # 2. The model, which starts from the mean of the data.
@@ -1226,9 +1202,8 @@ def main(context, **options):
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
             with autocast(device, options["precision"]):
-                encoding, mean, layer = model(image, noise, progress >= DETAILED)
-            murk = haze(layer) if options["op"] == "alpha" else torch.zeros_like(encoding.kl_detail)
-            loss, terms = objective(image, mean, encoding, murk, beta, sigma)
+                encoding, mean, haze = model(image, noise, progress >= DETAILED)
+            loss, terms = objective(image, mean, encoding, haze, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
