@@ -102,10 +102,8 @@ def integers(low, high, shape, generator):
 
 
 def place_apart(n, count, extent, clearance, generator):
-    """Random points of [-extent, extent]^2: (n, count, 2), every pair `clearance` (n, count, count) apart.
-
-    One after the other; where 40 tries find no free place, the freest is taken.
-    """
+    """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
+    # One after the other; where no try finds a free place, the freest is taken.
     tries = uniform(-extent, extent, (n, count, 40, 2), generator)
     chosen = tries[:, :1, 0]  # (n, 1, 2)
     for k in range(1, count):
@@ -178,18 +176,14 @@ class Sprites(Drawn):
 # The world of Johnson et al. (2017): camera, lamps and sizes were fitted to scenes rendered with CLEVR's own assets.
 
 SPHERE, CYLINDER, CUBE = range(3)
-RADII = (0.35, 0.7)
-CUBE_HALF = 0.95  # half the edge of a cube, in radii
-COLOURS = (
-    (87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),  # gray, red, blue, green
-    (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51),  # brown, purple, cyan, yellow
-)  # fmt: skip
+RADII, CUBE_HALF = (0.35, 0.7), 0.95  # half the edge of a cube, in radii
+COLOURS = ((87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),  # gray, red, blue, green,
+           (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))  # fmt: skip  # brown, purple, cyan, yellow
 CAMERA, CAMERA_JITTER = (7.45, -6.50, 5.38), 0.5  # it looks at the origin
 FOCAL = 35 / 32  # in picture widths
 LAMPS, LAMP_JITTER = ((6.45, -2.91, 4.26), (-4.67, -4.01, 3.01), (-1.17, 2.65, 5.82)), 1.0  # key, fill, back
 POWER = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2))  # of every lamp, RGB
-AMBIENT = 0.118
-LAMP_WIDTH = 1.2
+AMBIENT, LAMP_WIDTH = 0.118, 1.2
 
 
 def crop_rays(side, camera):
@@ -322,8 +316,8 @@ class BuiltInClevr(Drawn):
 class ClevrFolder(Pool):
     """The official CLEVR_v1.0 folder: images/{train,val}/*.png, scenes/*.json, and masks/{train,val}/*.png if there.
 
-    The last tenth of the training files, at most 320, is `valid`; `test` is val. Used are scenes of so many `objects`,
-    as far as scenes/*.json tells it. Raises click.UsageError where files are missing or damaged.
+    `test` is val, `valid` the last tenth of train, at most 320. Of other scenes than of so many `objects` none is used,
+    where scenes/*.json tells it. Raises click.UsageError where files are missing or damaged.
     """
 
     def __init__(self, root, size, objects, seed, device):
@@ -454,8 +448,6 @@ class NoteDuos:
 def load_data(options, device):
     """The data set of the options; raises click.UsageError where its folder is not what was expected."""
     dataset, root, about = options["dataset"], options["data_root"], [options[k] for k in ("size", "objects", "seed")]
-    if options["download"] and dataset == "sprites":
-        raise click.UsageError("--download fetches CLEVR v1.0 (18 GB) or NSynth (over 20 GB), no sprites")
     if dataset == "clevr" and options["download"]:
         try:
             CLEVRClassification(root, download=True)
@@ -486,9 +478,9 @@ LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 # What the encoder says of B pictures or sounds, slots in order of falling KL: mu, logvar (B, N, D), cell (B, N, 2), the
-# (y, x) where every slot stands, kl (B, N) of its cell, kl_map (B, H_l, W_l), background (B, C, h, w) or None, and the
-# KLs of the background's latents and of the slots' details (B,).
-Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_background kl_detail")
+# (y, x) where every slot stands, kl (B, N) of its cell, kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all
+# (B,) of all latents: those of all cells, of the background and of the slots' closer looks.
+Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
 OCTAVES = 6  # of the Fourier features of a place along the frequency
 
 
@@ -504,34 +496,33 @@ class BroadcastDecoder(nn.Module):
     Every band is told its offset from the slot's, so that a timbre is drawn the same at any pitch, and its own place.
     """
 
-    def __init__(self, d, channels, parts, height, shuffle):
+    def __init__(self, d, channels, parts, height):
         super().__init__()
         self.register_buffer("grid", position_grid(height, 1), persistent=False)
         self.from_latent = nn.Linear(d, channels)
         self.from_offset, self.from_place = (nn.Conv2d(2 + 4 * OCTAVES, channels, 1) for _ in range(2))
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
-        self.fine = UPSCALE_SOUND if shuffle else 1
-        self.out = column_conv(channels, parts * self.fine, 3, padding=1)
-        self.shuffle = ColumnShuffle() if shuffle else nn.Identity()
+        self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
 
     @torch.no_grad()
     def start_at(self, colour):
         """Slots of one spectrum (C,) at every band."""
         self.out.weight.mul_(0.3)
-        self.out.bias.copy_(colour.repeat_interleave(self.fine))
+        self.out.bias.copy_(colour.repeat_interleave(UPSCALE_SOUND))
 
     def forward(self, z, cell):
         h = self.from_latent(z)[:, :, None, None]
         h = h + self.from_offset(fourier_features(self.grid - cell[:, :, None, None]))
         h = h + self.from_place(fourier_features(self.grid[None]))
-        return self.shuffle(self.out(self.body(h)))
+        h = self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND))  # (M, C, UPSCALE_SOUND, H / UPSCALE_SOUND, 1)
+        return h.transpose(2, 3).flatten(2, 3)  # sub-pixel convolution: (M, C, H, 1)
 
 
 def resample(source, scale, offset, side):
     """source (M, C, S, S) at positions scale * (y, x) + offset, all in halves of a side: -> (M, C, side, side).
 
-    Linear, without aliasing, 0 beyond it; scale (M,), offset (M, 2). A spatial transformer (Jaderberg et al. 2015)
-    without rotation, so that it comes down to two products of matrices (as in DRAW, Gregor et al. 2015).
+    Linear, without aliasing, 0 beyond it; scale (M,), offset (M, 2): a spatial transformer (Jaderberg et al. 2015) as
+    two products of matrices (as in DRAW, Gregor et al. 2015).
     """
     n, axis = source.shape[-1], position_grid(side, 1)[0, :, 0].to(offset)
     index = ((scale[:, None, None] * axis + offset[..., None] + 1) * n - 1) / 2  # (M, 2, side), into the source
@@ -544,10 +535,9 @@ def resample(source, scale, offset, side):
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
-    The first `d_cell` latents say how large. So resolution is where the slot is, the same for near and far objects, at
-    no higher price in larger pictures. What is drawn are colours, or features, that are `outside` where the canvas
-    ends; with `masked` a mask's logit too, and with `shaded`, before them, the logarithm of how far the slot darkens
-    the background.
+    The first `d_cell` latents say how large, so that near and far objects have the same resolution. Drawn are colours,
+    or features, that are `outside` where the canvas ends, with `masked` a mask's logit after them, with `shaded` the
+    logarithm of how far the slot darkens the background before them.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
@@ -605,10 +595,8 @@ class CanvasDecoder(nn.Module):
 
 
 def bleed(colours, mask):
-    """Colours (M, C, S, S) that, where the mask (M, 1, S, S) ends, go on as they are inside of it.
-
-    Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
-    """
+    """Colours (M, C, S, S) that, where the mask (M, 1, S, S) ends, go on as they are inside of it."""
+    # Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
     weight = mask.square() + 1e-3
     around = torch.cat([weight * colours, weight], dim=1)
     for _ in range(2):
@@ -618,19 +606,15 @@ def bleed(colours, mask):
 
 
 class CloserLook(nn.Module):
-    """What a slot's cell is too coarse to see: cut-outs (M, C, CLOSER, CLOSER), mu of cells (M, d_cell) ->
-
-    mu, logvar (M, d) of the slot's other latents.
-    """
+    """Cut-outs (M, C, 16, 16), mu of cells (M, d_cell) -> mu, logvar (M, d) of what cells are too coarse for."""
 
     def __init__(self, d, d_cell, channels):
         super().__init__()
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU(), ResBlock(channels, norm=True), nn.SiLU()]
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten()]
         self.trunk = nn.Sequential(*layers)
-        self.head = nn.Sequential(
-            nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128), nn.SiLU(), nn.Linear(128, 2 * d)
-        )
+        first = nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128)
+        self.head = nn.Sequential(first, nn.SiLU(), nn.Linear(128, 2 * d))
 
     def forward(self, cut, mu):
         mu, logvar = self.head(torch.cat([self.trunk(4 * cut), mu], dim=1)).to(mu.dtype).chunk(2, dim=1)
@@ -642,22 +626,16 @@ def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):
     return nn.Conv2d(channels_in, channels_out, (kernel, 1), (stride, 1), (padding, 0))
 
 
-class ColumnShuffle(nn.Module):
-    """What `nn.PixelShuffle(2)` is to pictures, to maps one cell wide: (B, C * 2, H, 1) -> (B, C, H * 2, 1)."""
-
-    def forward(self, x):
-        return x.unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)
-
-
 class Encoder(nn.Module):
     """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
 
-    Of pictures a slot stands up to SHIFT from the middle of its cell: an object's corner is easier to find than its
-    middle. Only of sounds is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
+    Of pictures a slot stands up to SHIFT from its cell's middle: corners are easier to find than middles of objects.
+    Only of sounds is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
     """
 
-    def __init__(self, shape, grid, d, channels, sound, conv, kernel):
+    def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
+        conv, kernel = (column_conv, 7) if sound else (nn.Conv2d, 3)  # harmonics of one note stand octaves apart
         # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
         layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
@@ -683,7 +661,7 @@ class Encoder(nn.Module):
 
 
 class Background(nn.Module):
-    """A learned picture, shaded by latents: features (B, F), noise (B, BACKGROUND_D) or None -> (B, C, h, w), KL (B,)."""
+    """Learned, shaded by latents: features (B, F), noise (B, BACKGROUND_D) or None -> picture (B, C, h, w), KL (B,)."""
 
     def __init__(self, shape, features):
         super().__init__()
@@ -710,7 +688,7 @@ class MVAE(nn.Module):
     logarithms of magnitudes, combined as magnitudes.
     """
 
-    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, background, dataset):
+    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
         super().__init__()
         self.size, self.n_slots, self.d, self.detail, self.op, self.compose_at = (
             size,
@@ -721,71 +699,62 @@ class MVAE(nn.Module):
             compose_at,
         )
         self.sound, at_data, masked, d_cell = dataset == "nsynth-duo", compose_at == "data", op == "alpha", d - detail
-        if self.sound:  # kernels of seven cells along the frequency: harmonics of one note stand octaves apart
-            shape, self.grid_shape, conv, kernel = (FRAMES, size, 1), (cells, 1), column_conv, 7
-            side, shuffle = (size // UPSCALE_SOUND, 1), ColumnShuffle()
-        else:
-            shape, self.grid_shape, conv, kernel = (3, size, size), (cells, cells), nn.Conv2d, 3
-            side, shuffle = (size // UPSCALE, size // UPSCALE), nn.PixelShuffle(UPSCALE)
-        parts, layer_shape = (shape[0], shape[1:]) if at_data else (channels, side)
-        self.encoder = Encoder(shape, self.grid_shape, d_cell, channels, self.sound, conv, kernel)
+        shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
+        side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
+        self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
         if self.sound:
-            self.slot_decoder = BroadcastDecoder(d, channels, parts, side[0], at_data)
+            self.slot_decoder = BroadcastDecoder(d, channels, parts, size // UPSCALE_SOUND)
         else:
             outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
-            about = layer_shape[0], 1 + (size > 64), outside, masked, masked and at_data
+            about = side, 1 + (size > 64), outside, masked, masked and at_data
             self.slot_decoder = CanvasDecoder(d, d_cell, channels, parts, *about)
-        self.closer = CloserLook(detail, d_cell, channels) if detail else None
-        self.to_image = nn.Identity()
+        self.closer, self.to_image = CloserLook(detail, d_cell, channels) if detail else None, nn.Identity()
         if not at_data:
-            to_colours = conv(channels, shape[0] * (UPSCALE_SOUND if self.sound else UPSCALE**2), 3, padding=1)
-            self.to_image = nn.Sequential(ResBlock(channels, conv=conv), nn.SiLU(), to_colours, shuffle)
-        self.background = Background((parts, *layer_shape), channels) if background else None
-        self.noise_sizes = [n_slots * d, BACKGROUND_D * background]
+            out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
+            self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), out, nn.PixelShuffle(UPSCALE))
+        self.background = None if self.sound else Background((parts, side, side), channels)
+        self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
 
     @torch.no_grad()
     def start_at_mean(self, mean):
         """The background as the data's mean (C, H, W), slots in its colour: others are masked out at once for good."""
-        colour, n = mean.mean((1, 2)), self.n_slots if self.op == "sum" else 1
+        colour = mean.mean((1, 2))
         if self.compose_at == "feature":
             bias = self.to_image[2].bias
             bias.copy_(colour.repeat_interleave(len(bias) // len(colour)))
             return
-        elif self.background is not None:
+        if self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
+            colour = (log_expand(colour) / (self.n_slots if self.op == "sum" else 1)).clamp(min=1e-4).log()
+        else:  # with "sum" layers are what a slot adds to it
             self.background.picture.copy_(mean)
-            colour = 0 * colour if self.op == "sum" else colour  # layers are what a slot adds to it
-        elif self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
-            colour = (log_expand(colour) / n).clamp(min=1e-4).log()
-        else:
-            colour = colour / n
+            colour = 0 * colour if self.op == "sum" else colour
         self.slot_decoder.start_at(colour)
 
-    def encode(self, image, noise=None, n=None):
+    def encode(self, image, noise=None, n=None, detailed=True):
         """image (B, C, H, W) -> Encoding of n or N slots; noise (B, BACKGROUND_D) of the background."""
         mu, logvar, place, features = self.encoder(image)
-        kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
-        background, kl_background = None, torch.zeros_like(kl_map[:, 0, 0])
+        kl_map, background = gaussian_kl(mu, logvar).sum(1), None  # (B, H_l, W_l)
+        kl_all = kl_map.sum((1, 2))
         if self.background is not None:
-            background, kl_background = self.background(features, noise)
+            background, kl = self.background(features, noise)
+            kl_all = kl_all + kl
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, n or self.n_slots)
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
-        kl, kl_detail = kl_map.flatten(1).gather(1, index), torch.zeros_like(kl_background)
         if self.closer is not None:
             image = (image - image.mean((2, 3), keepdim=True))[:, None].expand(-1, index.shape[1], -1, -1, -1)
             cut = resample(image.flatten(0, 1), half.gather(1, index).flatten(), place.flatten(0, 1), CLOSER)
             detail = [values.unflatten(0, index.shape) for values in self.closer(cut, mu.flatten(0, 1))]
+            kl_all = kl_all + detailed * gaussian_kl(*detail).sum((1, 2))
             mu, logvar = (torch.cat(pair, dim=2) for pair in zip((mu, logvar), detail, strict=True))
-            kl_detail = gaussian_kl(*detail).sum((1, 2))
-        return Encoding(mu, logvar, place, kl, kl_map, background, kl_background, kl_detail)
+        return Encoding(mu, logvar, place, kl_map.flatten(1).gather(1, index), kl_map, background, kl_all)
 
     @torch.no_grad()
     def select(self, kl_map, place, half, n):
         """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
 
-        Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted. Of pictures the
-        best cell is taken, those around it, and those that are, or whose slots would stand, within TAKEN of its canvas,
-        of half a side `half` (B, H_l * W_l), are discounted, and so on.
+        Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted; of pictures cells
+        around a chosen one, and those that are, or whose slots would stand, within TAKEN of its canvas, `half` a side.
         """
         kl = kl_map.flatten(1)  # (B, H_l * W_l)
         if half is None:
@@ -808,13 +777,11 @@ class MVAE(nn.Module):
         return index.gather(1, kl.gather(1, index).topk(n).indices)
 
     def responsibilities(self, layer, background):
-        """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first.
-
-        The masks of "alpha"; else the mean absolute change that a slot makes to a neutral layer's picture, or VISIBLE.
-        """
+        """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first."""
         if self.op == "alpha":
             masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
             return masks if self.compose_at == "data" else F.interpolate(masks, scale_factor=UPSCALE, mode="bilinear")
+        # The mean absolute change that a slot makes to a neutral layer's picture, or VISIBLE.
         neutral = self.compose(self.neutral_layer(layer), background)
         change = [(alone - neutral).abs().mean(1) for alone in self.alone(layer, background).unbind(1)]
         return torch.stack([torch.full_like(change[0], VISIBLE), *change], dim=1)
@@ -837,22 +804,20 @@ class MVAE(nn.Module):
         if self.op == "alpha" and self.compose_at == "data":
             shade, layer = layer[:, :, :1], layer[:, :, 1:]
             background = background * shade.sum(1).exp()
-        if self.sound and self.compose_at == "data":
+        if self.sound:
             return log_compress(compose(layer.clamp(max=LOUDEST).exp(), background, self.op))
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), and haze (B,):
 
-        of the background's masks m the sum of m (1 - m). Without `detailed` latents of the closer look are 0, and free.
+        of the background's masks m the sum of m (1 - m). Without `detailed` latents of closer looks are 0, and free.
         """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
-        encoding = self.encode(image, of_background)
+        encoding = self.encode(image, of_background, detailed=detailed)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
-        if not detailed:
-            z = F.pad(z[..., : self.d - self.detail], (0, self.detail))
-            encoding = encoding._replace(kl_detail=0 * encoding.kl_detail)
-        layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_detail)
+        z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))
+        layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_all)
         if self.op == "alpha":
             behind = alpha_masks(layer)[:, 0]  # (B, 1, h, w)
             haze = (behind * (1 - behind)).sum((1, 2, 3))
@@ -873,11 +838,6 @@ def gaussian_log_likelihood(x, mean, sigma):
     return log_density.flatten(1).sum(1)
 
 
-def total_kl(encoding):
-    """Of all latents, those of all cells, in nats: (B,)."""
-    return encoding.kl_map.sum((1, 2)) + encoding.kl_background + encoding.kl_detail
-
-
 def kl_weight(progress, beta, last, warmup):
     """beta_at, and after the warm-up along a half cosine down to `last`."""
     fallen = min(max((progress - FALL[0]) / (FALL[1] - FALL[0]), 0.0), 1.0)
@@ -886,9 +846,8 @@ def kl_weight(progress, beta, last, warmup):
 
 def objective(image, mean, encoding, haze, beta, sigma):
     """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on haze (B,); and its terms."""
-    reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), total_kl(encoding).mean()
+    reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
-    terms |= {"loss/kl_background": encoding.kl_background.mean(), "loss/kl_detail": encoding.kl_detail.mean()}
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
 
 
@@ -921,9 +880,9 @@ def match(segment, label, n_slots):
 def segmentation_scores(responsibility, label):
     """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
 
-    "ari_fg": on true object pixels, the background among the predicted components, as in deepmind's
-    segmentation_metrics and EfficientMORL; "ari_fg_slots": the largest of the slots alone. Slots whose segment, of
-    at least SMALLEST of the picture, is mostly of one and the same object are duplicates but for one.
+    "ari_fg": on true object pixels, the background among the predicted, as in deepmind's segmentation_metrics and
+    EfficientMORL; "ari_fg_slots": the largest of the slots alone. Of slots whose segment, at least SMALLEST of the
+    picture, is mostly of one and the same object, all but one are duplicates.
     """
     foreground, segment = label > 0, responsibility.argmax(0)
     _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
@@ -954,8 +913,7 @@ def evaluate_pictures(model, data, split, n, sigma):
         layer = model.decode(encoding.mu, encoding.cell)
         mean = model.compose(layer, encoding.background)
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
-        score |= {"kl": total_kl(encoding), "kl_background": encoding.kl_background, "kl_detail": encoding.kl_detail}
-        score["log_likelihood"] = gaussian_log_likelihood(image, mean, sigma)
+        score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
         scores.append({name: float(value) for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
@@ -1016,7 +974,7 @@ def evaluate_sounds(model, data, split, n, sigma):
             "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
-            "kl": found.encoding.kl_map.sum((1, 2)),
+            "kl": found.encoding.kl_all,
             "lsd": log_spectral_distance(found.mean, found.level, bins=2),
             "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
             "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
@@ -1040,10 +998,9 @@ def show_pictures(model, data, run, n=6):
     segments, rows = model.responsibilities(layer, encoding.background).argmax(1), []
     numpy = [v.cpu().numpy() for v in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)]
     for image, mean, alone, segment, kl_map, cell, kl in zip(*numpy, strict=True):
-        image = to_uint8(image)
-        row = [Tile(image, "scene"), Tile(to_uint8(mean), "reconstruction")]
-        row.append(Tile(kl_tile(image, kl_map, cell, range(len(cell))), "KL map"))
-        row.append(Tile(segment_map(segment), "segments"))
+        tiles = to_uint8(image), to_uint8(mean), kl_tile(to_uint8(image), kl_map, cell, range(len(cell)))
+        names = ("scene", "reconstruction", "KL map", "segments")
+        row = [Tile(*named) for named in zip((*tiles, segment_map(segment)), names, strict=True)]
         rows.append(row + [Tile(to_uint8(one), f"slot {k}: {kl[k]:.0f} nats") for k, one in enumerate(alone)])
     run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
 
@@ -1124,20 +1081,17 @@ def describe(model):
 
 PRESETS = {
     "sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
-    "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2,
-              "minutes": 30.0},
-    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "channels": 64, "op": "sum", "background": False,
-                   "detail": 0,
-                   "last_beta": 4.0, "sigma": 0.15, "beta": 4.0, "minutes": 15.0}
+    "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
+    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
+                   "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-FOREIGN = {"sprites": ("families",), "clevr": ("families",), "nsynth-duo": ("objects", "background", "detail")}
+FOREIGN = {"sprites": ("families", "download"), "clevr": ("families",), "nsynth-duo": ("objects", "detail")}
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] == "nsynth-duo"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
-    behind = sound or options["background"] or options["op"] in ("sum", "mean")
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
@@ -1145,8 +1099,8 @@ def check_options(options):
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
-        f"--op {options['op']} needs a --background to show where no slot draws anything": behind,
-        "--op alpha is for pictures: sounds have no background": not (sound and options["op"] == "alpha")
+        "--op alpha and --compose feature are for pictures":
+            not sound or (options["op"] != "alpha" and options["compose_at"] == "data")
     }  # fmt: skip
     for broken in (rule for rule, kept in rules.items() if not kept):
         raise click.UsageError(broken)
@@ -1167,10 +1121,7 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
-@click.option("--background/--no-background", default=True, help="One layer more, behind the slots.")
-@click.option(
-    "--last-beta", type=Finite(0), default=0.5, help="KL weight that --beta falls to, once slots have parted."
-)
+@click.option("--last-beta", type=Finite(0), default=0.5, help="What --beta falls to once slots have parted.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
@@ -1181,7 +1132,7 @@ def main(context, **options):
     data, sigma = load_data(options, device), options["sigma"]
     kinds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
     evaluate, show, n = kinds[options["dataset"] == "nsynth-duo"]
-    n_test, n_valid = (n, n // 5 or 1) if options["evaluation"] == "full" else (n // 10 or 1, n // 10 or 1)
+    n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
     # 2. The model, which starts from the mean of the data.
     model = build(options)
