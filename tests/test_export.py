@@ -95,7 +95,7 @@ def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
         "vocoder": (["spectrogram"], ["waveform"]),
     }
     about = json.loads((duo_run / "export" / "model.json").read_text())
-    expected = {"kind": "mvae-sound", "N": 2, "D": 3, "op": "sum", "domain": "magnitude", "n_fft": 4096, "hop": 1024}
+    expected = {"kind": "mvae-sound", "N": 2, "D": 3, "op": "sum", "n_fft": 4096, "hop": 1024}
     assert expected | {"sample_rate": 16000} == {name: about[name] for name in (*expected, "sample_rate")}
 
 

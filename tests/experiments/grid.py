@@ -1,9 +1,9 @@
 """Train one MVAE for every row of a table, and print the table; runs that are there are not trained again.
 
-    python -m tests.experiments.grid selection --seeds 0,1,2                  # what makes top-N cells fall on objects
+    python -m tests.experiments.grid ablation --seeds 0,1,2                   # what each part of the model is worth
     python -m tests.experiments.grid operators                                # op x compose x N
     python -m tests.experiments.grid operators --dataset clevr --data-root CLEVR_v1.0
-    python -m tests.experiments.grid domains --dataset nsynth-duo --data-root nsynth --steps 600   # sounds: op x domain
+    python -m tests.experiments.grid sounds --dataset nsynth-duo --data-root nsynth --steps 600    # op, on sounds
 
 Scores are of the test split, means over seeds; "step 0" is the first score before training, and the last row what a
 trivial baseline scores: ARI of one component for all, the mean picture's MSE, an input left as it is.
@@ -26,28 +26,26 @@ from tests.experiments.slots import load_run, measure_recomposition
 
 ROOT = Path(__file__).parents[2]
 DATA = {
-    "sprites": ["--objects", "3", "--size", "32"],
-    "clevr": ["--objects", "3-6", "--size", "32"],
+    "sprites": ["--objects", "3", "3", "--size", "32", "--beta", "1"],
+    "clevr": [],
     "nsynth-duo": []
 }  # fmt: skip
-BARE = ["--shift", "0", "--no-explore"]
-SELECTION = {
-    "cells suppressed that a canvas covers": BARE,
-    "and shifted": ["--no-explore"],
-    "and exploring (the default)": []
+ABLATION = {  # options, or Python that changes the script
+    "all of it": [],
+    "no closer look": ["--detail", "0"],
+    "a closer look from the first step on": "DETAILED = 0.0",
+    "beta does not fall": "FALL = (1.0, 2.0)",
+    "haze has no price": "HAZE = 0.0",
+    "colours are free beyond the mask": "bleed = lambda colours, mask: colours",
+    "slots do not shade": "DARKEST = 0.0",
+    "slots stand in the middle of their cells": "SHIFT = 1e-6"
 }  # fmt: skip
 OPERATORS = {
     f"{op}, {where}, N = {n}": ["--op", op, "--compose", where, "--N", str(n)]
     for op in OPS for where in ("data", "feature") for n in (2, 4, 6, 8)
 }  # fmt: skip
-DOMAINS = {
-    f"{op}, {domain}": ["--op", op, "--domain", domain]
-    for op, domain in (
-        ("sum", "magnitude"), ("sum", "power"), ("max", "log"), ("sum", "log"), ("mean", "log"), ("mean", "magnitude"),
-        ("min", "log"),
-    )
-} | {"sum, feature maps": ["--compose", "feature"]}  # fmt: skip
-ROWS = {"selection": SELECTION, "operators": OPERATORS, "domains": DOMAINS}
+SOUNDS = {op: ["--op", op] for op in OPS if op != "alpha"}
+ROWS = {"ablation": ABLATION, "operators": OPERATORS, "sounds": SOUNDS}
 SCORES = {
     "pictures": ("ari_fg", "ari_fg_slots", "mse", "miou", "duplicates", "slot_count_error", "recomposition_psnr"),
     "sounds": ("si_sdr_gained", "si_sdr_gained_median", "mse", "own_instrument", "lsd", "lsd_recomposed")
@@ -56,12 +54,13 @@ BASELINES = {"ari_fg": 0.0, "ari_fg_slots": 0.0, "si_sdr_gained": 0.0, "si_sdr_g
 FIGURES = {"pictures": ("decomposition", 6), "sounds": ("separation", 5)}  # of a run, and the rows it has
 
 
-def train(folder, options, steps):
-    """Run train_mvae.py into `folder`, or on to its end; returns its scores."""
+def train(folder, options, steps, change=""):
+    """Run train_mvae.py, with a `change` to it, into `folder`, or on to its end; returns its scores."""
     done = folder / "metrics.json"
     if not done.is_file() or json.loads(done.read_text())["step"] < steps:
         args = ["--resume", str(folder)] if (folder / "checkpoint.pt").is_file() else [*options, "--out", str(folder)]
-        command = [sys.executable, "train_mvae.py", *args, "--steps", str(steps)]
+        program = ["-c", f"import train_mvae\ntrain_mvae.{change}\ntrain_mvae.main()"] if change else ["train_mvae.py"]
+        command = [sys.executable, *program, *args, "--steps", str(steps)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads(done.read_text()) | recomposition(folder, steps)
 
@@ -121,7 +120,7 @@ def main(rows, dataset, data_root, steps, seeds, only, scene, evaluation, out):
     """Train what is missing, print the table, and draw one scene as every row takes it apart."""
     chosen = {name: options for name, options in ROWS[rows].items() if only in name}
     kind = "sounds" if dataset == "nsynth-duo" else "pictures"
-    if (kind == "sounds") != (rows == "domains") or not chosen:
+    if (kind == "sounds") != (rows == "sounds") or not chosen:
         raise click.UsageError(f"{rows} is not for --dataset {dataset}" if chosen else f"--only {only}: no such row")
     common = ["--dataset", dataset, *DATA[dataset], "--eval", evaluation]
     if data_root:
@@ -130,7 +129,8 @@ def main(rows, dataset, data_root, steps, seeds, only, scene, evaluation, out):
     for name, options in chosen.items():
         for seed in seeds.split(","):
             folder = out / dataset / re.sub(r"\W+", "-", f"{name}-seed{seed}")
-            scores = train(folder.absolute(), [*common, *options, "--seed", seed], steps)
+            change, own = (options, []) if isinstance(options, str) else ("", options)
+            scores = train(folder.absolute(), [*common, *own, "--seed", seed], steps, change)
             measured.setdefault(name, []).append(scores)
             folders.setdefault(name, folder)
             click.echo(f"{name}, seed {seed}: {SCORES[kind][0]} {scores[SCORES[kind][0]]:.3f}", err=True)

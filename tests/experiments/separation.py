@@ -125,7 +125,7 @@ def main(data_root, run_dir, mixtures):
     models = {}
     if run_dir:
         model, data = load_run(run_dir, data_root)
-        if not model.domain:
+        if not model.sound:
             raise click.UsageError(f"--run {run_dir}: a run on pictures; expected one on nsynth-duo")
         models = {"the run at step 0": load_start(model, data), f"the run, step {model.config['step']}": model}
     else:

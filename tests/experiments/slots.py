@@ -229,7 +229,7 @@ def table_lines(scores):
 def main(run_dir, data_root):
     """Score and draw what the slots of RUN_DIR, a run of train_mvae.py, are good for."""
     model, data = load_run(run_dir, data_root)
-    if model.domain:
+    if model.sound:
         figures = {"remix": remix_figure(model, data)}
     else:
         images = data.scenes("valid", 8)[0]
