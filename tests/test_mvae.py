@@ -297,7 +297,7 @@ def test_haze_is_largest_where_masks_are_one_half():
 
 def gradients(own):
     """Of one step, for a process that has the slice `own` of a batch of 32."""
-    model, image = build(), train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")).batch(0, own, 32)
+    model, image = build(), train_mvae.Sprites(32, (3, 3), 0, torch.device("cpu")).batch(0, own, 32).double()
     encoding, mean, haze = model(image, noise_for(model, 32)[own])
     loss, terms = train_mvae.objective(image, mean, encoding, haze, 1.0, 0.1)
     common.optimizer_step(loss, terms, torch.optim.Adam(model.parameters()), 1e-3, math.inf)

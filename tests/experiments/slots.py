@@ -87,7 +87,7 @@ def score_recomposition(model, data, split, n):
             continue
         background = None if encoding.background is None else encoding.background[k : k + 1]
         parts = torch.cat([from_a[k], from_b[k]])[None]  # (1, M, C, h, w)
-        parts = parts if parts.shape[1] else model.neutral_layer(layer[k : k + 1])
+        parts = parts if parts.shape[1] else model.slot_decoder.beyond.expand(1, 1, -1, *layer.shape[3:])
         recomposed = model.compose(parts, background)[0]
         scores.append({
             "recomposition_psnr": psnr(recomposed, truth[k], true_label[k] > 0),
