@@ -500,9 +500,8 @@ class BroadcastDecoder(nn.Module):
         self.out.bias.copy_(colour.repeat_interleave(UPSCALE_SOUND))
 
     def forward(self, z, cell):
-        h = self.from_latent(z)[:, :, None, None] + self.from_offset(
-            fourier_features(self.grid - cell[..., None, None])
-        )
+        h = self.from_latent(z)[:, :, None, None]
+        h = h + self.from_offset(fourier_features(self.grid - cell[..., None, None]))
         h = h + self.from_place(fourier_features(self.grid[None]))
         h = self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND))  # (M, C, UPSCALE_SOUND, H / UPSCALE_SOUND, 1)
         return h.transpose(2, 3).flatten(2, 3)  # sub-pixel convolution: (M, C, H, 1)

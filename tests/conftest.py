@@ -78,7 +78,7 @@ def clevr_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sprites_run(tmp_path_factory):
-    """A run of a few steps on sprites, without a background, and its export, of ONNX alone."""
+    """A run of a few steps on sprites, summed, and its export, of ONNX alone."""
     args = ["--dataset", "sprites", "--steps", 2, "--op", "sum", *TINY]
     return made(tmp_path_factory, "sprites", *args, export_args=["--no-torchscript"])
 

@@ -119,17 +119,13 @@ def measure(model, data, n_train, n_test):
     for name in PROPERTIES:
         classes, answer = int(learnt[name].max()) + 1, learnt[name]
         torch.manual_seed(0)
-        mlp = nn.Sequential(
-            nn.Linear(mu.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, classes)
-        )
+        hidden = nn.Linear(mu.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()
+        mlp = nn.Sequential(*hidden, nn.Linear(128, classes))
         of_mu = train_classifier(mlp, (mu - mean) / deviation, answer, 30)
-        layers = [
-            nn.Conv2d(3, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(),
-        ]
-        layers += [nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, classes)]
+        layers = []
+        for channels in ((3, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv2d(*channels, 3, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(64 * (CROP // 8) ** 2, classes)]
         of_crops = train_classifier(nn.Sequential(*layers), true, answer, 10)
         scores[name] = {
             "mu": read(of_mu, (test_mu - mean) / deviation, asked[name]),
@@ -151,9 +147,8 @@ def main(run_dir, data_root, scenes):
         raise click.UsageError(f"{run_dir}: sprites and sounds have no such properties; expected a run on CLEVR")
     scores = measure(model, data, scenes, TESTED)
     (run_dir / "properties.json").write_text(json.dumps(scores, indent=1))
-    click.echo(
-        "{train} objects of train scenes learnt from, {test} of test scenes read".format(**scores.pop("objects"))
-    )
+    objects = scores.pop("objects")
+    click.echo("{train} objects of train scenes learnt from, {test} of test scenes read".format(**objects))
     click.echo("| % right | from mu | from what slots draw | from true crops | commonest answer |\n|-|-|-|-|-|")
     for name, score in scores.items():
         click.echo(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in score.values()) + " |")
