@@ -66,10 +66,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, norm=False, conv=nn.Conv2d, kernel=3):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv1 = conv(channels, channels, kernel, padding=kernel // 2)
-        self.norm2 = nn.GroupNorm(8, channels) if norm else nn.Identity()
-        self.conv2 = conv(channels, channels, kernel, padding=kernel // 2)
+        self.norm1, self.norm2 = (nn.GroupNorm(8, channels) if norm else nn.Identity() for _ in range(2))
+        self.conv1, self.conv2 = (conv(channels, channels, kernel, padding=kernel // 2) for _ in range(2))
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -88,20 +86,26 @@ def gather_cells(values, index):
 
 
 def alpha_masks(layer):
-    """Softmax of mask logits, a layer's last channel, background's 0: (B, M, C + 1, h, w) -> (B, M + 1, 1, h, w)."""
-    logits = layer[:, :, -1:]
-    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).softmax(dim=1)
+    """Shares of every pixel (B, M + 1, 1, h, w), the background's first, of layers (B, M, C + 2, h, w).
+
+    Their last channels are a mask's logit, and how near they are: the nearest is on top (Porter & Duff 1984, "over").
+    """
+    logit = layer[:, :, -2:-1]
+    order = layer[:, :, -1:, :1, :1].argsort(dim=1, descending=True).expand_as(logit)
+    opacity = F.softplus(logit)  # minus the logarithm of what a mask lets through
+    in_front = opacity.scatter(1, order, opacity.gather(1, order).cumsum(1)) - opacity
+    return torch.cat([(-opacity.sum(1, keepdim=True)).exp(), logit.sigmoid() * (-in_front).exp()], dim=1)
 
 
 def compose(layer, background, op):
     """Combine layers by an operator that learns nothing (Nash et al. 2017): layer (B, M, C, h, w), with op "alpha"
 
-    (B, M, C + 1, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
+    (B, M, C + 2, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
     """
+    drawn = layer[:, :, :-2] if op == "alpha" else layer
+    every = drawn if background is None else torch.cat([background[:, None], drawn], dim=1)
     if op == "alpha":
-        every = torch.cat([background[:, None], layer[:, :, :-1]], dim=1)
         return (alpha_masks(layer) * every).sum(1)
-    every = layer if background is None else torch.cat([background[:, None], layer], dim=1)
     return {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[op](every, dim=1)
 
 

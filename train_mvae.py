@@ -299,9 +299,13 @@ class BuiltInClevr(Drawn):
         diffuse = ambient[:, None] + 0.9 * lambert @ power
         gloss = (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
         rubber = rgb * diffuse + 0.05 * (gloss.pow(8) / squared) @ power
-        to_ground = point[:, 2] / (-mirrored[:, 2]).clamp(min=1e-2)  # a mirror shows the lit ground, or the dark room
-        room = torch.where(mirrored[:, 2] < 0, 0.18 * torch.exp(-to_ground / 2), 0.04)[:, None]
-        metal = rgb * (room + 0.25 * diffuse) + (0.15 + 0.85 * rgb) * 6 * (gloss.pow(16) / squared) @ power
+        far = point[:, 2:] / (-mirrored[:, 2:]).clamp(min=1e-2)  # a mirror shows the dark room, or the ground so far
+        to_lamp = scene["lamps"][i] - (point + far * mirrored)[:, None]  # away, lit but where the object stands
+        ground = AMBIENT + (to_lamp[..., 2] / to_lamp.norm(dim=-1) ** 3) @ power
+        down = torch.sigmoid(-8 * mirrored[:, 2:])
+        room = 0.055 * (1 - down) + 1.15 * down * ground * far / (far + 0.2)
+        shine = (5.4 * gloss.pow(26) + 0.5 * gloss.pow(7)) / squared @ power
+        metal = rgb * (room + 0.12 * diffuse) + (0.06 + 0.94 * rgb) * shine
         return torch.where(scene["metal"][i, k, None], metal, rubber)
 
 
@@ -524,8 +528,8 @@ class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
     The first `d_cell` latents say how large, so that near and far objects have the same resolution. Drawn are colours,
-    or features, that are `outside` where the canvas ends, with `masked` a mask's logit after them, with `shaded` the
-    logarithm of how far the slot darkens the background before them.
+    or features, that are `outside` where the canvas ends, with `masked` after them a mask's logit and how near the slot
+    is, with `shaded` before them the logarithm of how far it darkens the background.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
@@ -544,7 +548,8 @@ class CanvasDecoder(nn.Module):
         self.register_buffer("blob", 2 - 6 * r2, persistent=False)
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
-        beyond = torch.tensor([0.0] * shaded + [outside] * parts + [-NEUTRAL] * masked)
+        beyond = torch.tensor([0.0] * shaded + [outside] * parts + [-NEUTRAL, 0.0] * masked)
+        self.drawn = slice(shaded, shaded + parts + masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
     @torch.no_grad()
@@ -574,11 +579,14 @@ class CanvasDecoder(nn.Module):
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
-        layer = resample(self.window * (canvas - self.beyond[-len(canvas[0]) :]), scale, offset, self.side)
+        layer = resample(self.window * (canvas - self.beyond[self.drawn]), scale, offset, self.side)
         if self.shade:
             shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
             shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
             layer = torch.cat([shade, layer], dim=1)
+        if self.masked:  # on a ground that is seen from above, what ends lower in the picture is nearer
+            near = (place[:, 0] + half)[:, None, None, None].expand(-1, 1, *layer.shape[2:])
+            layer = torch.cat([layer, near], dim=1)
         return layer + self.beyond
 
 
@@ -676,14 +684,8 @@ class MVAE(nn.Module):
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
         super().__init__()
-        self.size, self.n_slots, self.d, self.detail, self.op, self.compose_at = (
-            size,
-            n_slots,
-            d,
-            detail,
-            op,
-            compose_at,
-        )
+        self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
+        self.op, self.compose_at = op, compose_at
         self.sound, at_data, masked, d_cell = dataset == "nsynth-duo", compose_at == "data", op == "alpha", d - detail
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
