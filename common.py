@@ -4,7 +4,6 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 """
 
 import contextlib
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -20,6 +19,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -70,8 +70,7 @@ class ResBlock(nn.Module):
         self.conv1, self.conv2 = (conv(channels, channels, kernel, padding=kernel // 2) for _ in range(2))
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
 # ---------------------------------------------------------------- KL top-N selection and composition
@@ -557,15 +556,14 @@ def optimizer_step(loss, terms, optimizer, lr, clip):
     """One step down `loss`, gradients averaged over processes and clipped to a norm; returns numbers to log."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters if dist.is_initialized() else ():
+    (group,) = optimizer.param_groups
+    for parameter in group["params"] if dist.is_initialized() else ():
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(group["params"], clip)
     values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item(), "schedule/lr": lr}
     if math.isfinite(sum(values.values())):  # else `Run.log` stops the run
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        group["lr"] = lr
         optimizer.step()
     return values
 
@@ -612,8 +610,7 @@ def versions():
     """What made a result: versions, commit, hardware."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not a git checkout"
-    names = ["torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime"]
-    packages = {name: importlib.metadata.version(name) for name in names}
+    packages = {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {"commit": commit, "python": sys.version.split()[0], "device": device} | packages
 

@@ -302,8 +302,7 @@ class BuiltInClevr(Drawn):
         far = point[:, 2:] / (-mirrored[:, 2:]).clamp(min=1e-2)  # a mirror shows the dark room, or the ground so far
         to_lamp = scene["lamps"][i] - (point + far * mirrored)[:, None]  # away, lit but where the object stands
         ground = AMBIENT + (to_lamp[..., 2] / to_lamp.norm(dim=-1) ** 3) @ power
-        down = torch.sigmoid(-8 * mirrored[:, 2:])
-        room = 0.055 * (1 - down) + 1.15 * down * ground * far / (far + 0.2)
+        room = 0.055 + torch.sigmoid(-8 * mirrored[:, 2:]) * (1.15 * ground * far / (far + 0.2) - 0.055)
         shine = (5.4 * gloss.pow(26) + 0.5 * gloss.pow(7)) / squared @ power
         metal = rgb * (room + 0.12 * diffuse) + (0.06 + 0.94 * rgb) * shine
         return torch.where(scene["metal"][i, k, None], metal, rubber)
