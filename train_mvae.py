@@ -533,7 +533,7 @@ class CanvasDecoder(nn.Module):
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
-        self.d_cell, self.side, self.masked = d_cell, side, masked
+        self.d_cell, self.side, self.masked, self.drawn = d_cell, side, masked, slice(shaded, shaded + parts + masked)
         self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
         self.extent = nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
@@ -548,7 +548,6 @@ class CanvasDecoder(nn.Module):
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
         beyond = torch.tensor([0.0] * shaded + [outside] * parts + [-NEUTRAL, 0.0] * masked)
-        self.drawn = slice(shaded, shaded + parts + masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
     @torch.no_grad()
