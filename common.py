@@ -87,10 +87,10 @@ def gather_cells(values, index):
 def alpha_masks(layer):
     """Shares of every pixel (B, M + 1, 1, h, w), the background's first, of layers (B, M, C + 2, h, w).
 
-    Their last channels are a mask's logit, and how near they are: the nearest is on top (Porter & Duff 1984, "over").
+    The first channel is how near they are, the nearest on top ("over" of Porter & Duff 1984), the last a mask logit.
     """
-    logit = layer[:, :, -2:-1]
-    order = layer[:, :, -1:, :1, :1].argsort(dim=1, descending=True).expand_as(logit)
+    logit = layer[:, :, -1:]
+    order = layer[:, :, :1, :1, :1].argsort(dim=1, descending=True).expand_as(logit)
     opacity = F.softplus(logit)  # minus the logarithm of what a mask lets through
     in_front = opacity.scatter(1, order, opacity.gather(1, order).cumsum(1)) - opacity
     return torch.cat([(-opacity.sum(1, keepdim=True)).exp(), logit.sigmoid() * (-in_front).exp()], dim=1)
@@ -101,7 +101,7 @@ def compose(layer, background, op):
 
     (B, M, C + 2, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
     """
-    drawn = layer[:, :, :-2] if op == "alpha" else layer
+    drawn = layer[:, :, 1:-1] if op == "alpha" else layer
     every = drawn if background is None else torch.cat([background[:, None], drawn], dim=1)
     if op == "alpha":
         return (alpha_masks(layer) * every).sum(1)

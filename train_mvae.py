@@ -462,7 +462,7 @@ SHIFT = 0.3  # how far from its cell's middle a slot may stand, in half picture 
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas,
 NEIGHBOUR_WEIGHT = 1e-3  # and those beside its own, whose KL still counts so much
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
-NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that softmax, or the maximum, passes over it
+NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks, or the maximum, pass over it
 SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
@@ -527,13 +527,13 @@ class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
     The first `d_cell` latents say how large, so that near and far objects have the same resolution. Drawn are colours,
-    or features, that are `outside` where the canvas ends, with `masked` after them a mask's logit and how near the slot
-    is, with `shaded` before them the logarithm of how far it darkens the background.
+    or features, that are `outside` where the canvas ends, with `masked` after them a mask's logit, with `shaded` before
+    them the logarithm of how far the slot darkens the background, with `masked` first of all how near it is.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
-        self.d_cell, self.side, self.masked, self.drawn = d_cell, side, masked, slice(shaded, shaded + parts + masked)
+        self.d_cell, self.side, self.masked, self.before = d_cell, side, masked, masked + shaded
         self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
         self.extent = nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
@@ -547,7 +547,7 @@ class CanvasDecoder(nn.Module):
         self.register_buffer("blob", 2 - 6 * r2, persistent=False)
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
-        beyond = torch.tensor([0.0] * shaded + [outside] * parts + [-NEUTRAL, 0.0] * masked)
+        beyond = torch.tensor([0.0] * (masked + shaded) + [outside] * parts + [-NEUTRAL] * masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
     @torch.no_grad()
@@ -577,20 +577,21 @@ class CanvasDecoder(nn.Module):
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
-        layer = resample(self.window * (canvas - self.beyond[self.drawn]), scale, offset, self.side)
+        layer = resample(self.window * (canvas - self.beyond[self.before :]), scale, offset, self.side)
         if self.shade:
             shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
             shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
             layer = torch.cat([shade, layer], dim=1)
         if self.masked:  # on a ground that is seen from above, what ends lower in the picture is nearer
             near = (place[:, 0] + half)[:, None, None, None].expand(-1, 1, *layer.shape[2:])
-            layer = torch.cat([layer, near], dim=1)
+            layer = torch.cat([near, layer], dim=1)
         return layer + self.beyond
 
 
 def bleed(colours, mask):
-    """Colours (M, C, S, S) that, where the mask (M, 1, S, S) ends, go on as they are inside of it."""
+    """Colours (M, C, S, S) that, from where the mask (M, 1, S, S) ends, go on as they are a pixel further inside."""
     # Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
+    mask = -F.max_pool2d(-mask, 3, stride=1, padding=1)
     weight = mask.square() + 1e-3
     around = torch.cat([weight * colours, weight], dim=1)
     for _ in range(2):
@@ -783,8 +784,8 @@ class MVAE(nn.Module):
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
         if self.op == "alpha" and self.compose_at == "data":
-            shade, layer = layer[:, :, :1], layer[:, :, 1:]
-            background = background * shade.sum(1).exp()
+            near, shade, drawn = layer.split([1, 1, layer.shape[2] - 2], dim=2)
+            layer, background = torch.cat([near, drawn], dim=2), background * shade.sum(1).exp()
         if self.sound:
             return log_compress(compose(layer.clamp(max=LOUDEST).exp(), background, self.op))
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)

@@ -67,7 +67,7 @@ def layers(op, slots=5):
     generator = common.random_generator("layers")
     layer = torch.randn(2, slots, 5 if op == "alpha" else 3, 6, 6, generator=generator)
     if op == "alpha":  # how near a layer is, the same in all its pixels
-        layer[:, :, -1] = layer[:, :, -1, :1, :1]
+        layer[:, :, 0] = layer[:, :, 0, :1, :1]
     return layer, torch.rand(2, 3, 6, 6, generator=generator)
 
 
@@ -91,19 +91,19 @@ def test_alpha_masks_share_every_pixel_and_can_hide_a_slot():
     masks = common.alpha_masks(layer)
     assert masks.shape == (2, 6, 1, 6, 6)
     torch.testing.assert_close(masks.sum(1), torch.ones(2, 1, 6, 6))
-    layer[:, :, -2] = -1e4
+    layer[:, :, -1] = -1e4
     torch.testing.assert_close(common.compose(layer, background, "alpha"), background)
-    layer[:, 2, -2] = 1e4
-    torch.testing.assert_close(common.compose(layer, background, "alpha"), layer[:, 2, :3])
+    layer[:, 2, -1] = 1e4
+    torch.testing.assert_close(common.compose(layer, background, "alpha"), layer[:, 2, 1:4])
 
 
 def test_layers_lie_over_one_another_the_nearest_on_top():
     layer, background = layers("alpha")
     for b in range(2):  # painted one after the other, the farthest first
         expected = background[b]
-        for k in layer[b, :, -1, 0, 0].argsort():
-            mask = layer[b, k, -2].sigmoid()
-            expected = (1 - mask) * expected + mask * layer[b, k, :3]
+        for k in layer[b, :, 0, 0, 0].argsort():
+            mask = layer[b, k, -1].sigmoid()
+            expected = (1 - mask) * expected + mask * layer[b, k, 1:4]
         torch.testing.assert_close(common.compose(layer, background, "alpha")[b], expected)
     twice = torch.cat([layer[:, :1], layer[:, :1]], dim=1)  # equally near
     torch.testing.assert_close(common.alpha_masks(twice).sum(1), torch.ones(2, 1, 6, 6))
