@@ -9,9 +9,10 @@ import torch
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.experiments import curves, grid, properties, separation, slots
+from recompose import load_picture
+from tests.experiments import curves, grid, mixed, properties, separation, slots
 from tests.experiments.judges import FamilyClassifier
-from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, Encoding, separate
+from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, ClevrFolder, Encoding, separate
 
 
 def invoke(command, *args):
@@ -217,7 +218,7 @@ def test_every_row_of_a_grid_is_a_command_that_train_mvae_takes(rows):
     dataset = "nsynth-duo" if rows == "sounds" else "sprites"
     for options in grid.ROWS[rows].values():
         if isinstance(options, str):
-            assert hasattr(train_mvae, options.split(" = ")[0])
+            assert hasattr(train_mvae, options.split(" = ")[0].split(".")[0])
             continue
         words = ["--dataset", dataset, *grid.DATA[dataset], *options]
         train_mvae.check_options(train_mvae.main.make_context("", words).params)
@@ -240,3 +241,14 @@ def test_curves_show_scores_with_units_and_never_nothing(sprites_run, duo_run, t
     axes = real({"a": [{"minutes": 1, "mse": 0.1}], "b": [{"minutes": 2, "mse": 0.2}]}).axes[0]
     assert axes.get_ylabel() == "mean squared error" and len(axes.lines) == 2
     assert CliRunner().invoke(curves.main, [str(sprites_run), str(duo_run)]).exit_code == 2
+
+
+def test_drawn_scenes_are_added_to_a_folder_where_clevrs_crop_finds_them(tmp_path):
+    write_clevr(tmp_path / "few", sizes=[(320, 240)] * 2, train=4)
+    printed = invoke(mixed.main, tmp_path / "few", tmp_path / "mixed", "--scenes", 32)
+    assert "32 drawn scenes beside those of few" in printed
+    data = ClevrFolder(tmp_path / "mixed", 64, (1, 10), 0, torch.device("cpu"))
+    assert len(data.images) + len(data.files["valid"]) == 36
+    drawn = BuiltInClevr(192, (3, 10), 0, torch.device("cpu")).make(0, 32)[5]  # (3, 192, 192)
+    file = tmp_path / "mixed" / "images" / "train" / "CLEVR_builtin_000005.png"
+    assert (load_picture(file, 192, "clevr") == drawn.permute(1, 2, 0).numpy()).all()

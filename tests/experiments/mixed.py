@@ -1,0 +1,47 @@
+"""A CLEVR folder to which pictures of the built-in renderer are added: training material of the shipped model.
+
+    python -m tests.experiments.mixed CLEVR_mini CLEVR_mixed --scenes 3200
+
+Rendered pictures of 160x120 are soft at 128x128 and have at most six objects; drawn ones are sharp and have up to ten.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+from PIL import Image
+
+from train_mvae import BuiltInClevr
+
+SIZE, FRAME = 192, (320, 240)  # of the crop and of a picture, as in CLEVR's own usual layout
+TOGETHER = 32  # drawn at a time
+
+
+def frame(picture):
+    """A picture (SIZE, SIZE, 3) where CLEVR's crop will find it, on black: a PIL picture."""
+    whole = Image.new("RGB", FRAME)
+    whole.paste(Image.fromarray(picture), ((FRAME[0] - SIZE) // 2, FRAME[1] // 2 + FRAME[0] // 64 - SIZE // 2))
+    return whole
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scenes", type=click.IntRange(1), default=3200, help="Drawn, a multiple of 32.")
+@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 10), help="In a drawn scene.")
+def main(folder, out, scenes, objects):
+    """Link all that FOLDER, a CLEVR folder, has into OUT, and draw more pictures for training."""
+    for file in sorted(path for path in folder.resolve().rglob("*") if path.is_file()):
+        link = out / file.relative_to(folder.resolve())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(file)
+    data = BuiltInClevr(SIZE, objects, 0, torch.device("cpu"))
+    for first in range(0, scenes, TOGETHER):
+        for k, picture in enumerate(data.make(first, first + TOGETHER).permute(0, 2, 3, 1).numpy(), start=first):
+            frame(picture).save(out / "images" / "train" / f"CLEVR_builtin_{k:06d}.png")
+    click.echo(f"{out}: {scenes} drawn scenes beside those of {folder.name}")
+
+
+if __name__ == "__main__":
+    main()
