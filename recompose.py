@@ -31,6 +31,7 @@ MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
 PATH = click.Path(path_type=Path)
+EMPTY = 4.0  # nats: slots of less, unless asked for, have no column in the figure
 
 # ---------------------------------------------------------------- Files
 
@@ -422,9 +423,10 @@ def chosen_slots(lists, n_inputs, n_slots):
 
 def figure_of(rows, result, inputs):
     """Per input (tile, KL tile, tiles of its slots, their KL in nats, the chosen ones) -> the figure, a PIL picture."""
+    shown = [k for k in range(len(rows[0][3])) if any(k in chosen or nats[k] >= EMPTY for *_, nats, chosen in rows)]
     sheet = []
     for tile, kl, slots, nats, chosen in rows:
-        alone = [Tile(slot, f"slot {k}: {nats[k]:.0f} nats", k in chosen) for k, slot in enumerate(slots)]
+        alone = [Tile(slots[k], f"slot {k}: {nats[k]:.0f} nats", k in chosen) for k in shown]
         sheet.append([Tile(tile, "input"), Tile(kl, "KL map"), *alone])
     sheet.append([Tile(result, "of the framed slots", True)])
     names = [path.name for path in inputs]

@@ -245,7 +245,7 @@ def test_curves_show_scores_with_units_and_never_nothing(sprites_run, duo_run, t
 
 def test_drawn_scenes_are_added_to_a_folder_where_clevrs_crop_finds_them(tmp_path):
     write_clevr(tmp_path / "few", sizes=[(320, 240)] * 2, train=4)
-    printed = invoke(mixed.main, tmp_path / "few", tmp_path / "mixed", "--scenes", 32)
+    printed = invoke(mixed.main, "--data-root", tmp_path / "few", "--out", tmp_path / "mixed", "--scenes", 32)
     assert "32 drawn scenes beside those of few" in printed
     data = ClevrFolder(tmp_path / "mixed", 64, (1, 10), 0, torch.device("cpu"))
     assert len(data.images) + len(data.files["valid"]) == 36

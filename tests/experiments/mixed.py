@@ -1,6 +1,6 @@
 """A CLEVR folder to which pictures of the built-in renderer are added: training material of the shipped model.
 
-    python -m tests.experiments.mixed CLEVR_mini CLEVR_mixed --scenes 3200
+    python -m tests.experiments.mixed --data-root CLEVR_mini --out CLEVR_mixed
 
 Rendered pictures of 160x120 are soft at 128x128 and have at most six objects; drawn ones are sharp and have up to ten.
 """
@@ -25,14 +25,14 @@ def frame(picture):
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data-root", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--scenes", type=click.IntRange(1), default=3200, help="Drawn, a multiple of 32.")
 @click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 10), help="In a drawn scene.")
-def main(folder, out, scenes, objects):
-    """Link all that FOLDER, a CLEVR folder, has into OUT, and draw more pictures for training."""
-    for file in sorted(path for path in folder.resolve().rglob("*") if path.is_file()):
-        link = out / file.relative_to(folder.resolve())
+def main(data_root, out, scenes, objects):
+    """Link all that --data-root, a CLEVR folder, has into --out, and draw more pictures for training."""
+    for file in sorted(path for path in data_root.resolve().rglob("*") if path.is_file()):
+        link = out / file.relative_to(data_root.resolve())
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(file)
@@ -40,7 +40,7 @@ def main(folder, out, scenes, objects):
     for first in range(0, scenes, TOGETHER):
         for k, picture in enumerate(data.make(first, first + TOGETHER).permute(0, 2, 3, 1).numpy(), start=first):
             frame(picture).save(out / "images" / "train" / f"CLEVR_builtin_{k:06d}.png")
-    click.echo(f"{out}: {scenes} drawn scenes beside those of {folder.name}")
+    click.echo(f"{out}: {scenes} drawn scenes beside those of {data_root.name}")
 
 
 if __name__ == "__main__":
