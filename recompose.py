@@ -439,12 +439,13 @@ def recompose_pictures(model, inputs, slots):
     pictures = np.stack([load_picture(path, model.about["size"], model.about["crop"]) for path in inputs])
     encoded = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...); z = mu: repeatable
-    background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)
+    background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)  # (B, 1, ...)
     taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
     result = to_uint8(finite(model.compose(taken, background[0])[0], "the recomposition"))
     rows = []
     for b, numbers in enumerate(chosen):
-        alone = [to_uint8(model.compose(layer[b : b + 1, k : k + 1], background[b])[0]) for k in range(model.n_slots)]
+        behind = None if background[b] is None else background[b].repeat(model.n_slots, 0)  # (N, ...)
+        alone = [to_uint8(picture) for picture in model.compose(layer[b][:, None], behind)]
         kl = kl_tile(pictures[b], encoded["kl_map"][b], encoded["cell"][b], numbers)
         rows.append((pictures[b], kl, alone, encoded["kl"][b], numbers))
     return Image.fromarray(result), figure_of(rows, result, inputs), taken.shape[1]
