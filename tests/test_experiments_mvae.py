@@ -28,6 +28,7 @@ def test_recompositions_of_a_run_are_scored_and_its_slots_drawn(kind, request, m
     folder = request.getfixturevalue(kind)
     printed = invoke(slots.main, folder)
     assert "| recomposition_psnr | " in printed and "built-in" in printed
+    assert ("7 to 10 objects, ten slots, found: 0." in printed) == (kind == "clevr_run")
     scores = json.loads((folder / "recomposition.json").read_text())
     assert (scores["split"], scores["pairs"]) == ("test", 3)
     assert scores["step_0/recomposition_psnr"] > 0 and scores["recomposition_psnr_baseline"] > 0
@@ -84,7 +85,8 @@ def test_a_model_that_knows_recomposes_without_error_what_is_shown(sprites_run):
     assert scores["recomposition_psnr_baseline"] < 15
 
 
-def test_scenes_on_disk_are_drawn_but_not_drawn_anew(clevr_run, tmp_path):
+def test_a_run_on_a_folder_is_scored_on_scenes_that_can_be_drawn_anew(clevr_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(slots, "PAIRS", 3)
     root = tmp_path / "CLEVR_v1.0"
     write_clevr(root, sizes=[(320, 240)] * 4, train=30)
     result = CliRunner().invoke(slots.main, [str(clevr_run), "--data-root", str(root)])
@@ -94,8 +96,9 @@ def test_scenes_on_disk_are_drawn_but_not_drawn_anew(clevr_run, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["data"]["source"], config["options"]["data_root"] = f"CLEVR folder {root.name}", str(root)
     (folder / "config.json").write_text(json.dumps(config))
-    assert "PSNR" not in invoke(slots.main, folder)
-    assert not (folder / "recomposition.json").exists()
+    assert f"trained on: CLEVR folder {root.name}" in invoke(slots.main, folder)
+    scores = json.loads((folder / "recomposition.json").read_text())
+    assert scores["data"] == "built-in CLEVR-like renderer" and scores["removal_psnr_baseline"] > 15
 
 
 # ---------------------------------------------------------------- Properties

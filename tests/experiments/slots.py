@@ -3,9 +3,10 @@
     python -m tests.experiments.slots runs/mvae-sprites-alpha-N4-seed0
     python -m tests.experiments.slots runs/mvae-clevr-alpha-N6-seed0 --data-root CLEVR_v1.0
 
-Of a run on built-in pictures: recomposition.json, PSNRs on the test split's first pairs, of the trained model, of the
-model at step 0 and of a trivial baseline. Of every run figures of the valid split in RUN_DIR/figures: of pictures
-traversals.png, moved.png and recomposition.png; of sounds remix.png.
+Of a run on pictures: recomposition.json, PSNRs on pairs of built-in test scenes, which can be drawn anew, of the
+trained model, of that of step 0 and of a trivial baseline; of CLEVR besides, how many of 7 to 10 objects it finds.
+Of every run figures of the valid split in RUN_DIR/figures: of pictures traversals.png, moved.png and recomposition.png;
+of sounds remix.png.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import train_mvae
 from common import FOLDER, RATE, SAMPLES, gaussian_kl, random_generator, write_json
 from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
-from train_mvae import VISIBLE, averages, match, reconstruct, separate
+from train_mvae import VISIBLE, BuiltInClevr, averages, match, reconstruct, segmentation_scores, separate
 
 PAIRS = 64  # of scenes recomposed, and scenes that an object is taken out of
 PRINTED = ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr",
@@ -137,14 +138,32 @@ def score_removal(model, data, split, n):
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
 
 
+@torch.no_grad()
+def score_crowds(model, n):
+    """Built-in CLEVR scenes of 7 to 10 objects, ten slots: share of objects found (IoU of at least 0.5), and others."""
+    data, model.n_slots, trained = BuiltInClevr(model.size, (7, 10), 0, torch.device("cpu")), 10, model.n_slots
+    scores = []
+    for image, label in zip(*data.scenes("test", n), strict=True):
+        encoding, layer, _ = reconstruct(model, image[None])
+        responsibility = model.responsibilities(layer, encoding.background)[0]
+        iou = match(responsibility.argmax(0), label, 10)[2]
+        scores.append({"found": (iou >= 0.5).double().mean().item()} | segmentation_scores(responsibility, label))
+    model.n_slots = trained
+    return {f"crowds/{name}": score for name, score in averages(scores).items()}
+
+
 def measure(model, data):
-    return score_recomposition(model, data, "test", PAIRS) | score_removal(model, data, "test", PAIRS)
+    scores = score_recomposition(model, data, "test", PAIRS) | score_removal(model, data, "test", PAIRS)
+    return scores | (score_crowds(model, PAIRS) if isinstance(data, BuiltInClevr) else {})
 
 
 def measure_recomposition(folder, model, data):
-    """Scores of a run on built-in pictures, written to recomposition.json: of the test split, and at step 0."""
-    scores, start = measure(model, data), measure(load_start(model, data), data)
-    about = {"split": "test", "pairs": PAIRS, "step": model.config["step"], "data": data.source}
+    """Scores of a run on pictures, on built-in test scenes, written to recomposition.json; and those at step 0."""
+    drawn = data  # what a folder holds cannot be drawn anew: scenes like those are
+    if not hasattr(data, "render"):
+        drawn = BuiltInClevr(model.size, (3, 6), 0, torch.device("cpu"))
+    scores, start = measure(model, drawn), measure(load_start(model, data), drawn)
+    about = {"split": "test", "pairs": PAIRS, "step": model.config["step"], "data": drawn.source}
     scores |= {f"step_0/{name}": score for name, score in start.items() if not name.endswith("baseline")}
     write_json(folder / "recomposition.json", about | scores)
     return scores
@@ -257,11 +276,13 @@ def remix_figure(model, data, rows=4):
 
 
 def table_lines(scores):
-    """The trained model beside its start, and the baseline."""
+    """The trained model beside its start, and the baseline; and crowded scenes."""
     yield "| PSNR, dB | trained | step 0 | baseline: the picture itself |\n|-|-|-|-|"
     for name in PRINTED:
         values = (scores.get(key) for key in (name, f"step_0/{name}", f"{name}_baseline"))
         yield f"| {name} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |"
+    for name in (name for name in scores if name.startswith("crowds/")):
+        yield f"7 to 10 objects, ten slots, {name[7:]}: {scores[name]:.3f}, at step 0 {scores[f'step_0/{name}']:.3f}"
 
 
 @click.command()
@@ -280,9 +301,10 @@ def main(run_dir, data_root):
     for name, figure in figures.items():
         figure.save(run_dir / "figures" / f"{name}.png")
     click.echo(f"written: {', '.join(f'{run_dir}/figures/{name}.png' for name in figures)}")
-    if hasattr(data, "render"):  # scenes on disk cannot be drawn anew
-        click.echo(f"{PAIRS} pairs of test scenes; data: {data.source}")
-        click.echo("\n".join(table_lines(measure_recomposition(run_dir, model, data))))
+    if not model.sound:
+        scores = measure_recomposition(run_dir, model, data)
+        click.echo(f"{PAIRS} pairs of built-in test scenes; trained on: {data.source}")
+        click.echo("\n".join(table_lines(scores)))
 
 
 if __name__ == "__main__":
