@@ -26,6 +26,7 @@ import train_mvae
 
 ROOT = Path(recompose.__file__).parent
 SHIPPED = recompose.SHIPPED["mvae-image"]
+ABOUT = json.loads((SHIPPED / "model.json").read_text())
 # Nats of the slots that hold objects, first of a.png; mean colours (0 to 255) of slots 0 and 2 of both together.
 GOLDEN = {"nats": [24.94, 21.78, 18.66, 15.24, 28.58, 24.49, 18.19, 17.49], "colours": [123.98, 120.64, 113.22]}
 
@@ -73,7 +74,7 @@ def golden_numbers():
     """The shipped model's answers on the shipped pictures, as the README's command gives them."""
     names = [SHIPPED / "a.png", SHIPPED / "b.png"]
     model = recompose.Model(SHIPPED, "mvae-image")
-    pictures = np.stack([recompose.load_picture(path, 64, "clevr") for path in names])
+    pictures = np.stack([recompose.load_picture(path, ABOUT["size"], "clevr") for path in names])
     kl = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)["kl"]
     result, _, _ = recompose.recompose_pictures(model, names, [[0, 2]])
     numbers = {"nats": kl[:, :4].flatten(), "colours": np.asarray(result).mean((0, 1))}
@@ -89,8 +90,8 @@ def test_the_shipped_model_gives_its_golden_numbers():
 def test_all_slots_of_one_picture_are_its_reconstruction(inputs, tmp_path):
     every, named = tmp_path / "every.png", tmp_path / "named.png"
     first = run(inputs / "a.png", "--out", every)
-    assert first.exit_code == 0 and "every.png: 6 slots of 1 input; " in first.output
-    one = run(inputs / "a.png", "--slots", "5,2,0,1,4,3", "--out", named)
+    assert first.exit_code == 0 and f"every.png: {ABOUT['N']} slots of 1 input; " in first.output
+    one = run(inputs / "a.png", "--slots", ",".join(map(str, reversed(range(ABOUT["N"])))), "--out", named)
     assert one.exit_code == 0
     difference = np.asarray(Image.open(every)).astype(int) - np.asarray(Image.open(named)).astype(int)
     assert np.abs(difference).max() <= 1
@@ -200,8 +201,7 @@ def test_the_scripts_own_dependencies_are_those_of_requirements_txt():
     metadata, listed = script_metadata(), (ROOT / "requirements.txt").read_text().splitlines()
     assert metadata["requires-python"] == ">=3.11"
     assert set(metadata["dependencies"]) <= set(listed)
-    info = json.loads((SHIPPED / "model.json").read_text())
-    assert info["kind"] == "mvae-image" and info["N"] >= 3
+    assert ABOUT["kind"] == "mvae-image" and ABOUT["N"] >= 3
 
 
 # ---------------------------------------------------------------- Drawing
@@ -360,7 +360,7 @@ def test_files_that_are_no_still_pictures_are_refused(inputs, tmp_path):
         (["0,,1"], "slot numbers, from 0 on"),
         (["-1"], "from 0 on"),
         (["1,1"], "different slot numbers"),
-        (["6"], "slots 0 to 5"),
+        ([str(ABOUT["N"])], f"slots 0 to {ABOUT['N'] - 1}"),
         (["0", "1", "2"], "given 3 times for 2 inputs"),
     ],
 )
