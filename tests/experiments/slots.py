@@ -195,16 +195,20 @@ def slot_tiles(images, encoding, b, k):
 
 @torch.no_grad()
 def traversal_figure(model, images, rows=6, columns=7):
-    """One latent of slot 0 at a time through the prior's width, a row each: those of highest KL."""
-    encoding = model.encode(images[:1])
-    mu, values = encoding.mu[0, 0], torch.linspace(-2.4, 2.4, columns, device=images.device)
-    kl, sheet, labels = gaussian_kl(mu, encoding.logvar[0, 0]), [], []
+    """One latent of slot 0 at a time through the prior's width, a row each: those of highest KL.
+
+    Of the scene whose slot 0 stands nearest to the middle.
+    """
+    encoding = model.encode(images)
+    b = int(encoding.cell[:, 0].abs().amax(1).argmin())
+    mu, values = encoding.mu[b, 0], torch.linspace(-2.4, 2.4, columns, device=images.device)
+    kl, sheet, labels = gaussian_kl(mu, encoding.logvar[b, 0]), [], []
     for latent in kl.topk(min(rows, model.d)).indices.tolist():
         z = mu.repeat(columns, 1)
         z[:, latent] = values
-        drawn = composed_with(model, encoding, 0, 0, z=z)
+        drawn = composed_with(model, encoding, b, 0, z=z)
         moved = [Tile(picture(d), f"z = {v:+.1f}") for d, v in zip(drawn, values.tolist(), strict=True)]
-        sheet.append(slot_tiles(images, encoding, 0, 0) + moved)
+        sheet.append(slot_tiles(images, encoding, b, 0) + moved)
         labels.append(f"latent {latent}: {kl[latent]:.1f} nats")
     title = "Slot 0, ringed: one of its latents at a time from -2.4 to 2.4, all else as it was encoded"
     return contact_sheet(sheet, title, labels)
