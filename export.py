@@ -47,7 +47,7 @@ OPSET = 18
 TOLERANCE = 1e-4  # relative to the largest value of an output, where that exceeds 1
 DECIBELS = 0.1  # of a vocoder, in spectral convergence: its iterations multiply rounding
 SCRIPTS = ("train_vae_mnist", "train_vae_audio", "train_mvae")
-OF_SLOTS = ("mu", "logvar", "cell")  # outputs that a tie of two cells' KL may exchange
+OF_SLOTS = ("mu", "logvar", "cell", "kl")  # outputs that a tie of two cells' KL may exchange, and so what is near them
 BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are traced with 2 and 3
 
 # ---------------------------------------------------------------- Inputs

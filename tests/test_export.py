@@ -174,9 +174,10 @@ def test_a_vocoder_that_stops_early_or_gives_nan_differs():
 def test_what_counts_as_a_difference():
     cell, mu = torch.tensor([[[0.5, 0.25]]]), torch.rand(1, 1, 4, generator=random_generator("mu"))
 
-    def difference(mu_, cell_=cell, scale=1.0):
+    def difference(mu_, cell_=cell, scale=1.0, kl=1.0):
         expected = (scale * mu, torch.ones(1, 1), cell)
-        return export.largest_difference(("mu", "kl", "cell"), expected, (mu_, np.ones((1, 1)), np.asarray(cell_)))
+        actual = (mu_, np.full((1, 1), kl), np.asarray(cell_))
+        return export.largest_difference(("mu", "kl", "cell"), expected, actual)
 
     mu = mu / mu.max()
     assert difference(mu.numpy()) == 0
@@ -185,6 +186,8 @@ def test_what_counts_as_a_difference():
     assert difference(mu.numpy() * np.nan) == float("inf")
     assert difference(mu.numpy()[:, :, :2]) == float("inf")
     assert difference(mu.numpy() + 0.5, cell + 0.5) == 0  # a tie: other cells of the same KL
+    assert difference(mu.numpy(), kl=1.5) == pytest.approx(0.5)
+    assert difference(mu.numpy(), cell + 0.5, kl=1.5) == 0  # and what is chosen after them
 
 
 # ---------------------------------------------------------------- The folder
