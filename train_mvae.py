@@ -163,7 +163,7 @@ class Sprites(Drawn):
         palette = F.pad(scene["rgb"], (0, 0, 1, 0))  # (n, K + 1, 3), black first
         image = palette[torch.arange(len(label), device=self.device)[:, None, None], label].permute(0, 3, 1, 2)
         fine = label.shape[-1] // self.size
-        return F.avg_pool2d(image, fine), label[:, ::fine, ::fine]
+        return F.avg_pool2d(image, fine), (self.outlines(scene, self.size) * number).amax(1)  # in the middle of pixels
 
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
@@ -227,8 +227,7 @@ class BuiltInClevr(Drawn):
         scene["present"] = torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)
         scene["camera"] = camera + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
         scene["lamps"] = lamps + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
-        clearance = radius[:, :, None] + radius[:, None] + 0.25  # CLEVR's rule
-        scene["xy"] = place_apart(n, k, 3.0, clearance, generator)
+        scene["xy"] = place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)  # CLEVR's rule
         scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
         scene["metal"] = uniform(0, 1, (n, k), generator) < 0.5
         return scene
@@ -249,7 +248,8 @@ class BuiltInClevr(Drawn):
         point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
         light[i, pixel] = self.shade_objects(point, rays[i, pixel], i, label[i, pixel] - 1, centre, scene)
         image = light.clamp(0, 1).pow(1 / 2.2).transpose(1, 2).unflatten(2, (side, side))
-        return F.avg_pool2d(image, 2), label.unflatten(1, (side, side))[:, ::2, ::2]
+        label = self.nearest(scene, centre, crop_rays(self.size, scene["camera"]))[1]  # in the middle of pixels
+        return F.avg_pool2d(image, 2), label.unflatten(1, (self.size, self.size))
 
     def nearest(self, scene, centre, rays):
         """Depth and label of the first object that every one of rays (n, W, 3) meets: (n, W) each; label 0: none."""

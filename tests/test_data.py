@@ -37,6 +37,27 @@ def test_sprites_show_each_object_in_its_colour_on_black(sprites):
         torch.testing.assert_close(image[b, :, inner], colour[:, None].expand(3, int(inner.sum())))
 
 
+def centre_of_mass(weight):
+    """(y, x) of weights (n, H, W), in pixels: (n, 2)."""
+    y, x = torch.meshgrid(*[torch.arange(side).float() for side in weight.shape[1:]], indexing="ij")
+    total = weight.sum((1, 2))
+    return torch.stack([(weight * axis).sum((1, 2)) / total for axis in (y, x)], dim=1)
+
+
+def test_labels_lie_where_pictures_show_the_objects(sprites, clevr):
+    scene = sprites.sample(200, random_generator("labels"))
+    scene["present"] = torch.arange(4).expand(200, 4) == 0
+    image, label = sprites.render(scene)
+    apart = centre_of_mass(image.amax(1)) - centre_of_mass((label == 1).float())
+    assert apart.mean(0).abs().max() < 0.03, "of a pixel; labels of every pixel's first quarter are 0.25 away"
+    scene = clevr.sample(64, random_generator("labels"))
+    scene["present"] = torch.arange(6).expand(64, 6) == 0
+    label, fine = clevr.render(scene)[1], BuiltInClevr(256, (3, 6), 0, CPU).render(scene)[1]
+    seen = label.flatten(1).any(1)
+    apart = (centre_of_mass((fine > 0).float()) + 0.5) / 8 - 0.5 - centre_of_mass((label > 0).float())
+    assert apart[seen].mean(0).abs().max() < 0.03
+
+
 def test_sprites_are_as_many_as_asked_and_apart(sprites):
     scene = sprites.sample(200, random_generator("test"))
     counts = scene["present"].sum(1)
@@ -116,7 +137,7 @@ def test_outlines_are_those_of_marching_along_the_rays(clevr, shape, half):
     right = torch.linalg.cross(forward, torch.tensor([0.0, 0.0, 1.0]))
     right = right / right.norm()
     up = torch.linalg.cross(right, forward)
-    v, u = 0.3 * train_mvae.position_grid(64, 64)[:, ::2, ::2]  # the first of every pixel's four samples
+    v, u = 0.3 * train_mvae.position_grid(32, 32)
     ray = forward + (u[..., None] * right - (v[..., None] + 1 / 64) * up) * 32 / 35
     t = torch.linspace(6, 16, 4001)[:, None, None, None]
     point = camera + t * ray - torch.tensor([*scene["xy"][0, 0], half])
@@ -124,7 +145,7 @@ def test_outlines_are_those_of_marching_along_the_rays(clevr, shape, half):
     x, y, z = point.unbind(-1)
     turned = torch.stack([c * x + s * y, c * y - s * x, z], dim=-1)
     marched = inside(shape, half, turned).any(0)
-    assert marched.sum() > 10
+    assert marched.sum() >= 10
     assert (marched != (label[0] == 1)).sum() <= 1  # a grazing ray may fall between two marching steps
 
 
@@ -135,7 +156,7 @@ def test_the_nearer_object_hides_the_farther(clevr):
     both = {name: torch.cat([far[name], near[name]], dim=1) for name in far if name not in shared} | shared
     _, label = clevr.render(both)
     overlap = alone[0] & alone[1]
-    assert overlap.sum() > 10
+    assert overlap.sum() >= 10
     assert (label[0][overlap] == 2).all()
     assert torch.equal(label[0] > 0, alone[0] | alone[1])
 
@@ -165,8 +186,8 @@ GOLDEN_COLOURS = [
     (0.47719, 0.44747, 0.45344), (0.45695, 0.43459, 0.45439), (0.44138, 0.43323, 0.43186), (0.42622, 0.41257, 0.44084)
 ]  # fmt: skip
 GOLDEN_LABELS = [
-    (816, 13, 65, 98, 12, 20, 0), (792, 140, 7, 64, 0, 21, 0), (792, 107, 16, 12, 18, 17, 62),
-    (732, 146, 33, 25, 0, 18, 70)
+    (807, 15, 62, 98, 12, 30, 0), (798, 135, 6, 62, 0, 23, 0), (799, 104, 14, 12, 20, 14, 61),
+    (740, 143, 30, 24, 0, 18, 69)
 ]  # fmt: skip
 
 
