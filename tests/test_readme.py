@@ -43,7 +43,7 @@ def typed_lines(path):
         yield from (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
         return
     block = None
-    for line in path.read_text().splitlines():
+    for line in path.read_text().replace("\\\n", " ").splitlines():  # a backslash at the end goes on
         if line.startswith("```"):
             block = None if block is not None else line[3:].strip()
         elif block is not None and block != "old":

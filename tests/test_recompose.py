@@ -194,7 +194,7 @@ def test_the_readmes_command_needs_what_the_script_names_and_no_torch(bare_pytho
     out = tmp_path / "out.png"
     result = subprocess.run([*command, "--out", out], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
-    assert Image.open(out).size == (64, 64)
+    assert Image.open(out).size == (ABOUT["size"],) * 2
 
 
 def test_the_scripts_own_dependencies_are_those_of_requirements_txt():
