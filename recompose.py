@@ -24,13 +24,14 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GRAPHS = ("encoder", "decoder", "composer")  # and for sounds, where it is asked for, "vocoder"
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
 PATH = click.Path(path_type=Path)
+CROPS = ("clevr", "centre", "fit")  # of pictures that are not square
 EMPTY = 4.0  # nats: slots of less, unless asked for, have no column in the figure
 
 # ---------------------------------------------------------------- Files
@@ -67,12 +68,15 @@ def load_file(path, read, kinds, error):
 
 
 def read_picture(path):
-    """Any still picture of 8 or 16 bits -> RGB; raises click.UsageError for all others, damaged files included."""
+    """Any still picture of 8 or 16 bits -> RGB, upright; raises click.UsageError for others, and for damaged files."""
+    if path.suffix.lower() in (".heic", ".heif"):
+        raise click.UsageError(f"{path}: HEIC is not read; PNG, JPEG, ... are: magick {path.name} {path.stem}.png")
     try:
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise click.UsageError(f"{path}: animated, {picture.n_frames} frames; expected a still picture")
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper
                 values = np.asarray(picture, np.float64)
                 if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -89,18 +93,26 @@ def read_picture(path):
 
 
 def square(picture, crop, where):
-    """The square of a picture that a model sees; raises click.UsageError where there is none.
+    """The square of a picture that a model sees; one that is square already is taken whole.
 
-    crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; a picture that is square already
-    is taken whole. crop "none": the picture must be square.
+    crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; "centre": the largest in the
+    middle; "fit": all of an RGB picture, between bars of the mean colour of its border. Raises click.UsageError where
+    there is no such square, and with "none" for all that are not square.
     """
     width, height = picture.size
     if width == height:
         return picture
+    if crop == "centre":
+        return ImageOps.fit(picture, (min(width, height),) * 2)
+    if crop == "fit":
+        pixels = np.asarray(picture)
+        border = pixels[[0, -1]] if width > height else pixels[:, [0, -1]]
+        bars = tuple(border.mean((0, 1)).round().astype(int).tolist())
+        return ImageOps.pad(picture, (max(width, height),) * 2, color=bars)
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
         reason = "CLEVR's crop needs a height of at least 0.64 W" if crop == "clevr" else "this model takes squares"
-        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}")
+        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}; see --crop")
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
@@ -433,10 +445,10 @@ def figure_of(rows, result, inputs):
     return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", [*names, "recomposition"])
 
 
-def recompose_pictures(model, inputs, slots):
+def recompose_pictures(model, inputs, slots, crop=None):
     """Picture files -> the recomposition, the figure that explains it (both PIL), and how many slots it has."""
     chosen = chosen_slots(list(slots), len(inputs), model.n_slots)
-    pictures = np.stack([load_picture(path, model.about["size"], model.about["crop"]) for path in inputs])
+    pictures = np.stack([load_picture(path, model.about["size"], crop or model.about["crop"]) for path in inputs])
     encoded = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...); z = mu: repeatable
     background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)  # (B, 1, ...)
@@ -510,10 +522,11 @@ def save_sound(path, waveform, rate):
 @click.option("--slots", multiple=True, type=SLOTS, metavar="K,K", show_default="all",
               help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
+@click.option("--crop", type=click.Choice(CROPS), show_default="as in training", help="Of pictures: the square taken.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option("--out", type=PATH, show_default="recomposed.png or .wav",
               help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip
-def main(inputs, slots, folder, vocoder, out):
+def main(inputs, slots, folder, crop, vocoder, out):
     # 1. Check the arguments, and read the model.
     sounds = {path.suffix.lower() in SUFFIXES for path in inputs}
     if len(sounds) > 1:
@@ -522,8 +535,8 @@ def main(inputs, slots, folder, vocoder, out):
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    if vocoder and kind != "mvae-sound":
-        raise click.UsageError("--vocoder is for sounds")
+    if (vocoder and kind != "mvae-sound") or (crop and kind != "mvae-image"):
+        raise click.UsageError("--vocoder is for sounds, --crop for pictures")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir():
@@ -539,7 +552,7 @@ def main(inputs, slots, folder, vocoder, out):
         result, figure, n = recompose_sounds(model, inputs, slots, vocoder)
         save_sound(out, result, model.about["sample_rate"])
     else:
-        result, figure, n = recompose_pictures(model, inputs, slots)
+        result, figure, n = recompose_pictures(model, inputs, slots, crop)
         save(out, lambda p: result.save(p, format="PNG"))
     save(beside, lambda p: figure.save(p, format="PNG"))
     count = f"{n} slot{'s' * (n > 1)} of {len(inputs)} input{'s' * (len(inputs) > 1)}"

@@ -321,6 +321,35 @@ def test_the_crop_is_clevrs(size, box):
     assert (np.asarray(recompose.square(Image.fromarray(marked), "clevr", "x")) == 255).all()
 
 
+def test_a_centred_square_and_a_whole_picture_between_bars():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=np.uint8)
+    for turned in (False, True):
+        picture = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
+        centre, fit = (np.asarray(recompose.square(picture, crop, "x")) for crop in ("centre", "fit"))
+        centre, fit = (one.transpose(1, 0, 2) if turned else one for one in (centre, fit))
+        np.testing.assert_array_equal(centre, pixels[:, 30:70])
+        np.testing.assert_array_equal(fit[30:70], pixels)
+        np.testing.assert_allclose(fit[0, 0], pixels[[0, -1]].mean((0, 1)), atol=1)
+        assert (fit[:30] == fit[0, 0]).all() and (fit[70:] == fit[0, 0]).all()
+
+
+def test_pictures_are_turned_as_their_camera_says(inputs, tmp_path):
+    picture = Image.open(inputs / "a.png")
+    upright = converted(inputs, tmp_path, "upright.png", lambda p: p.transpose(Image.Transpose.ROTATE_90))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # orientation: to be turned by 90 degrees against the clock
+    picture.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(recompose.load_picture(tmp_path / "turned.png", 64, "clevr"), upright)
+
+
+def test_a_wide_picture_is_taken_with_a_crop_that_suits_it(inputs, tmp_path):
+    Image.new("RGB", (300, 100), "grey").save(tmp_path / "wide.png")
+    for crop in ("centre", "fit"):
+        assert run(tmp_path / "wide.png", "--crop", crop, "--out", tmp_path / f"{crop}.png").exit_code == 0
+    refused(run(tmp_path / "wide.png", "--crop", "clevr", "--out", tmp_path / "c.png"), "see --crop")
+    refused(run(tmp_path / "x.wav", "--crop", "fit", "--out", tmp_path / "c.wav"), "--crop for pictures")
+
+
 # ---------------------------------------------------------------- Mistakes
 
 
@@ -345,6 +374,7 @@ def test_files_that_are_no_still_pictures_are_refused(inputs, tmp_path):
         ("deep.tiff", "32 bits"),
         ("wide.png", "crop needs a height"),
         ("missing.png", "no such file"),
+        ("photo.heic", "HEIC is not read"),
         (".", "damaged"),
     ):
         refused(run(tmp_path / name, "--out", out), message)
