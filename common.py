@@ -66,8 +66,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, norm=False, conv=nn.Conv2d, kernel=3):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(8, channels) if norm else nn.Identity() for _ in range(2))
-        self.conv1, self.conv2 = (conv(channels, channels, kernel, padding=kernel // 2) for _ in range(2))
+        norm, conv = (nn.GroupNorm if norm else nn.Identity), partial(conv, channels, channels, kernel)
+        self.norm1, self.conv1 = norm(8, channels), conv(padding=kernel // 2)
+        self.norm2, self.conv2 = norm(8, channels), conv(padding=kernel // 2)
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
@@ -143,8 +144,7 @@ class BlockSTFT(nn.Module):
     def __init__(self, n_fft):
         super().__init__()
         self.n_fft, self.hop = n_fft, n_fft // 4
-        ends = n_fft // 2 + 1
-        groups = [torch.arange(start, ends, 4) for start in (0, 2, 1, 3)]
+        groups = [torch.arange(start, n_fft // 2 + 1, 4) for start in (0, 2, 1, 3)]
         bins = torch.cat(groups)
         self.sizes = [len(group) for group in groups]
         self.register_buffer("window", torch.hann_window(n_fft).view(4, 1, self.hop), persistent=False)
@@ -189,10 +189,9 @@ class BlockSTFT(nn.Module):
     def reflect(self, blocks):
         """Replace the two blocks beyond either end by the signal's mirror image, as `torch.stft` pads a signal."""
         n, length = blocks.shape[1], 2 * self.hop
-        left = blocks.narrow(1, 2, 3).flatten(1).narrow(1, 1, length).flip(1).unflatten(1, (2, self.hop))
-        right = (
-            blocks.narrow(1, n - 5, 3).flatten(1).narrow(1, self.hop - 1, length).flip(1).unflatten(1, (2, self.hop))
-        )
+        first = blocks.narrow(1, 2, 3).flatten(1).narrow(1, 1, length)
+        last = blocks.narrow(1, n - 5, 3).flatten(1).narrow(1, self.hop - 1, length)
+        left, right = (end.flip(1).unflatten(1, (2, self.hop)) for end in (first, last))
         return torch.cat([left, blocks.narrow(1, 2, n - 4), right], dim=1)
 
     def forward(self, waveform):
@@ -264,16 +263,13 @@ INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)} 
 NOTES_EACH = 24  # of every built-in instrument
 KEPT = 16_000  # notes of a split kept in memory: 2 GB
 
-
 # One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling.
 Note = namedtuple("Note", "name family pitch instrument velocity path semitones", defaults=(None, 0))
 # A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
 # stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); vibrato in semitones; breath, noise beside
 # the tone; pluck, where a string is plucked, as a share of its length; odd, weight of even harmonics; formants in Hz.
-Timbre = namedtuple(
-    "Timbre", "pitches rolloff attack decay stiffness vibrato breath pluck odd formants",
-    defaults=(math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, ()),
-)  # fmt: skip
+Timbre = namedtuple("Timbre", "pitches rolloff attack decay stiffness vibrato breath pluck odd formants",
+                    defaults=(math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, ()))  # fmt: skip
 TIMBRES = {
     "bass": Timbre((28, 55), rolloff=1.6, attack=0.008, decay=1.4, stiffness=5e-5, pluck=0.2),
     "brass": Timbre((40, 83), rolloff=0.8, attack=0.06, vibrato=0.05),

@@ -40,6 +40,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 import torchaudio
+from torch.export import Dim
 
 from common import RUN_OPTIONS, Graph, load_config, random_generator, versions, write_json
 
@@ -95,11 +96,7 @@ def extremes(inputs, generator):
 
 def write_onnx(graph, inputs, path, info):
     """One file without side data, opset OPSET, its batch, slots and frames dynamic; `info` is in its metadata."""
-    dims = {
-        "batch": torch.export.Dim("batch"),
-        "slots": torch.export.Dim("slots"),
-        "frames": torch.export.Dim("frames", min=8),
-    }
+    dims = {"batch": Dim("batch"), "slots": Dim("slots"), "frames": Dim("frames", min=8)}
     axes = {name: {axis: dims[kind] for axis, kind in kinds.items()} for name, kinds in dynamic_axes(inputs).items()}
     program = torch.onnx.export(
         graph, tuple(inputs.values()), input_names=list(inputs), output_names=list(graph.outputs), opset_version=OPSET,

@@ -10,9 +10,9 @@
     python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.wav  # one instrument of each
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
-every slot decoded alone, the recomposition. A slot of a sound is heard as a soft mask on the spectrum of its input, or,
-with `--vocoder`, as what it decodes to, through Griffin-Lim. Models are folders written by `export.py`. This file and
-such a folder can be taken elsewhere: `uv run recompose.py ...` installs what it needs.
+every slot that is not empty decoded alone, the recomposition. A slot of a sound is heard as a soft mask on its input's
+spectrum, or, with `--vocoder`, as what it decodes to, through Griffin-Lim. Models are folders written by `export.py`.
+This file and such a folder can be taken elsewhere: `uv run recompose.py ...` installs what it needs.
 """
 
 import io
@@ -31,7 +31,6 @@ MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
 PATH = click.Path(path_type=Path)
-CROPS = ("clevr", "centre", "fit")  # of pictures that are not square
 EMPTY = 4.0  # nats: slots of less, unless asked for, have no column in the figure
 
 # ---------------------------------------------------------------- Files
@@ -96,8 +95,7 @@ def square(picture, crop, where):
     """The square of a picture that a model sees; one that is square already is taken whole.
 
     crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; "centre": the largest in the
-    middle; "fit": all of an RGB picture, between bars of the mean colour of its border. Raises click.UsageError where
-    there is no such square, and with "none" for all that are not square.
+    middle; "fit": all of it, between bars of its mean colour. Raises click.UsageError where there is no such square.
     """
     width, height = picture.size
     if width == height:
@@ -105,14 +103,12 @@ def square(picture, crop, where):
     if crop == "centre":
         return ImageOps.fit(picture, (min(width, height),) * 2)
     if crop == "fit":
-        pixels = np.asarray(picture)
-        border = pixels[[0, -1]] if width > height else pixels[:, [0, -1]]
-        bars = tuple(border.mean((0, 1)).round().astype(int).tolist())
-        return ImageOps.pad(picture, (max(width, height),) * 2, color=bars)
+        mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        return ImageOps.pad(picture, (max(width, height),) * 2, color=mean)
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
         reason = "CLEVR's crop needs a height of at least 0.64 W" if crop == "clevr" else "this model takes squares"
-        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}; see --crop")
+        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}; recompose.py --crop takes others")
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
@@ -522,7 +518,7 @@ def save_sound(path, waveform, rate):
 @click.option("--slots", multiple=True, type=SLOTS, metavar="K,K", show_default="all",
               help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
-@click.option("--crop", type=click.Choice(CROPS), show_default="as in training", help="Of pictures: the square taken.")
+@click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), show_default="the model's", help="Of pictures.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option("--out", type=PATH, show_default="recomposed.png or .wav",
               help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip

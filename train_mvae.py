@@ -527,13 +527,13 @@ class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
     The first `d_cell` latents say how large, so that near and far objects have the same resolution. Drawn are colours,
-    or features, that are `outside` where the canvas ends, with `masked` after them a mask's logit, with `shaded` before
-    them the logarithm of how far the slot darkens the background, with `masked` first of all how near it is.
+    or features, that are `outside` where the canvas ends, with `shaded` before them the logarithm of how far the slot
+    darkens the background, with `masked` first of all how near it is, and last a mask's logit.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
-        self.d_cell, self.side, self.masked, self.before = d_cell, side, masked, masked + shaded
+        self.d_cell, self.side, self.masked = d_cell, side, masked
         self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
         self.extent = nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
@@ -577,7 +577,7 @@ class CanvasDecoder(nn.Module):
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
-        layer = resample(self.window * (canvas - self.beyond[self.before :]), scale, offset, self.side)
+        layer = resample(self.window * (canvas - self.beyond[-len(canvas[0]) :]), scale, offset, self.side)
         if self.shade:
             shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
             shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)

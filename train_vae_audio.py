@@ -273,8 +273,7 @@ class NoteVAE(nn.Module):
             x = encoder(x)
         h = x.flatten(1)  # (n, wide)
         y = torch.ones(len(h), 1) if label is None else F.pad(label, (0, 1), value=1.0)  # the constant comes last
-        # Ridge regression, (n_labels + 1, wide)
-        by_label = torch.linalg.solve(y.T @ y + torch.eye(y.shape[1]), y.T @ h)
+        by_label = torch.linalg.solve(y.T @ y + torch.eye(y.shape[1]), y.T @ h)  # ridge: (n_labels + 1, wide)
         mean, scales, directions = principal(h - y @ by_label, self.d)
         inward = torch.where(scales > 1e-3 * scales[0] + 1e-6, directions / scales, 0.0)  # none of too few notes
         posterior, latents = self.encoder["posterior"], self.decoder["latents"]
@@ -292,8 +291,7 @@ load = partial(load_model, kind=NoteVAE)  # a run folder -> its trained model
 
 def start_at_notes(model, split):
     """`start_at` on at most START_NOTES notes of a split, spread evenly, transposed ones among them."""
-    n = len(split.notes)
-    index = torch.linspace(0, n - 1, min(n, START_NOTES)).round().long()
+    index = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
     level = torch.cat([level for _, level, _ in in_chunks(model, split, index)])
     model.start_at(level, model.label(split.pitch[index], split.family[index]))
     return model
@@ -315,8 +313,7 @@ def objective(model, level, label, noise, beta):
     world = dist.get_world_size() if dist.is_initialized() else 1
     variance = reduce_over_processes([error.detach()], level.device, dist.ReduceOp.SUM)[0] / world
     variance = torch.as_tensor(variance, dtype=torch.float32)
-    kl = gaussian_kl(mu, logvar).sum(1).mean()
-    values = level[0].numel()
+    kl, values = gaussian_kl(mu, logvar).sum(1).mean(), level[0].numel()
     reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance)
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.sqrt()}
     return (reconstruction + beta * kl) / values, terms
@@ -569,11 +566,8 @@ def main(context, **options):
         start_at_notes(model, train)
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-6, fused=True)
-    about = {
-        "name": options["dataset"],
-        "source": source,
-        "notes": {split: len(part.notes) for split, part in splits.items()},
-    }
+    counts = {split: len(part.notes) for split, part in splits.items()}
+    about = {"name": options["dataset"], "source": source, "notes": counts}
 
     # 2. Train: the score of the start first, figures and scores of the validation split on the way.
     with Run(options, SCRIPT, RUN_NAME.format(**options), about, model, optimizer, device) as run:
