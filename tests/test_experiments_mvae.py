@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from test_data import write_clevr
 
 from recompose import load_picture
-from tests.experiments import curves, grid, mixed, properties, separation, slots
+from tests.experiments import curves, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
 from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, ClevrFolder, Encoding, separate
 
@@ -255,3 +255,12 @@ def test_drawn_scenes_are_added_to_a_folder_where_clevrs_crop_finds_them(tmp_pat
     drawn = BuiltInClevr(192, (3, 10), 0, torch.device("cpu")).make(0, 32)[5]  # (3, 192, 192)
     file = tmp_path / "mixed" / "images" / "train" / "CLEVR_builtin_000005.png"
     assert (load_picture(file, 192, "clevr") == drawn.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_run_is_scored_on_scenes_it_was_not_trained_on(clevr_run, sprites_run, tmp_path):
+    printed = invoke(transfer.main, clevr_run, "--objects", 7, 10, "--n-slots", 10, "--scenes", 4)
+    assert "7 to 10 objects" in printed and "| trained, 10 slots, 4 scenes | " in printed and "| step 0, 10" in printed
+    write_clevr(tmp_path / "few", sizes=[(320, 240)] * 2, train=4)
+    printed = invoke(transfer.main, clevr_run, "--data-root", tmp_path / "few", "--objects", 1, 10)
+    assert "CLEVR folder few" in printed and "2 scenes | " in printed
+    assert CliRunner().invoke(transfer.main, [str(sprites_run)]).exit_code == 2
