@@ -250,6 +250,8 @@ def test_drawn_scenes_are_added_to_a_folder_where_clevrs_crop_finds_them(tmp_pat
     write_clevr(tmp_path / "few", sizes=[(320, 240)] * 2, train=4)
     printed = invoke(mixed.main, "--data-root", tmp_path / "few", "--out", tmp_path / "mixed", "--scenes", 32)
     assert "32 drawn scenes beside those of few" in printed
+    wrong = ["--data-root", str(tmp_path), "--out", str(tmp_path / "none")]
+    assert CliRunner().invoke(mixed.main, wrong).exit_code == 2 and not (tmp_path / "none").exists()
     data = ClevrFolder(tmp_path / "mixed", 64, (1, 10), 0, torch.device("cpu"))
     assert len(data.images) + len(data.files["valid"]) == 36
     drawn = BuiltInClevr(192, (3, 10), 0, torch.device("cpu")).make(0, 32)[5]  # (3, 192, 192)

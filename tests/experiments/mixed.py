@@ -5,12 +5,14 @@
 Rendered pictures of 160x120 are soft at 128x128 and have at most six objects; drawn ones are sharp and have up to ten.
 """
 
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
 from PIL import Image
 
+from recompose import write_atomically
 from train_mvae import BuiltInClevr
 
 SIZE, FRAME = 192, (320, 240)  # of the crop and of a picture, as in CLEVR's own usual layout
@@ -31,6 +33,8 @@ def frame(picture):
 @click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 10), help="In a drawn scene.")
 def main(data_root, out, scenes, objects):
     """Link all that --data-root, a CLEVR folder, has into --out, and draw more pictures for training."""
+    if scenes % TOGETHER or not (data_root / "images" / "train").is_dir():
+        raise click.UsageError(f"expected a multiple of {TOGETHER} --scenes, and images/train in --data-root")
     for file in sorted(path for path in data_root.resolve().rglob("*") if path.is_file()):
         link = out / file.relative_to(data_root.resolve())
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,8 @@ def main(data_root, out, scenes, objects):
     data = BuiltInClevr(SIZE, objects, 0, torch.device("cpu"))
     for first in range(0, scenes, TOGETHER):
         for k, picture in enumerate(data.make(first, first + TOGETHER).permute(0, 2, 3, 1).numpy(), start=first):
-            frame(picture).save(out / "images" / "train" / f"CLEVR_builtin_{k:06d}.png")
+            file = out / "images" / "train" / f"CLEVR_builtin_{k:06d}.png"
+            write_atomically(file, partial(frame(picture).save, format="PNG"))
     click.echo(f"{out}: {scenes} drawn scenes beside those of {data_root.name}")
 
 

@@ -38,7 +38,7 @@ def main(run_dir, data_root, trained_on, objects, n_slots, scenes):
     for name, one in (("trained", model), ("step 0", load_start(model, own))):
         one.n_slots = n_slots or one.n_slots
         found = train_mvae.evaluate_pictures(one, data, "test", scenes, options["sigma"])
-        values = (f"{found[score]:.4f}" if score in found else "" for score in SCORES)
+        values = (f"{found[score]:.5f}" if score in found else "" for score in SCORES)
         click.echo(f"| {name}, {one.n_slots} slots, {found['scenes']} scenes | {' | '.join(values)} |")
 
 
