@@ -358,6 +358,7 @@ SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are 
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
 MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
+EARLIEST, LATEST, SHORTEST = -2.0, 0.5, 0.3  # s from a window's start at which its notes begin; its least share
 MIXTURES = 500  # of test notes, that a finished run is judged by
 
 
@@ -398,6 +399,14 @@ class SoundLevels(nn.Module):
         return self.inverse @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
+def cut_out(stems, shift, end):
+    """Stems (n, S, SAMPLES) moved by shift (n, S) samples and silent from sample end (n, 1) on."""
+    place = torch.arange(SAMPLES)
+    source = place - shift[..., None]  # (n, S, SAMPLES)
+    kept = (source >= 0) & (source < SAMPLES) & (place < end[..., None])
+    return torch.where(kept, stems.gather(2, source.clamp(0, SAMPLES - 1)), 0.0)
+
+
 class NoteDuos:
     """Mixtures of two notes of different instruments and names, or click.UsageError where a split has none."""
 
@@ -429,8 +438,19 @@ class NoteDuos:
 
     def batch(self, step, own, total):
         """Levels of the slice `own` of the `total` mixtures of a step: (own, FRAMES, bands, 1)."""
-        pair, decibels = self.sample("train", total, random_generator("mixtures", self.seed, step))
-        return self.levels(self.stems("train", pair[own], decibels[own]).sum(1).to(self.device))
+        generator = random_generator("mixtures", self.seed, step)
+        pair, decibels = self.sample("train", total, generator)
+        shift, end = self.windows(total, generator)
+        stems = cut_out(self.stems("train", pair[own], decibels[own]), shift[own], end[own])
+        return self.levels(stems.sum(1).to(self.device))
+
+    def windows(self, n, generator):
+        """Samples by which n mixtures' notes begin late (n, 2), and where the mixtures end (n, 1)."""
+        # Half of them are windows of a longer sound: a note that began before it sounds on, or another cuts it short.
+        inside = torch.rand(n, 1, generator=generator) < 0.5
+        shift = inside * (LATEST + (EARLIEST - LATEST) * torch.rand(n, 2, generator=generator))
+        end = 1 - inside * (1 - SHORTEST) * torch.rand(n, 1, generator=generator)
+        return (RATE * shift).long(), (SAMPLES * end).long()
 
     def mixtures(self, split, n):
         """Stems (n, 2, SAMPLES) of the first n of the mixtures that all runs share."""
