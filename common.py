@@ -612,7 +612,12 @@ def versions():
 
 
 class Graph(nn.Module):
-    """A function of a model as a module to export; `reference`: the same as training computed it, if differently."""
+    """A function of a model as a module to export; `reference`: the same as training computed it, if differently.
+
+    Inputs named in `optional` have their examples as defaults in an ONNX file; TorchScript has them alone.
+    """
+
+    optional = ()
 
     def __init__(self, outputs, function, *modules, reference=None):
         super().__init__()

@@ -15,7 +15,8 @@
 | vocoder  | spectrogram (B, bins, T), any T of at least 8       | waveform (B, (T - 1) hop): Griffin-Lim             |
 | a run of train_mvae; on sounds the last line too                                                                    |
 | encoder  | image (B, 3, H, W) in [0, 1] or waveform (B, 64000) | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),   |
-|          | of any loudness                                     | kl_map (B, H_l, W_l), background if there is one   |
+|          | of any loudness; in ONNX, if other than the N that  | kl_map (B, H_l, W_l), background if there is one   |
+|          | the model has are wanted, slots (N,): 0, 1, ... 11  |                                                    |
 | decoder  | z (B, N, D), cell (B, N, 2)                         | layer (B, N, ...)                                  |
 | composer | layer (B, M, ...), background if there is one       | image (B, 3, H, W) or spectrogram (B, 2049, 64)    |
 | vocoder  | spectrogram (B, 2049, T), any T of at least 8       | waveform (B, (T - 1) 1024): Griffin-Lim            |
@@ -36,6 +37,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are 
 
 def dynamic_axes(inputs):
     """{input: {axis: name}}: the batch, the slots of slots' latents, cells and layers, a spectrogram's frames."""
-    axes = {name: {0: "batch"} for name in inputs}
+    axes = {name: {0: "slots" if name == "slots" else "batch"} for name in inputs}
     for name, value in inputs.items():
         if name in ("z", "cell", "layer") and value.ndim > 2:
             axes[name][1] = "slots"
@@ -70,7 +72,8 @@ def resized(inputs, batch, slots, generator):
     sizes, axes, other = {"batch": batch, "slots": slots, "frames": 8 + 8 * slots}, dynamic_axes(inputs), {}
     for name, value in inputs.items():
         for axis, kind in axes[name].items():
-            value = value.index_select(axis, torch.arange(sizes[kind]) % value.shape[axis])
+            repeated = torch.arange(sizes[kind])
+            value = repeated if name == "slots" else value.index_select(axis, repeated % value.shape[axis])
         if value.is_floating_point():
             value = value * (0.7 + 0.3 * torch.rand(value.shape[:1] + (1,) * (value.ndim - 1), generator=generator))
         other[name] = value.contiguous()
@@ -103,6 +106,9 @@ def write_onnx(graph, inputs, path, info):
         dynamic_shapes=(tuple(axes.values()),) if isinstance(graph, Graph) else tuple(axes.values()), dynamo=True,
         external_data=False, verbose=False,
     )  # fmt: skip
+    for value in (value for value in program.model.graph.inputs if value.name in getattr(graph, "optional", ())):
+        value.const_value = onnx_ir.tensor(inputs[value.name].numpy(), name=value.name)
+        program.model.graph.register_initializer(value)  # of an input: its default
     program.model.metadata_props["model"] = json.dumps(info)
     program.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)

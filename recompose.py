@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=2.1", "pillow>=11", "click>=8.2", "soundfile>=0.13", "onnxruntime>=1.22"]
+# dependencies = [
+#   "numpy>=2.1", "scipy>=1.14", "pillow>=11", "click>=8.2", "soundfile>=0.13", "soxr>=0.5", "onnxruntime>=1.22",
+# ]
 # ///
 """Take pictures or sounds apart into slots, and put slots of any number of them together; needs no PyTorch.
 
@@ -19,6 +21,8 @@ import io
 import json
 import os
 import struct
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +33,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 GRAPHS = ("encoder", "decoder", "composer")  # and for sounds, where it is asked for, "vocoder"
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
-SUFFIXES = (".wav", ".flac")  # of sounds; all else is taken for a picture
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # of sounds
+KINDS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
+         ".mp3": ("MP3", "MPEG_LAYER_III")}  # fmt: skip  # that are written
+LONGEST, RATES = 2**26, (4000, 192_000)  # samples of all channels, ten minutes of stereo at 48 kHz and more; Hz
 PATH = click.Path(path_type=Path)
-EMPTY = 4.0  # nats: slots of less, unless asked for, have no column in the figure
+EMPTY = 4.0  # nats: a slot of less holds nothing
+LOUDNESS = 1 / 1024  # root mean square that models of sounds bring all to
 
 # ---------------------------------------------------------------- Files
 
@@ -133,32 +141,38 @@ def read_mask(path, size, crop):
 def read_sound(path):
     """A sound file -> its samples, float32 (n, channels), and their rate in Hz.
 
-    Raises click.UsageError where it is missing, damaged, empty, silent, or holds samples that are not finite.
+    Raises click.UsageError where it is missing, damaged, cut off, empty, silent, too long, or holds samples that are
+    not finite.
     """
     import soundfile  # here, because pictures do without
 
     if not Path(path).is_file():
         raise click.UsageError(f"{path}: no such file")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            rate, length = file.samplerate, file.frames
+            if length * file.channels > LONGEST or not RATES[0] <= rate <= RATES[1]:
+                about = f"{length / rate:.0f} s of {file.channels} channels at {rate} Hz; expected at most ten minutes of"
+                part = f"stereo, {RATES[0]} to {RATES[1]} Hz: ffmpeg -t 600 -i {path.name} -ac 2 -ar 44100 part.wav"
+                raise click.UsageError(f"{path}: {about} {part}")
+            samples = file.read(dtype="float32", always_2d=True)
+            if "(should be" in file.extra_info or len(samples) < length - rate / 10:  # what a header says, and what is
+                raise click.UsageError(f"{path}: cut off after {len(samples) / rate:.2f} s; expected a whole file")
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise click.UsageError(f"{path}: damaged or not a sound (WAV or FLAC expected)") from error
-    mixed = samples.mean(1)
-    if not np.isfinite(mixed).all():
+        kinds = f"WAV, FLAC, OGG, Opus, MP3, AIFF; others become one by: ffmpeg -i {path.name} {path.stem}.wav"
+        raise click.UsageError(f"{path}: damaged or not a sound ({kinds})") from error
+    if not np.isfinite(samples).all():
         raise click.UsageError(f"{path}: samples must be finite; some are NaN or infinite")
-    if np.abs(mixed).max(initial=0) < 1e-5:
-        raise click.UsageError(f"{path}: {'silent' if len(mixed) else 'empty'}")
+    if np.abs(samples.mean(1)).max(initial=0) < 1e-5:
+        raise click.UsageError(f"{path}: {'silent' if len(samples) else 'empty'}")
     return samples, rate
 
 
-def load_sound(path, rate, samples):
-    """A sound file -> (samples,), one channel, zero-padded; click.UsageError if longer, or of another sample rate."""
-    waveform, found = read_sound(path)
-    if found != rate:
-        raise click.UsageError(f"{path}: sampled at {found} Hz; this model takes {rate} Hz")
-    if len(waveform) > samples:
-        raise click.UsageError(f"{path}: {len(waveform) / rate:.2f} s; this model takes up to {samples / rate:g} s")
-    return np.pad(waveform.mean(1), (0, samples - len(waveform)))
+def resample_sound(samples, rate, wanted):
+    """Samples (n, ...) at `rate` Hz -> at `wanted` Hz."""
+    import soxr
+
+    return samples if rate == wanted else soxr.resample(samples, rate, wanted)
 
 
 # ---------------------------------------------------------------- Spectra
@@ -188,6 +202,72 @@ def soft_masks(magnitude):
     """Magnitudes of slots (N, F, T) -> the share of each in their power; they sum to one (Wiener 1949)."""
     power = magnitude.astype(np.float64) ** 2 + 1e-12
     return power / power.sum(0)
+
+
+def widen(masks, bins, frames):
+    """Masks (N, F, T) for a spectrum of more bins and frames, as far apart: (N, bins, frames).
+
+    Above F the mean of the highest octave goes on, after T the last frame.
+    """
+    above = masks[:, masks.shape[1] // 2 :].mean(1, keepdims=True).repeat(max(0, bins - masks.shape[1]), 1)
+    masks = np.concatenate([masks, above], axis=1)[:, :bins, :frames]
+    return np.pad(masks, ((0, 0), (0, 0), (0, frames - masks.shape[2])), mode="edge")
+
+
+# ---------------------------------------------------------------- Long sounds: windows, and what goes on through them
+
+FADE = 0.02  # s in which a window goes over into the next
+APART, PROMINENCE = 0.3, 0.05  # s between onsets; of their peaks in the spectral flux, in levels
+STAY = 30.0  # in squared spreads
+
+
+def find_onsets(waveform, rate):
+    """Times in s at which something begins to sound in (samples,): peaks of the spectral flux (Masri 1996)."""
+    from scipy.signal import find_peaks
+
+    hop, piece = rate // 100, 10 * rate
+    louder, flux = waveform * (LOUDNESS / np.sqrt(np.square(waveform).mean())), []
+    for start in range(0, len(waveform) - 4 * hop, piece):
+        level = np.log1p(100 * np.abs(stft(louder[start : start + piece + 2 * hop], 4 * hop, hop)))  # (F, T)
+        flux.append(np.maximum(level[:, 2:1002] - level[:, :-2][:, :1000], 0).mean(0))
+    peaks = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0]
+    return peaks / 100
+
+
+def split_at_onsets(waveform, rate, longest):
+    """Times in s at which windows of hardly more than `longest` begin, at onsets or evenly between, and the end."""
+    duration, longest = len(waveform) / rate, longest + FADE
+    cuts, onsets = [0.0], find_onsets(waveform, rate) if duration > longest else ()
+    for stop in [*(t for t in onsets if APART < t < duration - APART), duration]:
+        cuts += np.linspace(cuts[-1], stop, int(np.ceil((stop - cuts[-1]) / longest)) + 1)[1:].tolist()
+    return cuts
+
+
+def follow(mu, cell, kl):
+    """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N).
+
+    Clusters that take one slot of every window (constrained k-means, Wagstaff et al. 2001), by distances in units of
+    each latent's spread within clusters; a slot in the cell where another was a window before is nearer to its cluster
+    by STAY. Clusters are in the order of falling KL.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    present, order, best = (kl > EMPTY) + 1e-3, np.zeros(kl.shape, int), np.inf
+    for start in np.unique(np.linspace(0, len(mu) - 1, 10).astype(int)):
+        centre, spread = mu[start], mu.var((0, 1)) + 1e-6
+        for _ in range(20):
+            distance = (np.square(mu[:, None] - centre[:, None]) / spread).sum(-1)  # (W, clusters, N)
+            found, before = np.zeros_like(order), np.full(cell.shape[1:], np.inf)
+            for w, own in enumerate(distance * present[:, None]):
+                stays = np.abs(cell[w] - before[:, None]).max(-1) < 1e-3  # (clusters, N)
+                found[w] = linear_sum_assignment(own - STAY * stays)[1]
+                before = cell[w, found[w]]
+            own, weight = (np.take_along_axis(v, found[..., None], 1) for v in (mu, present[..., None]))
+            centre = (weight * own).sum(0) / weight.sum(0)
+            spread = ((weight * np.square(own - centre)).sum((0, 1)) + 2 * mu.var((0, 1)) + 1e-6) / (weight.sum() + 2)
+        if np.log(spread).sum() < best:
+            best, order = np.log(spread).sum(), found
+    return order[:, np.argsort(-np.take_along_axis(kl, order, 1).sum(0), kind="stable")]
 
 
 # ---------------------------------------------------------------- Drawing
@@ -380,6 +460,14 @@ class Model:
         values = [finite(value, f"{graph}.onnx") for value in session.run(None, inputs)]
         return {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
 
+    def encode(self, n_slots, **inputs):
+        """What the encoder says of its inputs, of n_slots slots: named arrays."""
+        return self.run("encoder", **inputs | ({} if n_slots == self.n_slots else {"slots": np.arange(n_slots)}))
+
+    def decode(self, z, cell):
+        """z (B, M, D), cell (B, M, 2) -> layer (B, M, ...)."""
+        return self.run("decoder", z=z, cell=cell)["layer"]
+
     def compose(self, layer, background=None):
         """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
         inputs = {"layer": layer} if background is None else {"layer": layer, "background": background}
@@ -419,78 +507,186 @@ def parse_slots(text):
 SLOTS = Parsed("different slot numbers, from 0 on, such as 0,2", parse_slots)
 
 
-def chosen_slots(lists, n_inputs, n_slots):
-    """The slots of every input, checked against the model: -> one list of numbers an input."""
+def parse_edit(text, n=0):
+    """ "0:0.2,-1" -> ((0, 0), (0.2, -1.0)), input, slot and n numbers; "1.0:3" is of slot 0 of input 1; ValueErrors."""
+    address, *numbers = text.replace(":", ",").split(",")
+    *source, slot = map(int, address.split("."))
+    numbers = tuple(map(float, numbers))
+    if len(source) > 1 or min(*source, slot, 0) < 0 or len(numbers) != n or not np.isfinite(numbers).all():
+        raise ValueError
+    return (source[0] if source else 0, slot), numbers
+
+
+def edit_option(name, metavar, text, example):
+    """A click option that changes one slot, K of the first input or I.K of input I; it may be given many times."""
+    expected = Parsed(f"{metavar}, such as {example}", partial(parse_edit, n=example.count(",") + example.count(":")))
+    return click.option(f"--{name}", type=expected, multiple=True, metavar=metavar, help=text)
+
+
+def chosen_slots(lists, n_inputs, n_slots, edits):
+    """The slots of every input, checked against the model and the edits: -> one list of numbers an input."""
     if len(lists) > 1 and len(lists) != n_inputs:
         raise click.UsageError(f"--slots is given {len(lists)} times for {n_inputs} inputs; give it once, or once each")
-    lists = lists or [list(range(n_slots))]
+    lists = list(lists) or [list(range(n_slots))]
     if max(map(max, lists)) >= n_slots:
-        raise click.UsageError(f"--slots: this model has slots 0 to {n_slots - 1}")
-    return lists if len(lists) == n_inputs else lists * n_inputs
+        raise click.UsageError(f"--slots: there are slots 0 to {n_slots - 1}; --n-slots asks for more")
+    lists = lists if len(lists) == n_inputs else lists * n_inputs
+    for name, (i, k) in ((name, address) for name, pairs in edits.items() for address in pairs):
+        if i >= n_inputs or k not in lists[i]:
+            raise click.UsageError(f"--{name} {i}.{k}: no such slot of input {i} is kept; inputs count from 0")
+    return lists
 
 
-def figure_of(rows, result, inputs):
+def figure_of(rows, result, inputs, edits):
     """Per input (tile, KL tile, tiles of its slots, their KL in nats, the chosen ones) -> the figure, a PIL picture."""
-    shown = [k for k in range(len(rows[0][3])) if any(k in chosen or nats[k] >= EMPTY for *_, nats, chosen in rows)]
     sheet = []
     for tile, kl, slots, nats, chosen in rows:
-        alone = [Tile(slots[k], f"slot {k}: {nats[k]:.0f} nats", k in chosen) for k in shown]
-        sheet.append([Tile(tile, "input"), Tile(kl, "KL map"), *alone])
-    sheet.append([Tile(result, "of the framed slots", True)])
+        names = [f"slot {k}: {f'{held:.0f} nats' if held >= EMPTY else 'empty'}" for k, held in enumerate(nats)]
+        own = [Tile(slot, name, k in chosen) for k, (slot, name) in enumerate(zip(slots, names, strict=True))]
+        sheet.append([Tile(tile, "input"), Tile(kl, "KL map"), *own])
+    changes = [f"{name} {i}.{k} {numbers}" for name, pairs in edits.items() for (i, k), numbers in pairs.items()]
+    sheet.append([Tile(result, "; ".join(["of the framed slots", *changes]), True)])
     names = [path.name for path in inputs]
     return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", [*names, "recomposition"])
 
 
-def recompose_pictures(model, inputs, slots, crop=None):
+def report(path, kl, misfit, typical, what):
+    """Say how many of an input's slots, of `kl` nats (N,), hold something, and whether the model knows such inputs."""
+    held = int((kl >= EMPTY).sum())
+    click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {len(kl) - held} empty slots")
+    if typical and misfit > typical:
+        click.echo(f"{path}: unlike what the model has learnt (misfit {misfit:.2g}, usual are up to {typical:.2g}); "
+                   "expect nonsense", err=True)  # fmt: skip
+
+
+def recompose_pictures(model, inputs, slots, n_slots, edits, crop=None):
     """Picture files -> the recomposition, the figure that explains it (both PIL), and how many slots it has."""
-    chosen = chosen_slots(list(slots), len(inputs), model.n_slots)
+    chosen = chosen_slots(slots, len(inputs), n_slots, edits)
     pictures = np.stack([load_picture(path, model.about["size"], crop or model.about["crop"]) for path in inputs])
-    encoded = model.run("encoder", image=pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-    layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...); z = mu: repeatable
+    image = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    encoded = model.encode(n_slots, image=image)
+    layer, cell = model.decode(encoded["mu"], encoded["cell"]), encoded["cell"].copy()  # (B, N, ...); z = mu
+    for (i, k), (right, down) in edits["move"].items():
+        cell[i, k] += 2 * np.array([down, right], np.float32)
+    edited = model.decode(encoded["mu"], cell) if edits["move"] else layer.copy()
+    for i, k in edits["front"]:
+        edited[i, k, 0] += 10  # how near it is: all others are at most 2
     background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)  # (B, 1, ...)
-    taken = np.concatenate([layer[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
+    taken = np.concatenate([edited[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
     result = to_uint8(finite(model.compose(taken, background[0])[0], "the recomposition"))
     rows = []
-    for b, numbers in enumerate(chosen):
-        behind = None if background[b] is None else background[b].repeat(model.n_slots, 0)  # (N, ...)
+    for b, (path, numbers) in enumerate(zip(inputs, chosen, strict=True)):
+        behind = None if background[b] is None else background[b].repeat(n_slots, 0)  # (N, ...)
         alone = [to_uint8(picture) for picture in model.compose(layer[b][:, None], behind)]
+        whole = model.compose(layer[b : b + 1], background[b])[0]
+        report(path, encoded["kl"][b], np.square(whole - image[b]).mean(), model.about.get("misfit"), "object")
         kl = kl_tile(pictures[b], encoded["kl_map"][b], encoded["cell"][b], numbers)
         rows.append((pictures[b], kl, alone, encoded["kl"][b], numbers))
-    return Image.fromarray(result), figure_of(rows, result, inputs), taken.shape[1]
+    return Image.fromarray(result), figure_of(rows, result, inputs, edits), taken.shape[1]
 
 
-def recompose_sounds(model, inputs, slots, vocoder):
-    """Sound files -> the recomposition (samples,), the figure that explains it, and how many slots it has.
+def hear(model, samples, n_slots):
+    """Samples (n,) at the model's rate -> times in s at which windows begin and end, and what the encoder says of each.
+
+    Slots are in the order of `follow`.
+    """
+    rate, longest = model.about["sample_rate"], model.about["samples"]
+    cuts, parts = split_at_onsets(samples, rate, longest / rate), []
+    pieces = [samples[round(a * rate) : round(b * rate)][:longest] for a, b in pairwise(cuts)]
+    for i in range(0, len(pieces), 8):
+        batch = np.stack([np.pad(piece, (0, longest - len(piece))) for piece in pieces[i : i + 8]])
+        parts.append(model.encode(n_slots, waveform=batch.astype(np.float32)))
+    heard = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = follow(heard["mu"], heard["cell"], heard["kl"]) if len(pieces) > 1 else np.arange(n_slots)[None]
+    for name in ("mu", "cell", "kl"):
+        values = heard[name]
+        heard[name] = np.take_along_axis(values, order.reshape(order.shape + (1,) * (values.ndim - 2)), 1)
+    return cuts, heard
+
+
+def recompose_sounds(model, inputs, slots, n_slots, edits, vocoder):
+    """Sound files -> the recomposition (samples, channels), its rate, the figure, and how many slots it has.
 
     The soft masks of the chosen slots on their inputs' spectra are added up, with the inputs' phases and loudness; with
-    `vocoder` the slots are combined by the model's operator and Griffin-Lim finds phases, as loud as the former.
+    `vocoder`, or transposed, a slot is what it decodes to through Griffin-Lim, as loud as its mask. The rate is the
+    first input's.
     """
-    about, chosen = model.about, chosen_slots(list(slots), len(inputs), model.n_slots)
-    sizes, rate = (about["n_fft"], about["hop"]), about["sample_rate"]
-    waveforms = np.stack([load_sound(path, rate, about["samples"]) for path in inputs])
-    encoded = model.run("encoder", waveform=waveforms.astype(np.float32))
-    layer = model.run("decoder", z=encoded["mu"], cell=encoded["cell"])["layer"]  # (B, N, ...)
-    total, rows, shown = 0, [], (about["samples"] / rate, rate)
-    for b, numbers in enumerate(chosen):
-        alone = np.concatenate([model.compose(layer[b : b + 1, k : k + 1]) for k in range(model.n_slots)])  # (N, F, T)
-        spectrum = stft(waveforms[b], *sizes)
-        total = total + (soft_masks(alone) * spectrum)[numbers].sum(0)
-        loudest, upside_down = np.abs(spectrum).max(), encoded["cell"][b] * np.array([-1, 1], np.float32)
-        level = spectrum_levels(np.abs(spectrum), loudest, rate)
-        kl = kl_tile(heat_map(level, 60), encoded["kl_map"][b][::-1], upside_down, numbers)
-        tiles = [spectrum_tile(magnitude, alone.max(), *shown) for magnitude in alone]
-        rows.append((spectrum_tile(np.abs(spectrum), loudest, *shown), kl, tiles, encoded["kl"][b], numbers))
-    result = inverse_stft(total, *sizes, about["samples"])
-    if vocoder:
-        # The encoder hears all inputs equally loud; layers, logarithms of magnitudes, get their levels back.
-        loudness = np.log(np.sqrt(np.square(waveforms).mean(1)))
-        level = (loudness - loudness.max() if about["compose"] == "data" else 0 * loudness).astype(np.float32)
-        taken = np.concatenate([layer[b, numbers] + level[b] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
-        decoded = model.vocode(model.compose(taken))[0].astype(np.float64)
-        result = decoded * np.sqrt(np.square(result).mean() / max(np.square(decoded).mean(), 1e-20))
-    magnitude = np.abs(stft(finite(result, "the recomposition"), *sizes))
-    tile = spectrum_tile(magnitude, magnitude.max(), *shown)
-    return result, figure_of(rows, tile, inputs), sum(map(len, chosen))
+    chosen, parts, rows, rate = chosen_slots(slots, len(inputs), n_slots, edits), [], [], None
+    for b, (path, numbers) in enumerate(zip(inputs, chosen, strict=True)):
+        samples, found = read_sound(path)
+        rate = rate or found
+        own = {name: {k: values for (i, k), (values,) in pairs.items() if i == b} for name, pairs in edits.items()}
+        whole = resample_sound(samples, found, rate)
+        parts.append(recompose_sound(model, whole, rate, numbers, n_slots, own, vocoder, path, rows))
+    channels = max(part.shape[1] for part in parts)
+    if {part.shape[1] for part in parts} - {1, channels}:
+        raise click.UsageError("inputs differ in their channels; expected one, or as many: ffmpeg -i a.wav -ac 2 b.wav")
+    result = np.zeros((max(map(len, parts)), channels), np.float32)
+    for part in parts:
+        result[: len(part)] += part
+    finite(result, "the recomposition")
+    about = model.about
+    heard = resample_sound(result.mean(1), rate, about["sample_rate"])
+    step = max(1, len(heard) // about["samples"])
+    magnitude = np.abs(stft(heard, about["n_fft"], step * about["hop"]))
+    tile = spectrum_tile(magnitude, magnitude.max(), len(heard) / about["sample_rate"], about["sample_rate"])
+    return result, rate, figure_of(rows, tile, inputs, edits), sum(map(len, chosen))
+
+
+def recompose_sound(model, samples, rate, numbers, n_slots, edits, vocoder, path, rows):
+    """The slots `numbers` of samples (n, channels) at `rate` Hz, put together; `rows` gets what a figure shows."""
+    about, own = model.about, model.about["sample_rate"]
+    hop, longest = round(about["hop"] * rate / own), round(about["samples"] * rate / own)
+    cuts, heard = hear(model, resample_sound(samples.mean(1), rate, own), n_slots)
+    result, gain, moved = np.zeros_like(samples), np.ones(n_slots), heard["cell"].copy()
+    for k, decibels in edits["gain"].items():
+        gain[k] = 10 ** (decibels / 20)
+    for k, semitones in edits["transpose"].items():
+        moved[:, k, 0] += 2 * semitones / 12 / np.log2(own / 2 / LOWEST)
+    anew = [k for k in numbers if vocoder or k in edits["transpose"]]
+    masked, shown, misfit = [k for k in numbers if k not in anew], [], []
+    for w, (start, stop) in enumerate(pairwise(cuts)):
+        first, last = round(start * rate), min(round((stop + FADE) * rate), len(samples))
+        piece = np.pad(samples[first:last], ((0, max(0, longest - last + first)), (0, 0)))
+        spectrum = np.stack([stft(channel, 4 * hop, hop) for channel in piece.T])  # (channels, F, T)
+        layer = model.decode(heard["mu"][w : w + 1], heard["cell"][w : w + 1])[0]
+        alone = model.compose(layer[:, None])  # (N, F, T)
+        masks = gain[:, None, None] * widen(soft_masks(alone), *spectrum.shape[1:])
+        part = invert(masks[masked].sum(0) * spectrum, hop, last - first)
+        for k in anew:
+            sung = model.compose(model.decode(heard["mu"][w : w + 1, k : k + 1], moved[w : w + 1, k : k + 1]))
+            waveform = resample_sound(model.vocode(sung)[0], own, rate)[: last - first, None]
+            loud = np.square(invert(masks[k] * spectrum, hop, last - first)).mean(0)
+            part[: len(waveform)] += waveform * np.sqrt(loud / max(np.square(waveform).mean(), 1e-20))
+        ramp = np.minimum((np.arange(last - first) + 0.5) / (FADE * rate), 1)
+        rise, fall = (1.0 if w == 0 else ramp), (1.0 if stop == cuts[-1] else ramp[::-1])
+        result[first:last] += (rise * fall * np.ones(last - first))[:, None] * part
+        heard_here = np.abs(spectrum.mean(0))[:alone.shape[1], :alone.shape[2]]
+        misfit.append(level_distance(model.compose(layer[None])[0], heard_here))
+        frames = np.arange(0, max(1, round((stop - start) * own / about["hop"])), max(1, len(cuts) // 3))
+        shown.append(np.concatenate([heard_here[None], alone])[:, :, frames])  # (1 + N, F, few frames)
+    mixture, *alone = np.concatenate(shown, axis=2)  # (F, T) each
+    figures = len(samples) / rate, own
+    level = heat_map(spectrum_levels(mixture, mixture.max(), own), 60)
+    if len(cuts) == 2:
+        kl = kl_tile(level, heard["kl_map"][0][::-1], heard["cell"][0] * np.array([-1, 1], np.float32), numbers)
+    else:
+        kl = heat_tile(heard["kl_map"][:, ::-1, 0].T, unit="nats", x=("0", f"{figures[0]:.0f} s"))
+    tiles = [spectrum_tile(one, max(map(np.max, alone)), *figures) for one in alone]
+    rows.append((spectrum_tile(mixture, mixture.max(), *figures), kl, tiles, heard["kl"].mean(0), numbers))
+    report(path, heard["kl"].mean(0), float(np.median(misfit)), about.get("misfit"), "instrument")
+    return result
+
+
+def level_distance(magnitude, reference):
+    """Mean square difference of log(1 + 100 m) of STFT magnitudes, two of (F, T), brought to one loudness."""
+    level = [np.log1p(100 * m * (LOUDNESS / max(np.sqrt(np.square(m).mean()), 1e-12))) for m in (magnitude, reference)]
+    return np.square(level[0] - level[1]).mean()
+
+
+def invert(spectra, hop, samples):
+    """Complex (channels, F, T) -> (samples, channels)."""
+    return np.stack([inverse_stft(spectrum, 4 * hop, hop, samples) for spectrum in spectra], axis=1)
 
 
 def save(path, write):
@@ -501,38 +697,56 @@ def save(path, write):
         raise click.ClickException(f"{path} cannot be written: {error.strerror}") from error
 
 
-def save_sound(path, waveform, rate):
-    """Write 16 bits a sample; a sound beyond full scale is made softer, and the command line says so."""
+def save_sound(path, samples, rate):
+    """Write samples (n, channels), 16 bits each; a sound beyond full scale is made softer, which is said.
+
+    Raises click.ClickException where the file cannot be written, or its kind has no such rate or number of channels.
+    """
     import soundfile
 
-    peak = np.abs(waveform).max()
+    peak = np.abs(samples).max()
     if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
-    encoded = io.BytesIO()  # soundfile's own errors of writing have many kinds
-    soundfile.write(encoded, waveform / max(peak, 1), rate, format=path.suffix[1:].upper(), subtype="PCM_16")
-    save(path, lambda p: p.write_bytes(encoded.getvalue()))
+    samples, encoded = samples / max(peak, 1), io.BytesIO()  # soundfile's own errors of writing have many kinds
+    kind, subtype = KINDS[path.suffix.lower()]
+    try:
+        with soundfile.SoundFile(encoded, "w", rate, samples.shape[1], subtype, format=kind) as file:
+            for i in range(0, len(samples), rate):  # libvorbis crashes on minutes at once
+                file.write(samples[i : i + rate])
+    except (soundfile.LibsndfileError, ValueError) as error:
+        about = f"{samples.shape[1]} channels at {rate} Hz"
+        raise click.ClickException(f"{path}: {kind} cannot hold {about}; expected a name that ends in .wav") from error
+    save(path, lambda p: p.write_bytes(encoded.getbuffer()))
 
 
 @click.command(help=__doc__.replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=PATH)
 @click.option("--slots", multiple=True, type=SLOTS, metavar="K,K", show_default="all",
               help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
+@click.option("--n-slots", type=click.IntRange(1, 12), show_default="the model's", help="Slots of every input.")
+@edit_option("move", "[I.]K:X,Y", "Pictures: move slot K (of input I), in widths right and down.", "0:0.2,-0.1")
+@edit_option("front", "[I.]K", "Pictures: bring slot K before all others.", "0")
+@edit_option("transpose", "[I.]K:SEMITONES", "Sounds: decode slot K at another pitch.", "0:-3")
+@edit_option("gain", "[I.]K:DB", "Sounds: make slot K louder.", "0:-6")
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
 @click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), show_default="the model's", help="Of pictures.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option("--out", type=PATH, show_default="recomposed.png or .wav",
               help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip
-def main(inputs, slots, folder, crop, vocoder, out):
+def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     # 1. Check the arguments, and read the model.
     sounds = {path.suffix.lower() in SUFFIXES for path in inputs}
     if len(sounds) > 1:
         raise click.UsageError("pictures and sounds cannot be recomposed together")
-    kind, suffixes = ("mvae-sound", SUFFIXES) if True in sounds else ("mvae-image", (".png",))
+    kind, suffixes = ("mvae-sound", [*KINDS]) if True in sounds else ("mvae-image", [".png"])
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    if (vocoder and kind != "mvae-sound") or (crop and kind != "mvae-image"):
-        raise click.UsageError("--vocoder is for sounds, --crop for pictures")
+    edits = {name: dict(pairs) for name, pairs in edits.items()}
+    foreign = {"mvae-sound": {"crop": crop, "move": edits["move"], "front": edits["front"]},
+               "mvae-image": {"vocoder": vocoder, "transpose": edits["transpose"], "gain": edits["gain"]}}  # fmt: skip
+    for name in (name for name, given in foreign[kind].items() if given):
+        raise click.UsageError(f"--{name} is for {'pictures' if kind == 'mvae-sound' else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir():
@@ -541,14 +755,15 @@ def main(inputs, slots, folder, crop, vocoder, out):
             raise click.UsageError(f"--out: {path} is in a folder that does not exist")
         if path.resolve() in [other.resolve() for other in inputs]:
             raise click.UsageError(f"--out: {path} would overwrite an input")
-    model = Model(folder or SHIPPED[kind], kind, GRAPHS + ("vocoder",) * vocoder)
+    model = Model(folder or SHIPPED[kind], kind, GRAPHS + ("vocoder",) * bool(vocoder or edits["transpose"]))
+    n_slots = n_slots or model.n_slots
 
     # 2. Take the inputs apart, put the chosen slots together, write the result and the figure that explains it.
     if kind == "mvae-sound":
-        result, figure, n = recompose_sounds(model, inputs, slots, vocoder)
-        save_sound(out, result, model.about["sample_rate"])
+        result, rate, figure, n = recompose_sounds(model, inputs, slots, n_slots, edits, vocoder)
+        save_sound(out, result, rate)
     else:
-        result, figure, n = recompose_pictures(model, inputs, slots, crop)
+        result, figure, n = recompose_pictures(model, inputs, slots, n_slots, edits, crop)
         save(out, lambda p: result.save(p, format="PNG"))
     save(beside, lambda p: figure.save(p, format="PNG"))
     count = f"{n} slot{'s' * (n > 1)} of {len(inputs)} input{'s' * (len(inputs) > 1)}"

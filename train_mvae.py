@@ -358,7 +358,6 @@ SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are 
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
 MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
-EARLIEST, LATEST, SHORTEST = -2.0, 0.5, 0.3  # s from a window's start at which its notes begin; its least share
 MIXTURES = 500  # of test notes, that a finished run is judged by
 
 
@@ -399,14 +398,6 @@ class SoundLevels(nn.Module):
         return self.inverse @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
-def cut_out(stems, shift, end):
-    """Stems (n, S, SAMPLES) moved by shift (n, S) samples and silent from sample end (n, 1) on."""
-    place = torch.arange(SAMPLES)
-    source = place - shift[..., None]  # (n, S, SAMPLES)
-    kept = (source >= 0) & (source < SAMPLES) & (place < end[..., None])
-    return torch.where(kept, stems.gather(2, source.clamp(0, SAMPLES - 1)), 0.0)
-
-
 class NoteDuos:
     """Mixtures of two notes of different instruments and names, or click.UsageError where a split has none."""
 
@@ -438,19 +429,8 @@ class NoteDuos:
 
     def batch(self, step, own, total):
         """Levels of the slice `own` of the `total` mixtures of a step: (own, FRAMES, bands, 1)."""
-        generator = random_generator("mixtures", self.seed, step)
-        pair, decibels = self.sample("train", total, generator)
-        shift, end = self.windows(total, generator)
-        stems = cut_out(self.stems("train", pair[own], decibels[own]), shift[own], end[own])
-        return self.levels(stems.sum(1).to(self.device))
-
-    def windows(self, n, generator):
-        """Samples by which n mixtures' notes begin late (n, 2), and where the mixtures end (n, 1)."""
-        # Half of them are windows of a longer sound: a note that began before it sounds on, or another cuts it short.
-        inside = torch.rand(n, 1, generator=generator) < 0.5
-        shift = inside * (LATEST + (EARLIEST - LATEST) * torch.rand(n, 2, generator=generator))
-        end = 1 - inside * (1 - SHORTEST) * torch.rand(n, 1, generator=generator)
-        return (RATE * shift).long(), (SAMPLES * end).long()
+        pair, decibels = self.sample("train", total, random_generator("mixtures", self.seed, step))
+        return self.levels(self.stems("train", pair[own], decibels[own]).sum(1).to(self.device))
 
     def mixtures(self, split, n):
         """Stems (n, 2, SAMPLES) of the first n of the mixtures that all runs share."""
@@ -482,8 +462,10 @@ SHIFT = 0.3  # how far from its cell's middle a slot may stand, in half picture 
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas,
 NEIGHBOUR_WEIGHT = 1e-3  # and those beside its own, whose KL still counts so much
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
+MOST_SLOTS = 12  # that an exported encoder can be asked for
 NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks, or the maximum, pass over it
 SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
+LEAK = 0.01  # of colours beyond 0 and 1: else a mask may stay faint, and colours make up for it (docs/mvae-log.md)
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
@@ -594,6 +576,7 @@ class CanvasDecoder(nn.Module):
         canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
         if self.masked:
             colours, logit = canvas.split([len(canvas[0]) - 1, 1], dim=1)
+            colours = torch.lerp(colours.clamp(0, 1), colours, LEAK) if self.shade else colours
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
@@ -720,6 +703,7 @@ class MVAE(nn.Module):
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), out, nn.PixelShuffle(UPSCALE))
         self.background = None if self.sound else Background((parts, side, side), channels)
+        self.most_slots = min(max(MOST_SLOTS, n_slots), grid[0] * grid[1])
         self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
 
     @torch.no_grad()
@@ -736,8 +720,11 @@ class MVAE(nn.Module):
             colour = 0 * colour if self.op == "sum" else colour
         self.slot_decoder.start_at(colour)
 
-    def encode(self, image, noise=None, n=None, detailed=True):
-        """image (B, C, H, W) -> Encoding of n or N slots; noise (B, BACKGROUND_D) of the background."""
+    def encode(self, image, noise=None, slots=None, detailed=True):
+        """image (B, C, H, W) -> Encoding of N slots; noise (B, BACKGROUND_D) of the background.
+
+        slots: numbers (n,) below MOST_SLOTS of the cells, in the order in which they are chosen, that become slots.
+        """
         mu, logvar, place, features = self.encoder(image)
         kl_map, background = gaussian_kl(mu, logvar).sum(1), None  # (B, H_l, W_l)
         kl_all = kl_map.sum((1, 2))
@@ -745,7 +732,10 @@ class MVAE(nn.Module):
             background, kl = self.background(features, noise)
             kl_all = kl_all + kl
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
-        index = self.select(kl_map, place, half, n or self.n_slots)
+        index = self.select(kl_map, place, half, self.n_slots if slots is None else self.most_slots)
+        index = index if slots is None else index.gather(1, slots.expand(index.shape[0], -1))  # (B, n)
+        kl = kl_map.flatten(1)
+        index = index.gather(1, kl.gather(1, index).argsort(dim=1, descending=True))
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
         if self.closer is not None:
             image = (image - image.mean((2, 3), keepdim=True))[:, None].expand(-1, index.shape[1], -1, -1, -1)
@@ -753,11 +743,11 @@ class MVAE(nn.Module):
             detail = [values.unflatten(0, index.shape) for values in self.closer(cut, mu.flatten(0, 1))]
             kl_all = kl_all + detailed * gaussian_kl(*detail).sum((1, 2))
             mu, logvar = (torch.cat(pair, dim=2) for pair in zip((mu, logvar), detail, strict=True))
-        return Encoding(mu, logvar, place, kl_map.flatten(1).gather(1, index), kl_map, background, kl_all)
+        return Encoding(mu, logvar, place, kl.gather(1, index), kl_map, background, kl_all)
 
     @torch.no_grad()
     def select(self, kl_map, place, half, n):
-        """The n cells that become slots, in falling order of their KL: -> index (B, n) into the flattened map.
+        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map.
 
         Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted; of pictures cells
         around a chosen one, and those that are, or whose slots would stand, within TAKEN of its canvas, `half` a side.
@@ -765,8 +755,7 @@ class MVAE(nn.Module):
         kl = kl_map.flatten(1)  # (B, H_l * W_l)
         if half is None:
             highest = F.max_pool2d(kl_map[:, None], 3, stride=1, padding=1).flatten(1)
-            index = torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
-            return index.gather(1, kl.gather(1, index).topk(n).indices)
+            return torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
         place, middles, width, chosen = place.flatten(2), self.encoder.middles.flatten(1), 2 / kl_map.shape[1], []
         # Cells far from their slots count less: else all slots may settle at the end of one common shift.
         score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
@@ -779,8 +768,7 @@ class MVAE(nn.Module):
             score = score * torch.sigmoid(8 * (away / size - TAKEN))
             near = torch.minimum(apart.abs().amax(1), beside.abs().amax(1) - width / 2) < width
             score = torch.where(near, NEIGHBOUR_WEIGHT * score, score).scatter(1, index, -1.0)
-        index = torch.cat(chosen, dim=1)
-        return index.gather(1, kl.gather(1, index).topk(n).indices)
+        return torch.cat(chosen, dim=1)
 
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first."""
@@ -1047,20 +1035,22 @@ def graphs(model):
     levels.magnitude = BlockSTFT(SOUND_FFT) if sound else None
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
-    def encode(data, levels=levels):
-        encoding = model.encode(levels(data))
+    def encode(data, slots=None, levels=levels):
+        encoding = model.encode(levels(data), slots=slots)
         return tuple(getattr(encoding, name) for name in names)
 
     def compose(layer, background=None):
         composed = model.compose(layer, background)
         return levels.to_stft_magnitude(composed) if sound else composed
 
-    encoder = Graph(names, encode, model, levels, reference=lambda data: encode(data, trained))
+    encoder = Graph(names, encode, model, levels, reference=lambda *inputs: encode(*inputs, levels=trained))
+    encoder.optional = ("slots",)
+    slots = {"slots": torch.arange(model.n_slots)}
     layer = {"layer": model.decode(z, cell)}
     if model.background is not None:
         layer["background"] = model.encode(image).background.contiguous()
     made = {
-        "encoder": (encoder, {"waveform": waveform} if sound else {"image": image}),
+        "encoder": (encoder, ({"waveform": waveform} if sound else {"image": image}) | slots),
         "decoder": (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell}),
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
