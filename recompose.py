@@ -273,30 +273,21 @@ def follow(mu, cell, kl):
 # ---------------------------------------------------------------- Drawing
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # inferno
-TILE, GAP, LINE = 128, 10, 18
+TILE, GAP, LINE, FRAME = 128, 10, 18, 4  # sides and distances in pixels
 ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
 LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begins
-FINE = 4  # rings and numbers are drawn so many times larger, then reduced, for smooth edges
-SEGMENTS = np.array(
-    [(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170), (0, 172, 193),
-     (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)], dtype=np.uint8
-)  # fmt: skip
 
 
 class Tile(NamedTuple):
-    image: object  # uint8 (H, W, 3), or a PIL picture
+    image: object  # uint8 (H, W, 3), to be drawn TILE high, or a PIL picture, to be drawn as it is
     caption: str = ""
     framed: bool = False
+    pale: bool = False  # mixed with white: of a slot that holds nothing
 
 
 def to_uint8(picture):
     """(3, H, W) in [0, 1] -> uint8 (H, W, 3); values outside are clipped."""
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
-
-
-def segment_map(segments):
-    """Numbers of components (H, W), 0 the background -> uint8 (H, W, 3)."""
-    return SEGMENTS[segments % len(SEGMENTS)]
 
 
 def heat_map(values, top=None):
@@ -305,67 +296,45 @@ def heat_map(values, top=None):
     return np.stack([np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
 
 
-def enlarge(picture):
-    """uint8 (H, W, 3) -> a PIL tile, TILE high and as wide in proportion; its pixels stay visible as squares."""
-    height, width = picture.shape[:2]
-    return Image.fromarray(picture).resize((round(TILE * width / height), TILE), Image.Resampling.NEAREST)
+def with_scales(picture, top, unit, x=("", ""), y=("", "")):
+    """A heat map uint8 (H, W, 3) -> a PIL tile of it, made square, with a colour bar that runs from 0 to `top`.
 
-
-def annotate(tile, ramp, top, unit, x=("", ""), y=("", "")):
-    """A PIL tile with labels at the ends of its axes and a colour bar: ramp (n, 3), colours from 0 to `top`."""
-    font = ImageFont.load_default(10)
-    most = f"{top:.0f} {unit}".strip() if top >= 10 else f"{top:.2g} {unit}".strip()
+    What its axes run from and to stands beside them: x (left, right), y (bottom, top).
+    """
+    font, most = ImageFont.load_default(10), f"{top:.3g} {unit}"
     left = round(max(map(font.getlength, y))) + 5 * any(y)
-    right, bottom = left + tile.width, tile.height
-    sheet = Image.new("RGB", (right + round(font.getlength(most)) + 17, bottom + 14 * any(x)), PAPER)
-    sheet.paste(tile, (left, 0))
-    sheet.paste(Image.fromarray(ramp[::-1, None]).resize((6, bottom)), (right + 6, 0))  # (n, 1, 3)
-    draw = ImageDraw.Draw(sheet)
+    right = left + TILE
+    tile = Image.new("RGB", (right + 17 + round(font.getlength(most)), TILE + 14 * any(x)), PAPER)
+    tile.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BOX), (left, 0))
+    tile.paste(Image.fromarray(heat_map(np.linspace(1, 0, TILE)[:, None])).resize((6, TILE)), (right + 6, 0))
+    draw = ImageDraw.Draw(tile)
     for place, text, anchor in (
-        ((right + 15, bottom), "0", "ls"), ((right + 15, 1), most, "lt"),
-        ((left, bottom + 2), x[0], "la"), ((right, bottom + 2), x[1], "ra"),
-        ((left - 3, bottom), y[0], "rs"), ((left - 3, 1), y[1], "rt"),
+        ((right + 15, TILE), "0", "ls"), ((right + 15, 1), most, "lt"),
+        ((left, TILE + 2), x[0], "la"), ((right, TILE + 2), x[1], "ra"),
+        ((left - 3, TILE), y[0], "rs"), ((left - 3, 1), y[1], "rt"),
     ):  # fmt: skip
-        draw.text(place, text, fill=INK, font=font, anchor=anchor)
-    return sheet
+        draw.text(place, text, INK, font, anchor)
+    return tile
 
 
-def fit(values):
-    """(H, W) -> float32 (TILE, TILE); cells that grow stay visible as squares, cells that shrink are averaged."""
-    return np.asarray(Image.fromarray(np.asarray(values, np.float32)).resize((TILE, TILE), Image.Resampling.BOX))
-
-
-def heat_tile(values, top=None, unit="", x=("", ""), y=("", "")):
-    """(H, W), row 0 on top -> a PIL tile, 0 to `top` or the maximum; ends of axes: x (left, right), y (bottom, top)."""
-    top = float(values.max()) if top is None else top
-    ramp = heat_map(np.linspace(0, 1, TILE)[None], 1)[0]
-    return annotate(Image.fromarray(heat_map(fit(values), top)), ramp, top, unit, x, y)
-
-
-def kl_tile(picture, kl_map, cell, chosen):
+def kl_tile(picture, kl_map, cell, chosen=None):
     """The KL map over the greyed picture it is of, rings and numbers at the slots' cells, a colour bar in nats.
 
-    picture uint8 (H, W, 3), kl_map (H_l, W_l), cell (N, 2) as (y, x) in [-1, 1], chosen: indices of slots.
+    picture uint8 (H, W, 3), kl_map (H_l, W_l), cell (N, 2) as (y, x) in [-1, 1], chosen: numbers of slots, or all.
     """
-    top, grey = float(kl_map.max()), 0.6 * fit(np.asarray(picture).mean(2))
-    share = fit(kl_map) / max(top, 1e-9)
-
-    def blend(share, grey):  # low KL lets the picture show through; from half of the highest on all is heat
-        opaque = np.clip(2 * share, 0, 1)[..., None]
-        return (opaque * heat_map(share, 1) + (1 - opaque) * grey[..., None]).astype(np.uint8)
-
-    size, r, font = FINE * TILE, FINE * 6, ImageFont.load_default(FINE * 11)
-    tile = Image.fromarray(blend(share, grey)).resize((size, size), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(tile)
-    for k, (y, x) in enumerate((np.asarray(cell) + 1) / 2 * size):
-        halo, colour = (ACCENT, ACCENT) if k in chosen else (INK, PAPER)
-        draw.circle((x, y), r + 2, outline=halo, width=9)
-        draw.circle((x, y), r, outline=colour, width=5)
-        right, above = x + 3 * r < size, y > 3 * r  # the number's place, where there is room for it
-        place = (x + (r if right else -r) * 0.8, y - (r if above else -r) * 0.6)
-        anchor = ("l" if right else "r") + ("s" if above else "t")
-        draw.text(place, str(k), fill=PAPER, font=font, anchor=anchor, stroke_width=FINE, stroke_fill=halo)
-    return annotate(tile.reduce(FINE), blend(np.linspace(0, 1, TILE), np.full(TILE, 60)), top, "nats")
+    side, top = 4 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
+    opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
+    heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8))
+    heat = heat.resize((side, side), Image.Resampling.NEAREST)
+    tile = Image.fromarray((0.6 * picture.mean(2)).astype(np.uint8)).convert("RGB").resize((side, side))
+    tile.paste(heat, mask=heat)
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(44)
+    for k in reversed(range(len(cell))):  # the first, those of highest KL, on top
+        (y, x), marked = (cell[k] + 1) / 2 * side, chosen is None or k in chosen
+        draw.circle((x, y), 26, outline=ACCENT if marked else PAPER, width=7)
+        place = min(x + 20, side - 48), max(y - 14, 36)  # above, to the right, but within the picture
+        draw.text(place, str(k), PAPER, font, "ls", stroke_width=4, stroke_fill=ACCENT if marked else INK)
+    return with_scales(np.asarray(tile), top, "nats")
 
 
 def spectrum_levels(magnitude, top, rate):
@@ -377,45 +346,49 @@ def spectrum_levels(magnitude, top, rate):
 
 def spectrum_tile(magnitude, top, seconds, rate):
     """STFT magnitudes (F, T) of so many seconds at `rate` Hz -> a PIL tile of their dB, 60 dB being `top`."""
-    axes = {"x": ("0", f"{seconds:g} s"), "y": (f"{LOWEST:.0f} Hz", f"{rate / 2000:g} kHz")}
-    return heat_tile(spectrum_levels(magnitude, top, rate), 60, "dB", **axes)
+    heat, pitch = heat_map(spectrum_levels(magnitude, top, rate), 60), (f"{LOWEST:.0f} Hz", f"{rate / 2000:g} kHz")
+    return with_scales(heat, 60, "dB", ("0", f"{seconds:g} s"), pitch)
 
 
-def shorten(text, font, width):
-    """The text, or as much of its end as fits into so many pixels, after an ellipsis."""
-    while font.getlength(text) > width:
-        text = f"…{text.lstrip('…')[1:]}"
-    return text
+def panel(tile):
+    """A Tile -> a PIL picture: its caption above its image, a frame around this, and the gaps to the next panels."""
+    image, font = tile.image, ImageFont.load_default(12)
+    if isinstance(image, np.ndarray):
+        size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
+        image = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)  # pixels stay visible as squares
+    image = image.convert("RGB")
+    if tile.pale:
+        image = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.7)
+    colour = ACCENT if tile.framed else PAPER
+    framed = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, colour)
+    right = max(GAP - 2 * FRAME, round(font.getlength(tile.caption)) - image.width)
+    sheet = ImageOps.expand(framed, (0, LINE - FRAME, right, GAP - FRAME), PAPER)
+    ImageDraw.Draw(sheet).text((FRAME, 1), tile.caption, ACCENT if tile.framed else INK, font)
+    return sheet
 
 
 def contact_sheet(rows, title="", labels=()):
     """Rows of Tiles, in columns -> one PIL picture, `title` above them, one of `labels` to the left of each row.
 
-    A caption is cut to its tile's width, but for the last of a row, which widens no column either.
+    The last tile of a row widens no column.
     """
+    rows = [[panel(tile) for tile in row] for row in rows]
     font, large = ImageFont.load_default(12), ImageFont.load_default(15)
-    rows = [[t._replace(image=enlarge(t.image)) if isinstance(t.image, np.ndarray) else t for t in row] for row in rows]
-    labels = [shorten(label, font, TILE) for label in labels]
-    left = [GAP + (round(max(map(font.getlength, labels))) + GAP if any(labels) else 0)]
+    left = [GAP - FRAME + (round(max(map(font.getlength, labels))) + GAP if labels else 0)]
     for c in range(max(map(len, rows)) - 1):
-        left.append(left[c] + GAP + max(row[c].image.width for row in rows if len(row) > c + 1))
-    top, heights = [GAP + (24 if title else 0)], [max(tile.image.height for tile in row) for row in rows]
-    for height in heights:
-        top.append(top[-1] + LINE + GAP + height)
-    ends = [left[len(row) - 1] + max(row[-1].image.width, font.getlength(row[-1].caption)) for row in rows]
-    sheet = Image.new("RGB", (round(max(*ends, GAP + large.getlength(title))) + GAP, top[-1]), PAPER)
+        left.append(left[c] + max(row[c].width for row in rows if row[c + 1 :]))
+    top = [GAP + 24 * bool(title)]
+    for row in rows:
+        top.append(top[-1] + max(picture.height for picture in row))
+    width = max(left[len(row) - 1] + row[-1].width + FRAME for row in rows)
+    sheet = Image.new("RGB", (max(width, round(large.getlength(title)) + 2 * GAP), top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP - 2), title, fill=INK, font=large)
-    for label, y, height in zip(labels, top, heights, strict=False):
-        draw.text((GAP, y + LINE + min(height, TILE) / 2), label, fill=INK, font=font, anchor="lm")
+    draw.text((GAP, GAP - 2), title, INK, large)
+    for label, above, below in zip(labels, top, top[1:], strict=False):
+        draw.text((GAP, (above + below + LINE - GAP) / 2), label, INK, font, "lm")
     for row, y in zip(rows, top, strict=False):
-        for x, (tile, caption, framed) in zip(left, row, strict=False):
-            caption = caption if tile is row[-1].image else shorten(caption, font, tile.width)
-            draw.text((x, y + 1), caption, fill=ACCENT if framed else INK, font=font)
-            if framed:
-                box = (x - 4, y + LINE - 4, x + tile.width + 3, y + LINE + tile.height + 3)
-                draw.rectangle(box, outline=ACCENT, width=3)
-            sheet.paste(tile, (x, y + LINE))
+        for picture, x in zip(row, left, strict=False):
+            sheet.paste(picture, (x, y))
     return sheet
 
 

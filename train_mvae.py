@@ -34,8 +34,8 @@ from common import (  # isort: skip
     reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    LOWEST, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, segment_map,
-    inverse_stft, soft_masks, spectrum_tile, stft, to_uint8,
+    LOWEST, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, inverse_stft,
+    soft_masks, spectrum_tile, stft, to_uint8,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem
@@ -977,6 +977,9 @@ def evaluate_sounds(model, data, split, n, sigma):
 
 # ---------------------------------------------------------------- Figures and sounds
 
+SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170),
+                     (0, 172, 193), (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)])  # fmt: skip
+
 
 @torch.no_grad()
 def show_pictures(model, data, run, n=6):
@@ -984,12 +987,11 @@ def show_pictures(model, data, run, n=6):
     images = data.scenes("valid", n)[0]
     encoding, layer, mean = reconstruct(model, images)
     alone = model.alone(layer, encoding.background)
-    segments, rows = model.responsibilities(layer, encoding.background).argmax(1), []
+    segments, rows = model.responsibilities(layer, encoding.background).argmax(1) % len(SEGMENTS), []
     numpy = [v.cpu().numpy() for v in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)]
     for image, mean, alone, segment, kl_map, cell, kl in zip(*numpy, strict=True):
-        tiles = to_uint8(image), to_uint8(mean), kl_tile(to_uint8(image), kl_map, cell, range(len(cell)))
-        names = ("scene", "reconstruction", "KL map", "segments")
-        row = [Tile(*named) for named in zip((*tiles, segment_map(segment)), names, strict=True)]
+        tiles = to_uint8(image), to_uint8(mean), kl_tile(to_uint8(image), kl_map, cell), SEGMENTS[segment]
+        row = list(map(Tile, tiles, ("scene", "reconstruction", "KL map", "segments")))
         rows.append(row + [Tile(to_uint8(one), f"slot {k}: {kl[k]:.0f} nats") for k, one in enumerate(alone)])
     run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
 
@@ -1005,14 +1007,12 @@ def show_sounds(model, data, run, n=5, heard=2):
         magnitude = data.levels.to_stft_magnitude(every).cpu().numpy()  # (6, F, T)
         gains = [f"its slot: {gain:+.1f} dB" for gain in found.gained[b].tolist()]
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
-        names = ("mixture", "reconstruction", "stem 0", gains[0], "stem 1", gains[1])
-        row = [Tile(tile, name, name in gains) for tile, name in zip(tiles, names, strict=True)]
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
         kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
-        row.insert(1, Tile(kl_tile(heat, kl_map, cell, range(len(cell))), "KL map"))
-        rows.append(row)
-    title = "Mixtures taken apart; under a slot, SI-SDR that its mask gains"
-    run.figure("separation", contact_sheet(rows, title, [f"mixture {b}" for b in range(n)]))
+        tiles.insert(1, kl_tile(heat, kl_map, cell))
+        names = (f"mixture {b}", "KL map", "reconstruction", "stem 0", gains[0], "stem 1", gains[1])
+        rows.append([Tile(tile, name, name in gains) for tile, name in zip(tiles, names, strict=True)])
+    run.figure("separation", contact_sheet(rows, "Mixtures taken apart; under a slot, SI-SDR that its mask gains"))
     for b in range(heard):
         loudest = 2 * stems[b].sum(0).abs().max().cpu()
         decoded = griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())

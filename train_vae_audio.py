@@ -30,7 +30,7 @@ from common import (  # isort: skip
     log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
 )  # fmt: skip
-from recompose import TILE, Tile, contact_sheet, heat_map, heat_tile
+from recompose import TILE, Tile, contact_sheet, heat_map, with_scales
 
 SCRIPT = Path(__file__).stem
 
@@ -425,9 +425,9 @@ def show(run, name, title, rows):
     end = "8 kHz" if run.options["representation"] == "stft" else f"band {run.options['n_mels']}"
     unit, fade, sheet = 20 / math.log(10), (torch.arange(RATE, 0, -1) / 320).clamp(max=1), []  # a level of 1 in dB
     for label, (level, waveforms, captions) in rows.items():
-        level = unit * F.adaptive_avg_pool2d(level.cpu(), TILE).flip(1).numpy()
-        images = [heat_map(values, unit * top) for values in level[:-1]]
-        images.append(heat_tile(level[-1], unit * top, "dB", ("0", "4 s"), ("0", end)))
+        level = F.adaptive_avg_pool2d(level.cpu(), TILE).flip(1).numpy()
+        images = [heat_map(values, top) for values in level]
+        images[-1] = with_scales(images[-1], unit * top, "dB", ("0", "4 s"), ("0", end))
         sheet.append([Tile(*pair) for pair in zip(images, captions, strict=True)])
         for k, waveform in enumerate(waveforms):
             run.sound(f"{name}-{label}-{k}", waveform)

@@ -209,8 +209,9 @@ def test_the_scripts_own_dependencies_are_those_of_requirements_txt():
 
 def test_tiles_keep_their_proportions_and_stand_in_columns():
     tile = recompose.TILE
-    strip = np.zeros((28, 4 * 28, 3), np.uint8)
-    assert recompose.enlarge(strip).size == (4 * tile, tile)
+    strip = np.asarray(recompose.contact_sheet([[recompose.Tile(np.zeros((28, 4 * 28, 3), np.uint8))]]))
+    y, x = np.nonzero((strip == 0).all(2))
+    assert (np.ptp(y) + 1, np.ptp(x) + 1) == (tile, 4 * tile) and len(x) == tile * 4 * tile
     square, wide = np.full((8, 8, 3), 7, np.uint8), Image.new("RGB", (200, 90), (1, 2, 3))
     rows = [[recompose.Tile(wide), recompose.Tile(square)], [recompose.Tile(square, "a"), recompose.Tile(square)]]
     sheet = np.asarray(recompose.contact_sheet(rows))
@@ -225,16 +226,34 @@ def test_tiles_keep_their_proportions_and_stand_in_columns():
     assert labelled.width > sheet.shape[1] and labelled.height == len(sheet) < long.height and long.width > 800
 
 
+def test_tiles_are_framed_pale_and_as_wide_as_their_captions():
+    square, gap, line = np.full((8, 8, 3), 7, np.uint8), recompose.GAP, recompose.LINE
+    sheets = [
+        np.asarray(recompose.contact_sheet([[recompose.Tile(square, *options), recompose.Tile(square)]]))
+        for options in (("",), ("", True), ("", False, True), ("a caption that is much longer than its tile",))
+    ]
+    plain, framed, pale, wide = (sheet[gap + line + 9].tolist() for sheet in sheets)  # a line through both tiles
+    assert recompose.ACCENT not in map(tuple, plain) and plain[gap] == pale[-gap - 1] == [7] * 3
+    assert framed[gap - 2] == framed[gap + recompose.TILE + 2] == list(recompose.ACCENT)
+    assert [x for x, (a, b) in enumerate(zip(plain, framed, strict=True)) if a != b] == [
+        *range(gap - 4, gap - 1), *range(gap + recompose.TILE + 1, gap + recompose.TILE + 4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(pale[gap], 0.3 * 7 + 0.7 * 255, atol=1)
+    assert len(wide) > len(plain) + 50 and wide.count([7] * 3) == 2 * recompose.TILE
+
+
 def test_heat_runs_from_zero_to_the_top_and_row_0_is_on_top():
     values = np.array([[0.0, 1.0], [2.0, 4.0]])
-    plain = np.asarray(recompose.heat_tile(values))
+    plain = np.asarray(recompose.with_scales(recompose.heat_map(values), 4, "nats"))
     tile = recompose.TILE
     corners = plain[[5, 5, tile - 5, tile - 5], [5, tile - 5, 5, tile - 5]]
     np.testing.assert_array_equal(corners, recompose.heat_map(values).reshape(4, 3))
     assert plain.shape[0] == tile
-    labelled = recompose.heat_tile(values, 8, "dB", x=("0", "4 s"), y=("33 Hz", "8 kHz"))
+    labelled = recompose.with_scales(recompose.heat_map(values, 8), 8, "nats", x=("0", "4 s"), y=("33 Hz", "8 kHz"))
     assert labelled.width > plain.shape[1] + 20 and labelled.height > tile
-    assert recompose.heat_tile(np.zeros((3, 3))).size[1] == tile  # nothing to show is no error
+    nothing, cell = np.zeros((3, 3)), np.zeros((1, 2))
+    assert not recompose.heat_map(nothing)[..., :2].any()  # nothing to show is no error
+    assert recompose.kl_tile(np.zeros((9, 9, 3), np.uint8), nothing, cell).size[1] == tile
 
 
 def test_the_spectrums_rows_are_at_equal_steps_of_pitch():
