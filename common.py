@@ -36,7 +36,30 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import Parsed, load_file, read_json, read_sound, write_atomically, write_json
+from recompose import read_sound, write_atomically
+
+# ---------------------------------------------------------------- Files
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def load_file(path, read, kinds, error):
+    """read(path), a dict that holds `kinds` {name: type}; raises `error` where it is missing, damaged or another's."""
+    try:
+        content = read(path)
+        if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+    except Exception as fault:  # pickle, zip and JSON raise many kinds on a damaged file
+        raise error(f"{path}: missing, damaged, or not the file that was expected") from fault
+    return content
+
 
 # ---------------------------------------------------------------- Probability
 
@@ -417,15 +440,15 @@ class Finite(click.FloatRange):
 
 
 def parse_families(value):
-    """ "bass,flute" -> ["bass", "flute"]; raises ValueError for unknown families, and for one that is there twice."""
+    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for unknown families, and for one that is there twice."""
     names = value.split(",") if isinstance(value, str) else list(value)
     if not set(names) <= set(FAMILIES) or len(set(names)) < len(names):
-        raise ValueError
+        raise click.BadParameter(f"{value!r}: expected different ones of {', '.join(FAMILIES)}")
     return names
 
 
-families_option = click.option("--families", type=Parsed(f"different ones of {', '.join(FAMILIES)}", parse_families),
-                               default="bass,brass,flute,guitar,keyboard,vocal", help="Of instruments.")  # fmt: skip
+families_option = click.option("--families", type=parse_families, default="bass,brass,flute,guitar,keyboard,vocal",
+                               help="Of instruments.")  # fmt: skip
 POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),

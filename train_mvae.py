@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.datasets import CLEVRClassification
@@ -30,12 +31,12 @@ from torchvision.datasets import CLEVRClassification
 from common import (  # isort: skip
     COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, alpha_masks,
     autocast, beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at,
-    load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step, random_generator,
-    reparameterize, settle_options, start_device, training_command,
+    load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
+    random_generator, read_json, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    LOWEST, Tile, contact_sheet, heat_map, kl_tile, load_file, load_picture, read_json, read_mask, inverse_stft,
-    soft_masks, spectrum_tile, stft, to_uint8,
+    LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, load_picture, soft_masks, spectrum_tile, square, stft,
+    to_uint8,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem
@@ -306,6 +307,18 @@ class BuiltInClevr(Drawn):
         shine = (5.4 * gloss.pow(26) + 0.5 * gloss.pow(7)) / squared @ power
         metal = rgb * (room + 0.12 * diffuse) + (0.06 + 0.94 * rgb) * shine
         return torch.where(scene["metal"][i, k, None], metal, rubber)
+
+
+def read_mask(path, size, crop):
+    """A mask of 8 bits a pixel -> the object's number in every pixel, 0 for the background: uint8 (size, size)."""
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
+    if mask.mode not in ("L", "P"):
+        raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
+    return np.asarray(square(mask, crop, path).resize((size, size), Image.Resampling.NEAREST))
 
 
 class ClevrFolder(Pool):

@@ -32,7 +32,7 @@ PANS = (0.3, 0.75)  # where the instruments stand, 0 left, 1 right
 
 
 def play(split, instruments, seconds, rhythm, generator):
-    """Two instruments' notes, at RATE: (2, samples). Raises click.UsageError where all their notes are octaves apart."""
+    """Two instruments' notes, at RATE: (2, samples); click.UsageError where all their notes are octaves apart."""
     out, sounding = torch.zeros(2, int(seconds * RATE) + SAMPLES), [(0.0, None), (0.0, None)]  # until when, which pitch
     while min(end for end, _ in sounding) < seconds:
         k = min(range(2), key=lambda k: sounding[k][0])
