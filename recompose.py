@@ -439,7 +439,8 @@ def figure_of(rows, result, inputs, edits):
         for k, (slot, nats) in enumerate(zip(slots, kl, strict=True)):
             held = f"{nats:.0f} nats" if nats >= EMPTY else "empty"
             sheet[-1].append(Tile(slot, f"slot {k}: {held}", k in chosen, nats < EMPTY))
-    changes = [f"{name} {i}.{k} {numbers}" for name, pairs in edits.items() for (i, k), numbers in pairs.items()]
+    changes = [f"{name} {i}.{k} {' '.join(f'{v:+g}' for v in values)}" for name, pairs in edits.items()
+               for (i, k), values in pairs.items()]  # fmt: skip
     sheet.append([Tile(result, "; ".join(["of the framed slots", *changes]), True)])
     names = [*(path.name for path in inputs), "recomposition"]
     return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", names)
