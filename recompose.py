@@ -67,7 +67,7 @@ def load_picture(path, size, crop):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
             picture = picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        fault = f"damaged, or no picture that is read; HEIC and such: magick {path.name} {path.stem}.png"
+        fault = f"damaged, or no picture that is read; HEIC and such: magick {path.name} a.png"
         raise click.UsageError(f"{path}: {fault}") from error
     return np.asarray(square(picture, crop, path).resize((size, size), Image.Resampling.BILINEAR))
 
@@ -110,7 +110,7 @@ def read_sound(path):
                 page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes
                 cut_off = not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
     except (RuntimeError, OSError) as error:  # soundfile's own among them
-        fault = f"damaged, or no sound that is read; others: ffmpeg -i {path.name} {path.stem}.wav"
+        fault = f"damaged, or no sound that is read; others: ffmpeg -i {path.name} a.wav"
         raise click.UsageError(f"{path}: {fault}") from error
     faults = {
         f"cut off after {len(samples) / rate:.2f} s": cut_off,
