@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "numpy>=2.1", "scipy>=1.14", "pillow>=11", "click>=8.2", "soundfile>=0.13", "soxr>=0.5", "onnxruntime>=1.22",
-# ]
+#   "numpy>=2.1", "scipy>=1.14", "pillow>=11", "click>=8.2", "soundfile>=0.13", "soxr>=0.5", "onnxruntime>=1.22"]
 # ///
 """Take pictures or sounds apart into slots, and put slots of any number of them together; needs no PyTorch.
 
@@ -22,7 +21,7 @@ import json
 import os
 import re
 import struct
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +31,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
-WRITTEN = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
-           ".mp3": ("MP3", "MPEG_LAYER_III")}  # fmt: skip
-SUFFIXES = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # of sounds; all else is taken for a picture
-LONGEST, RATES = 2**26, (4000, 192_000)  # samples of all channels: ten minutes of stereo at 48 kHz, and more; Hz
-PATH = click.Path(path_type=Path)
+WRITTEN = (".wav", ".flac", ".ogg", ".mp3")  # sounds
+SOUNDS = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # all else is taken for a picture
+LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more
+PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
 EMPTY = 4.0  # nats: a slot of less holds nothing
 
 # ---------------------------------------------------------------- Files
@@ -52,8 +50,8 @@ def write_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
-def read_picture(path):
-    """Any still picture of 8 or 16 bits -> RGB, upright; raises click.UsageError for others, and for damaged files."""
+def load_picture(path, size, crop):
+    """Any still picture of 8 or 16 bits -> upright, cropped, uint8 (size, size, 3); click.UsageError for all others."""
     try:
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1:
@@ -64,14 +62,14 @@ def read_picture(path):
                 values = np.asarray(picture, np.float64)
                 if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise click.UsageError(f"{path}: 32 bits a pixel; expected 8 or 16 bits a channel")
-                return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-            return picture.convert("RGB")
+                picture = Image.fromarray((values / 257).round().astype(np.uint8))
+            elif picture.has_transparency_data:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            picture = picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        fault = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or no picture or sound"
-        raise click.UsageError(f"{path}: {fault}; HEIC and such: magick {path.name} {path.stem}.png") from error
+        fault = f"damaged, or no picture that is read; HEIC and such: magick {path.name} a.png"
+        raise click.UsageError(f"{path}: {fault}") from error
+    return np.asarray(square(picture, crop, path).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def square(picture, crop, where):
@@ -90,79 +88,80 @@ def square(picture, crop, where):
         return ImageOps.pad(picture, (max(width, height),) * 2, color=mean)
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
-        reason = "CLEVR's crop needs a height of at least 0.64 W" if crop == "clevr" else "this model takes squares"
-        raise click.UsageError(f"{where}: {width}x{height} pixels; {reason}; recompose.py --crop takes others")
+        expected = "a square, or for CLEVR's crop a height of at least 0.64 W; recompose.py --crop takes others"
+        raise click.UsageError(f"{where}: {width}x{height} pixels; expected {expected}")
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
-def load_picture(path, size, crop):
-    """A picture file -> uint8 (size, size, 3), cropped by `square`."""
-    picture = square(read_picture(path), crop, path)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
-
-
 def read_sound(path):
-    """A sound file -> its samples, float32 (n, channels), and their rate in Hz.
-
-    Raises click.UsageError where it is missing, damaged, cut off, empty, silent, too long, or not finite.
-    """
+    """A sound file -> float32 (n, channels), rate in Hz; raises click.UsageError for all but whole, finite sounds."""
     import soundfile  # here, because pictures do without
 
     try:
-        with Path(path).open("rb") as raw, soundfile.SoundFile(raw) as file:
+        with path.open("rb") as raw, soundfile.SoundFile(raw) as file:
             rate, length, channels = file.samplerate, file.frames, file.channels
-            if length * channels > LONGEST or not RATES[0] <= rate <= RATES[1]:
-                found = f"{length / rate:.0f} s of {channels} channels at {rate} Hz"
-                most = f"at most ten minutes of stereo, {RATES[0]} to {RATES[1]} Hz, are read"
-                raise click.UsageError(f"{path}: {found}; {most}: ffmpeg -i {path.name} -t 600 -ac 2 -ar 44100 a.wav")
+            if length * channels > LONGEST or not 4000 <= rate <= 192_000:
+                expected = f"ten minutes of stereo, 4 to 192 kHz: ffmpeg -i {path.name} -t 600 -ac 2 -ar 44100 a.wav"
+                raise click.UsageError(f"{path}: {length} x {channels} samples, {rate} Hz; expected at most {expected}")
             samples = file.read(dtype="float32", always_2d=True)
             cut_off = "(should be" in file.extra_info or len(samples) < length - rate / 10  # its header says so
+            if file.format == "OGG":  # has no such header, but its last page is marked as the last (RFC 3533)
+                content = path.read_bytes()
+                page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes
+                cut_off = not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
     except (RuntimeError, OSError) as error:  # soundfile's own among them
-        fault = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or not a sound that is read"
-        raise click.UsageError(f"{path}: {fault}; others: ffmpeg -i {path.name} {path.stem}.wav") from error
-    silent = np.abs(samples.mean(1)).max(initial=0) < 1e-5
-    bad = "samples must be finite; some are NaN or infinite" if not np.isfinite(samples).all() else ""
-    fault = f"cut off after {len(samples) / rate:.2f} s" if cut_off else bad or ("silent" if len(samples) else "empty")
-    if cut_off or bad or silent:
+        fault = f"damaged, or no sound that is read; others: ffmpeg -i {path.name} a.wav"
+        raise click.UsageError(f"{path}: {fault}") from error
+    faults = {
+        f"cut off after {len(samples) / rate:.2f} s": cut_off,
+        "samples must be finite; some are NaN or infinite": not np.isfinite(samples).all(),
+        "silent" if len(samples) else "empty": np.abs(samples.mean(1)).max(initial=0) < 1e-5,
+    }
+    for fault in (fault for fault, found in faults.items() if found):
         raise click.UsageError(f"{path}: {fault}; expected a whole sound")
     return samples, rate
 
 
-def resample_sound(samples, rate, wanted):
-    """Samples (n, ...) at `rate` Hz -> at `wanted` Hz."""
+def fit(waveform, n):
+    """(..., samples) -> (..., n), cut off or zero-padded."""
+    return np.pad(waveform[..., :n], [(0, 0)] * (waveform.ndim - 1) + [(0, max(0, n - waveform.shape[-1]))])
+
+
+def resample_sound(waveform, rate, wanted):
+    """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
     import soxr
 
-    return samples if rate == wanted else soxr.resample(samples, rate, wanted)
+    return fit(soxr.resample(waveform.T, rate, wanted).T, -(-waveform.shape[-1] * wanted // rate))
 
 
-def save_sound(path, samples, rate):
-    """Write samples (n, channels), 16 bits each; what exceeds full scale is made softer. Raises OSError, and
-
-    click.ClickException where that kind of file has no such rate or channels.
-    """
+def save_sound(path, waveform, rate):
+    """Write (channels, n), softer where beyond full scale; raises OSError, click.ClickException where none holds it."""
     import soundfile
 
-    peak, encoded, (kind, subtype) = np.abs(samples).max(), io.BytesIO(), WRITTEN[path.suffix.lower()]
+    peak, kind, encoded = np.abs(waveform).max(), path.suffix[1:].upper(), io.BytesIO()
     if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
     try:  # in memory: soundfile's own errors of writing have many kinds
-        with soundfile.SoundFile(encoded, "w", rate, samples.shape[1], subtype, format=kind) as file:
-            for i in range(0, len(samples), rate):  # libvorbis crashes on minutes at once
-                file.write(samples[i : i + rate] / max(peak, 1))
+        with soundfile.SoundFile(encoded, "w", rate, len(waveform), format=kind) as file:
+            for i in range(0, waveform.shape[1], rate):  # libvorbis crashes on minutes at once
+                file.write(waveform[:, i : i + rate].T / max(peak, 1))
     except (RuntimeError, ValueError) as error:
-        about = f"{samples.shape[1]} channels at {rate} Hz"
-        raise click.ClickException(f"{path}: {kind} does not hold {about}; write a .wav file") from error
+        about = f"no {kind} file has {len(waveform)} channels at {rate} Hz; write a .wav file"
+        raise click.ClickException(f"{path}: {about}") from error
     write_atomically(path, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
 
 
-# ---------------------------------------------------------------- Spectra
+# ---------------------------------------------------------------- Spectra, and windows of long sounds
+
+FADE = 0.02  # s in which a window goes over into the next
+APART, PROMINENCE = 0.3, 0.1  # s between onsets; of their peaks in the spectral flux, in levels
+STAY = 10.0  # what it counts, in squared spreads, that a slot stays where it was
 
 
 def stft(waveform, n_fft, hop):
     """(..., samples), zero-padded to whole hops -> complex (..., F, T); frames are centred, the ends reflected."""
-    rest = [(0, 0)] * (waveform.ndim - 1)
-    whole = np.pad(waveform, [*rest, (0, -waveform.shape[-1] % hop)])
-    whole = np.pad(whole, [*rest, (n_fft // 2, n_fft // 2)], mode="reflect")
+    whole = fit(waveform, -(-waveform.shape[-1] // hop) * hop)
+    whole = np.pad(whole, [*[(0, 0)] * (waveform.ndim - 1), (n_fft // 2, n_fft // 2)], mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(whole, n_fft, axis=-1)[..., ::hop, :]
     return np.fft.rfft(frames * np.hanning(n_fft + 1)[:-1]).swapaxes(-1, -2)
 
@@ -195,27 +194,19 @@ def levels(magnitude):
     return np.log1p(magnitude * (3 / max(np.sqrt(np.square(magnitude).mean()), 1e-9)))
 
 
-# ---------------------------------------------------------------- Long sounds: windows, and what goes on through them
-
-FADE = 0.02  # s in which a window goes over into the next
-APART, PROMINENCE = 0.3, 0.1  # s between onsets; of their peaks in the spectral flux, in levels
-STAY = 10.0  # what it counts, in squared spreads, that a slot stays where it was
-
-
 def split_at_onsets(waveform, rate, longest):
-    """Times in s at which windows of (samples,) hardly longer than `longest` begin, and the end of the last.
-
-    They begin at peaks of the spectral flux (Masri 1996), where something begins to sound, or evenly between these.
-    """
-    from scipy.signal import find_peaks
-
+    """Times in s at which windows of (samples,) begin, at onsets (Masri 1996), or every `longest` s; and the end."""
     duration, longest, hop, minute = len(waveform) / rate, longest + FADE, rate // 100, 60 * rate
+    if duration <= longest:
+        return [0.0, duration]
+    from scipy.signal import find_peaks  # here, because it takes a second
+
     cuts, flux = [0.0], [np.zeros(1)]
-    for start in range(0, len(waveform) - 4 * hop, minute) if duration > longest else ():  # spectra are large
+    for start in range(0, len(waveform) - 4 * hop, minute):  # spectra are large
         level = levels(np.abs(stft(waveform[start : start + minute + 2 * hop], 4 * hop, hop)))
-        flux.append(np.maximum(level[:, 2:6002] - level[:, :-2][:, :6000], 0).mean(0))
-    peaks = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0]
-    for stop in [*(peak / 100 for peak in peaks if APART < peak / 100 < duration - APART), duration]:
+        flux.append(np.maximum(level[:, 2:] - level[:, :-2], 0).mean(0)[:6000])
+    onsets = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0] / 100
+    for stop in [*onsets[(onsets > APART) & (onsets < duration - APART)], duration]:
         cuts += np.linspace(cuts[-1], stop, int(np.ceil((stop - cuts[-1]) / longest)) + 1)[1:].tolist()
     return cuts
 
@@ -228,20 +219,20 @@ def follow(mu, cell, kl):
     """
     from scipy.optimize import linear_sum_assignment
 
-    present, order, best = (kl > EMPTY) + 1e-3, np.zeros(kl.shape, int), np.inf
+    present, tried = (kl > EMPTY) + 1e-3, []
     for start in np.unique(np.linspace(0, len(mu) - 1, 10).astype(int)):
-        centre, spread, found = mu[start], mu.var((0, 1)) + 1e-6, np.zeros_like(order)
+        centre, spread, order = mu[start], mu.var((0, 1)) + 1e-6, np.zeros(kl.shape, int)
         for _ in range(20):
             distance, before = (np.square(mu[:, None] - centre[:, None]) / spread).sum(-1), cell[0] + np.inf
             for w, own in enumerate(distance * present[:, None]):  # (clusters, N)
                 stays = (cell[w] == before[:, None]).all(-1)
-                found[w] = linear_sum_assignment(own - STAY * stays)[1]
-                before = cell[w, found[w]]
-            own, weight = (np.take_along_axis(values, found[..., None], 1) for values in (mu, present[..., None]))
+                order[w] = linear_sum_assignment(own - STAY * stays)[1]
+                before = cell[w, order[w]]
+            own, weight = (np.take_along_axis(values, order[..., None], 1) for values in (mu, present[..., None]))
             centre = (weight * own).sum(0) / weight.sum(0)
             spread = ((weight * np.square(own - centre)).sum((0, 1)) + 2 * mu.var((0, 1)) + 1e-6) / (weight.sum() + 2)
-        if np.log(spread).sum() < best:
-            best, order = np.log(spread).sum(), found
+        tried.append((np.log(spread).sum(), order))
+    order = min(tried, key=lambda pair: pair[0])[1]
     return order[:, np.argsort(-np.take_along_axis(kl, order, 1).sum(0), kind="stable")]
 
 
@@ -272,10 +263,7 @@ def heat_map(values, top=None):
 
 
 def with_scales(picture, top, unit, x=("", ""), y=("", "")):
-    """A heat map uint8 (H, W, 3) -> a PIL tile of it, made square, with a colour bar that runs from 0 to `top`.
-
-    What its axes run from and to stands beside them: x (left, right), y (bottom, top).
-    """
+    """A heat map (H, W, 3) -> a square PIL tile, with a bar from 0 to `top`, and what x and y run from and to."""
     font, most = ImageFont.load_default(10), f"{top:.3g} {unit}"
     left = round(max(map(font.getlength, y))) + 5 * any(y)
     right = left + TILE
@@ -293,9 +281,9 @@ def with_scales(picture, top, unit, x=("", ""), y=("", "")):
 
 
 def kl_tile(picture, kl_map, cell, chosen=None):
-    """The KL map over the greyed picture it is of, rings and numbers at the slots' cells, a colour bar in nats.
+    """The KL map (H_l, W_l) over its picture (H, W, 3), rings and numbers at the slots' cells, a colour bar in nats.
 
-    picture uint8 (H, W, 3), kl_map (H_l, W_l), cell (N, 2) as (y, x) in [-1, 1], chosen: numbers of slots, or all.
+    cell: (N, 2) as (y, x) in [-1, 1]; chosen: numbers of the slots that are marked, or all.
     """
     side, top = 4 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
@@ -322,7 +310,7 @@ def spectrum_levels(magnitude, top, rate):
 def spectrum_tile(magnitude, top, seconds, rate):
     """STFT magnitudes (F, T) of so many seconds at `rate` Hz -> a PIL tile of their dB, 60 dB being `top`."""
     heat, pitch = heat_map(spectrum_levels(magnitude, top, rate), 60), (f"{LOWEST:.0f} Hz", f"{rate / 2000:g} kHz")
-    return with_scales(heat, 60, "dB", ("0", f"{seconds:g} s"), pitch)
+    return with_scales(heat, 60, "dB", ("0", f"{seconds:.3g} s"), pitch)
 
 
 def panel(tile):
@@ -334,8 +322,7 @@ def panel(tile):
     image = image.convert("RGB")
     if tile.pale:
         image = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.7)
-    colour = ACCENT if tile.framed else PAPER
-    framed = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, colour)
+    framed = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, ACCENT if tile.framed else PAPER)
     right = max(GAP - 2 * FRAME, round(font.getlength(tile.caption)) - image.width)
     sheet = ImageOps.expand(framed, (0, LINE - FRAME, right, GAP - FRAME), PAPER)
     ImageDraw.Draw(sheet).text((FRAME, 1), tile.caption, ACCENT if tile.framed else INK, font)
@@ -343,18 +330,13 @@ def panel(tile):
 
 
 def contact_sheet(rows, title="", labels=()):
-    """Rows of Tiles, in columns -> one PIL picture, `title` above them, one of `labels` to the left of each row.
-
-    The last tile of a row widens no column.
-    """
+    """Rows of Tiles -> a PIL picture, `title` above, `labels` to the left; the last tile of a row widens no column."""
     rows = [[panel(tile) for tile in row] for row in rows]
     font, large = ImageFont.load_default(12), ImageFont.load_default(15)
-    left = [GAP - FRAME + (round(max(map(font.getlength, labels))) + GAP if labels else 0)]
-    for c in range(max(map(len, rows)) - 1):
-        left.append(left[c] + max(row[c].width for row in rows if row[c + 1 :]))
-    top = [GAP + 24 * bool(title)]
-    for row in rows:
-        top.append(top[-1] + max(picture.height for picture in row))
+    start = GAP - FRAME + (round(max(map(font.getlength, labels))) + GAP if labels else 0)
+    widths = [max(row[c].width for row in rows if row[c + 1 :]) for c in range(max(map(len, rows)) - 1)]
+    left = [*accumulate(widths, initial=start)]
+    top = [*accumulate((max(one.height for one in row) for row in rows), initial=GAP + 24 * bool(title))]
     width = max(left[len(row) - 1] + row[-1].width + FRAME for row in rows)
     sheet = Image.new("RGB", (max(width, round(large.getlength(title)) + 2 * GAP), top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -367,289 +349,249 @@ def contact_sheet(rows, title="", labels=()):
     return sheet
 
 
-# ---------------------------------------------------------------- Model
+# ---------------------------------------------------------------- Model and recomposition
+
+FORMS = ("[I.]K", "[I.]K:X", "[I.]K:X,Y")  # of edits, by how many numbers they take
+EDITS = {"move": "moved by {:+g} {:+g}", "front": "in front", "transpose": "{:+g} semitones", "gain": "{:+g} dB"}
 
 
 class Model:
     """An exported folder's graphs, in onnxruntime; raises click.UsageError where one is missing, or of another kind."""
 
-    def __init__(self, folder, kind, vocoder=False):
+    def __init__(self, folder, kind, n_slots=None, vocoder=False):
         import onnxruntime  # here, so that `--help` and wrong arguments answer at once
 
-        self.sessions, described, options = {}, [], onnxruntime.SessionOptions()
+        self.sessions, options = {}, onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors alone
         for name in ("encoder", "decoder", "composer", "vocoder")[: 3 + vocoder]:
-            path = Path(folder) / f"{name}.onnx"
-            if not path.is_file():
-                raise click.UsageError(f"--model {folder}: no {name}.onnx; expected the export of a train_mvae.py run")
+            path = folder / f"{name}.onnx"
             try:
-                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                raise click.UsageError(f"{path}: not a readable ONNX graph ({str(error).splitlines()[0]})") from error
-            self.sessions[name] = session
-            described.append(session.get_modelmeta().custom_metadata_map.get("model"))
+                fault = "missing, or not a readable ONNX graph; expected the export of a train_mvae.py run"
+                raise click.UsageError(f"{path}: {fault}") from error
         try:
-            (text,) = set(described)  # the same in every graph
+            (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
-            self.n_slots, found = self.about["N"], self.about["kind"]
+            n, found = self.about["N"], self.about["kind"]
         except (KeyError, TypeError, ValueError) as error:
             raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py") from error
         if found != kind:
             raise click.UsageError(f"--model {folder}: a model of kind {found!r}; expected {kind!r}")
+        self.n_slots = n_slots or n
+        self.slots = {} if self.n_slots == n else {"slots": np.arange(n_slots)}
+        if not self.slots.keys() <= {value.name for value in self.sessions["encoder"].get_overridable_initializers()}:
+            raise click.UsageError(f"--n-slots {n_slots}: {folder} gives {n}, and others once it is exported anew")
 
     def run(self, graph, **inputs):
-        """Named arrays -> named arrays; raises click.ClickException where an output is not finite."""
+        """Named arrays -> named arrays; raises click.ClickException where it fails, or an output is not finite."""
         session = self.sessions[graph]
-        found = dict(zip((output.name for output in session.get_outputs()), session.run(None, inputs), strict=True))
-        if not all(np.isfinite(values).all() for values in found.values()):
+        try:
+            values = session.run(None, inputs)
+        except Exception as error:  # as above: too few cells for so many slots, too little memory
+            raise click.ClickException(f"{graph}.onnx fails: {str(error).splitlines()[0]}") from error
+        if not all(np.isfinite(value).all() for value in values):
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
-        return found
-
-    def encode(self, **inputs):
-        """What the encoder says of its inputs, of `n_slots` slots: named arrays."""
-        more = {} if self.n_slots == self.about["N"] else {"slots": np.arange(self.n_slots)}
-        return self.run("encoder", **inputs, **more)
+        return dict(zip((output.name for output in session.get_outputs()), values, strict=True))
 
     def decode(self, z, cell):
         """z (B, M, D), cell (B, M, 2) -> layer (B, M, ...)."""
         return self.run("decoder", z=z, cell=cell)["layer"]
 
     def compose(self, layer, background=None):
-        """layer (B, M, ...), background (B, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
-        inputs = {"layer": layer} if background is None else {"layer": layer, "background": background}
-        return next(iter(self.run("composer", **inputs).values()))
+        """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
+        behind = {} if background is None else {"background": background.repeat(len(layer), 0)}
+        return next(iter(self.run("composer", layer=layer, **behind).values()))
 
 
-# ---------------------------------------------------------------- Recomposition
-
-
-def describe(path, what, kl, misfit, usual):
-    """Say how many slots of an input, of kl (N,) nats, hold something, and where it is unlike what was learnt."""
-    held = int((kl >= EMPTY).sum())
-    click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {len(kl) - held} empty slots")
-    if misfit > usual:
-        click.echo(f"{path}: unlike the {what}s that this model has learnt; expect nonsense", err=True)
-
-
-def figure_of(rows, result, inputs, edits):
-    """Per input (tile, KL tile, tiles of its slots, their KL in nats, the chosen ones) -> the figure, a PIL picture."""
-    sheet = []
-    for tile, heat, slots, kl, chosen in rows:
+def explain(model, rows, result, what):
+    """Say what inputs hold, and draw the figure; rows: path, tile, KL tile, slots' tiles and KL, slots kept, misfit."""
+    sheet, caption = [], ["of the framed slots"]
+    for i, (path, tile, heat, slots, kl, kept, misfit) in enumerate(rows):
+        held = int((kl >= EMPTY).sum())
+        click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {len(kl) - held} empty slots")
+        if misfit > model.about.get("misfit", np.inf):
+            click.echo(f"{path}: unlike the {what}s that this model has learnt; expect nonsense", err=True)
         sheet.append([Tile(tile, "input"), Tile(heat, "KL map")])
         for k, (slot, nats) in enumerate(zip(slots, kl, strict=True)):
-            held = f"{nats:.0f} nats" if nats >= EMPTY else "empty"
-            sheet[-1].append(Tile(slot, f"slot {k}: {held}", k in chosen, nats < EMPTY))
-    changes = [f"{name} {i}.{k} {' '.join(f'{v:+g}' for v in values)}" for name, pairs in edits.items()
-               for (i, k), values in pairs.items()]  # fmt: skip
-    sheet.append([Tile(result, "; ".join(["of the framed slots", *changes]), True)])
-    names = [*(path.name for path in inputs), "recomposition"]
+            holds = f"{nats:.0f} nats" if nats >= EMPTY else "empty"
+            sheet[-1].append(Tile(slot, f"slot {k}: {holds}", k in kept, nats < EMPTY))
+        for k, (name, numbers) in ((k, edit) for k, edits in kept.items() for edit in edits.items()):
+            caption.append(f"slot {f'{i}.{k}' if len(rows) > 1 else k} {EDITS[name].format(*numbers)}")
+    sheet.append([Tile(result, "; ".join(caption), True)])
+    names = [*(row[0].name for row in rows), "recomposition"]
     return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", names)
 
 
-def recompose_pictures(model, inputs, chosen, edits, crop=None):
-    """Picture files -> the recomposition and the figure, PIL pictures; chosen: the slots of each."""
-    pictures = np.stack([load_picture(path, model.about["size"], crop or model.about["crop"]) for path in inputs])
-    image = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255
-    encoded = model.encode(image=image)
-    layer, cell = model.decode(encoded["mu"], encoded["cell"]), encoded["cell"].copy()  # (B, N, ...); z = mu
-    for address, (right, down) in edits["move"].items():
-        cell[address] += 2 * np.array([down, right], np.float32)
-    edited = model.decode(encoded["mu"], cell)
-    for address in edits["front"]:
-        edited[address][0] += 10  # how near it is: others are at most 2
-    background = encoded["background"][:, None] if "background" in encoded else [None] * len(inputs)  # (B, 1, ...)
-    parts = np.concatenate([edited[b, numbers] for b, numbers in enumerate(chosen)])[None]  # (1, M, ...)
-    result, rows = to_uint8(model.compose(parts, background[0])[0]), []
-    for b, (path, kl) in enumerate(zip(inputs, encoded["kl"], strict=True)):
-        behind = None if background[b] is None else background[b].repeat(len(kl), 0)  # (N, ...)
-        alone = [to_uint8(picture) for picture in model.compose(layer[b][:, None], behind)]
-        misfit = np.square(model.compose(layer[b : b + 1], background[b])[0] - image[b]).mean()
-        describe(path, "object", kl, misfit, model.about.get("misfit", np.inf))
-        heat = kl_tile(pictures[b], encoded["kl_map"][b], encoded["cell"][b], chosen[b])
-        rows.append((pictures[b], heat, alone, kl, chosen[b]))
-    return Image.fromarray(result), figure_of(rows, result, inputs, edits)
+def recompose_pictures(model, inputs, kept, crop=None):
+    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL."""
+    rows, parts, backgrounds = [], [], []
+    for path, slots in zip(inputs, kept, strict=True):
+        picture = load_picture(path, model.about["size"], crop or model.about["crop"])
+        image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
+        said = model.run("encoder", image=image, **model.slots)
+        z, cell, background = said["mu"], said["cell"], said.get("background")
+        layer = model.decode(z, cell)  # (1, N, ...)
+        alone = [to_uint8(one) for one in model.compose(layer[0][:, None], background)]
+        misfit = np.square(model.compose(layer, background) - image).mean()
+        heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
+        rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
+        backgrounds.append(background)
+        for k, edits in slots.items():
+            part = layer[:, [k]]
+            if "move" in edits:
+                right, down = edits["move"]
+                part = model.decode(z[:, [k]], cell[:, [k]] + np.float32([2 * down, 2 * right]))
+            if "front" in edits:
+                part[:, :, 0] += 10  # how near it is: others are at most 2
+            parts.append(part)
+    result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0])[0])
+    return Image.fromarray(result), explain(model, rows, result, "object")
 
 
-def hear(model, waveform):
-    """(n,) at the model's rate -> times in s at which windows begin, and end, the windows, and what the encoder says.
-
-    Slots are in the order of `follow`.
-    """
-    rate, longest = model.about["sample_rate"], model.about["samples"]
-    cuts = split_at_onsets(waveform, rate, longest / rate)
-    pieces = [waveform[round(a * rate) : round(b * rate)][:longest] for a, b in pairwise(cuts)]
-    pieces = np.stack([np.pad(piece, (0, longest - len(piece))) for piece in pieces]).astype(np.float32)
-    parts = [model.encode(waveform=pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
-    heard = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if len(pieces) > 1:
-        order = follow(heard["mu"], heard["cell"], heard["kl"])
-        heard |= {name: heard[name][np.arange(len(pieces))[:, None], order] for name in ("mu", "cell", "kl")}
-    return cuts, pieces, heard
-
-
-def recompose_sounds(model, inputs, chosen, edits, vocoder):
-    """Sound files -> the recomposition (samples, channels), its rate, both as of the first, and the figure."""
-    parts, rows, own, form = [], [], model.about["sample_rate"], None
-    for b, path in enumerate(inputs):
-        samples, found = read_sound(path)
-        rate, channels = form = form or (found, samples.shape[1])
+def recompose_sounds(model, inputs, kept, vocoder=False):
+    """Sound files, slots as above -> the recomposition (channels, n), its rate, both the first input's, the figure."""
+    sounds, own, parts, rows = [read_sound(path) for path in inputs], model.about["sample_rate"], [], []
+    rate, channels = sounds[0][1], sounds[0][0].shape[1]
+    for path, (samples, found), slots in zip(inputs, sounds, kept, strict=True):
         if samples.shape[1] != channels:
             samples = samples.mean(1, keepdims=True).repeat(channels, 1)
-        changes = {name: {k: numbers for (i, k), numbers in pairs.items() if i == b} for name, pairs in edits.items()}
-        samples = resample_sound(samples, found, rate)
-        parts.append(recompose_sound(model, path, samples, rate, chosen[b], changes, vocoder, rows))
-    longest = max(map(len, parts))
-    result = sum(np.pad(part, ((0, longest - len(part)), (0, 0))) for part in parts)
-    heard = resample_sound(result.mean(1), rate, own)
+        samples = resample_sound(samples.T, found, rate)
+        parts.append(recompose_sound(model, path, samples, rate, slots, vocoder, rows))
+    longest = max(part.shape[1] for part in parts)
+    result = sum(fit(part, longest) for part in parts)
+    heard = resample_sound(result.mean(0), rate, own)
     step = model.about["hop"] * max(1, len(heard) // model.about["samples"])
     magnitude = np.abs(stft(heard, model.about["n_fft"], step))
     tile = spectrum_tile(magnitude, magnitude.max(), longest / rate, own)
-    return result, rate, figure_of(rows, tile, inputs, edits)
+    return result, rate, explain(model, rows, tile, "note")
 
 
-def recompose_sound(model, path, samples, rate, numbers, edits, vocoder, rows):
-    """The slots `numbers` of samples (n, channels) at `rate` Hz, put together; `rows` gets what the figure shows.
+def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
+    """The slots `kept` of samples (channels, n) at `rate` Hz, put together; `rows` gets what the figure shows."""
+    # 1. Take every window apart, at the model's own rate; its slots go on with those of the windows before.
+    own, length, n_fft, frame = (model.about[name] for name in ("sample_rate", "samples", "n_fft", "hop"))
+    mono = resample_sound(samples.mean(0), rate, own)
+    cuts = split_at_onsets(mono, own, length / own)
+    pieces = [fit(mono[round(a * own) : round(b * own)], length) for a, b in pairwise(cuts)]
+    said = [model.run("encoder", waveform=piece[None], **model.slots) for piece in pieces]
+    mu, cell, kl, kl_map = (np.concatenate([one[name] for one in said]) for name in ("mu", "cell", "kl", "kl_map"))
+    order = follow(mu, cell, kl) if len(mu) > 1 else np.arange(kl.shape[1])[None]
+    mu, cell, kl = (values[np.arange(len(order))[:, None], order] for values in (mu, cell, kl))
 
-    Soft masks on the sound's spectrum; with `vocoder`, or transposed, what a slot decodes to, as loud as its mask.
-    """
-    own, sizes = model.about["sample_rate"], (model.about["n_fft"], model.about["hop"])
-    hop, longest = round(sizes[1] * rate / own), round(model.about["samples"] * rate / own)
-    (cuts, pieces, heard), result = hear(model, resample_sound(samples.mean(1), rate, own)), np.zeros_like(samples.T)
-    gain, moved, seen, misfit = np.ones((model.n_slots, 1, 1)), heard["cell"].copy(), [], []
-    for k, (decibels,) in edits["gain"].items():
-        gain[k] = 10 ** (decibels / 20)
-    for k, (semitones,) in edits["transpose"].items():
-        moved[:, k, 0] += semitones / 6 / np.log2(own / 2 / LOWEST)  # from -1 to 1 over all octaves
+    # 2. Put its slots together, at the sound's own rate: soft masks on its spectrum, or what they decode to, as loud.
+    hop, longest = round(frame * rate / own), round(length * rate / own)
+    result, seen, misfit = np.zeros_like(samples), [], []
     for w, (start, stop) in enumerate(pairwise(cuts)):
-        first, last = round(start * rate), min(round((stop + FADE) * rate), len(samples))
-        n, z, cell = last - first, heard["mu"][w : w + 1], heard["cell"][w : w + 1]
-        spectrum = stft(np.pad(samples[first:last].T, ((0, 0), (0, max(0, longest - n)))), 4 * hop, hop)
-        layer = model.decode(z, cell)
+        first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
+        n, layer = last - first, model.decode(mu[[w]], cell[[w]])
+        spectrum = stft(fit(samples[:, first:last], max(n, longest)), 4 * hop, hop)
         alone = model.compose(layer[0][:, None])  # (N, F, T)
-        masks, part = gain * extend(soft_masks(alone), *spectrum.shape[1:]), np.zeros((len(spectrum), n))
-        for k in numbers:
-            slot = inverse_stft(masks[k] * spectrum, 4 * hop, hop, n)  # (channels, n)
-            if vocoder or k in edits["transpose"]:
-                decoded = model.compose(model.decode(z[:, [k]], moved[w : w + 1, [k]]))
-                sung = resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"][0], own, rate)[:n]
-                loud = np.sqrt(np.square(slot).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
-                slot = np.pad(loud * sung, ((0, 0), (0, n - len(sung))))
-            part += slot
+        masks = extend(soft_masks(alone), *spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
-        result[:, first:last] += part * (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
-        mixture = np.abs(stft(pieces[w], *sizes))
+        fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
+        for k, edits in kept.items():
+            part = inverse_stft(masks[k] * spectrum, 4 * hop, hop, n)  # (channels, n)
+            if vocoder or "transpose" in edits:
+                (semitones,) = edits.get("transpose", (0,))  # a place is from -1 to 1, over all octaves
+                place = cell[[w], [[k]]] + np.float32([semitones / 6 / np.log2(own / 2 / LOWEST), 0])
+                decoded = model.compose(model.decode(mu[[w], [[k]]], place))
+                sung = fit(resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"], own, rate), n)
+                part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
+            (decibels,) = edits.get("gain", (0,))
+            result[:, first:last] += 10 ** (decibels / 20) * fade * part
+        mixture = np.abs(stft(pieces[w], n_fft, frame))
         misfit.append(np.square(levels(model.compose(layer)[0]) - levels(mixture)).mean())
-        frames = np.arange(0, (stop - start) * own / sizes[1], max(1, len(pieces) // 2)).astype(int)
+        frames = np.arange(0, max(1, (stop - start) * own / frame), max(1, len(pieces) // 2)).astype(int)
         seen.append(np.stack([mixture, *alone])[:, :, frames.clip(max=alone.shape[2] - 1)])
-    show_sound(rows, np.concatenate(seen, axis=2), len(samples) / rate, own, heard, numbers)
-    describe(path, "note", heard["kl"].mean(0), np.median(misfit), model.about.get("misfit", np.inf))
-    return result.T
 
-
-def show_sound(rows, seen, seconds, rate, heard, numbers):
-    """Append to `rows` what a figure shows of a sound: seen (1 + N, F, T), magnitudes of it and its slots."""
-    tops = [seen[0].max(), *[seen[1:].max()] * (len(seen) - 1)]
-    tile, *slots = (spectrum_tile(one, top, seconds, rate) for one, top in zip(seen, tops, strict=True))
-    if len(heard["kl_map"]) == 1:
-        level = heat_map(spectrum_levels(seen[0], tops[0], rate), 60)
-        heat = kl_tile(level, heard["kl_map"][0][::-1], heard["cell"][0] * np.float32([-1, 1]), numbers)
-    else:  # a column a window
-        kl_map = heard["kl_map"][:, ::-1, 0].T
-        heat = with_scales(heat_map(kl_map), kl_map.max(), "nats", ("0", f"{seconds:g} s"))
-    rows.append((tile, heat, slots, heard["kl"].mean(0), numbers))
+    # 3. Show the sound, and its slots as they decode.
+    magnitude, *slots = np.concatenate(seen, axis=2)
+    tops, seconds = [magnitude.max(), *[np.max(slots)] * len(slots)], samples.shape[1] / rate
+    tile, *slots = (spectrum_tile(*pair, seconds, own) for pair in zip([magnitude, *slots], tops, strict=True))
+    if len(pieces) == 1:
+        level = heat_map(spectrum_levels(magnitude, tops[0], own), 60)
+        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * np.float32([-1, 1]), kept)
+    else:  # windows beside one another
+        columns = kl_map[:, ::-1, 0].T.repeat([one.shape[2] for one in seen], axis=1)
+        heat = with_scales(heat_map(columns), columns.max(), "nats", ("0", f"{seconds:.3g} s"))
+    rows.append((path, tile, heat, slots, kl.mean(0), kept, np.median(misfit)))
+    return result
 
 
 # ---------------------------------------------------------------- Command line
 
 
-def parse_slots(text):
-    """ "0,2" -> [0, 2]; raises click.BadParameter for all but different numbers from 0 on."""
-    numbers = text.split(",")
-    if not all(number.isdecimal() for number in numbers) or len({*map(int, numbers)}) < len(numbers):
-        raise click.BadParameter(f"{text!r}: expected different slot numbers, from 0 on, such as 0,2")
-    return [*map(int, numbers)]
-
-
-def edit_option(name, n, example, text):
-    """An option of many edits ((input, slot), n numbers): "0:0.2,-1" -> ((0, 0), (0.2, -1.0)), "2.1:0,1" of input 2."""
-
-    def parse_edit(value):
-        found = re.fullmatch(r"(?:(\d+)\.)?(\d+)" + r"[:,]([-+]?\d*\.?\d+)" * n, value)
-        if not found:
-            raise click.BadParameter(f"{value!r}: expected a slot K, or I.K of input I, and numbers as in {example}")
-        source, slot, *numbers = found.groups()
-        return (int(source or 0), int(slot)), tuple(map(float, numbers))
-
-    return click.option(f"--{name}", type=parse_edit, multiple=True, metavar="[I.]K...", help=f"{text}: {example}.")
-
-
-def chosen_slots(lists, n_inputs, n_slots, edits):
-    """The slots of every input, checked against the model and the edits: -> one list of numbers an input."""
-    if len(lists) > 1 and len(lists) != n_inputs:
-        raise click.UsageError(f"--slots is given {len(lists)} times for {n_inputs} inputs; give it once, or once each")
-    lists = list(lists) or [list(range(n_slots))]
-    if max(map(max, lists)) >= n_slots:
-        raise click.UsageError(f"--slots: there are slots 0 to {n_slots - 1}; --n-slots asks for more")
-    lists = lists if len(lists) == n_inputs else lists * n_inputs
-    for name, (i, k) in ((name, address) for name, pairs in edits.items() for address in pairs):
-        if i >= n_inputs or k not in lists[i]:
-            raise click.UsageError(f"--{name} {i}.{k}: input {i} has no such slot among those that are kept")
-    return lists
+def kept_slots(slots, edits, n_inputs, n_slots):
+    """Options -> {slot: {edit: numbers}} of every input; raises click.UsageError where they do not fit."""
+    if len(slots) > 1 and len(slots) != n_inputs:
+        raise click.UsageError(f"--slots is given {len(slots)} times for {n_inputs} inputs; give it once, or once each")
+    every = [str(k) for k in range(n_slots)]
+    lists = [text.split(",") for text in slots] or [every]
+    for numbers in lists:
+        if len(set(numbers)) < len(numbers) or not set(numbers) <= set(every):
+            expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
+            raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
+    kept = [{int(k): {} for k in numbers} for numbers in lists * (n_inputs // len(lists))]
+    for name, text in ((name, text) for name, given in edits.items() for text in given):
+        n = EDITS[name].count("{")
+        found = re.fullmatch(r"(?:(\d+)\.)?(\d+)" + r"[:,]([-+]?\d*\.?\d+)" * n, text)
+        i, k, *numbers = map(float, found.groups("0")) if found else (0, -1)
+        if i >= n_inputs or k not in kept[int(i)] or max(map(abs, numbers), default=0) > 100:
+            expected = f"{FORMS[n]}, K being a slot of input I (of 0, if left out) that is kept, and numbers within 100"
+            raise click.UsageError(f"--{name} {text}: expected {expected}")
+        kept[int(i)][k][name] = numbers
+    return kept
 
 
 @click.command(help=__doc__.replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=PATH)
-@click.option("--slots", multiple=True, type=parse_slots, metavar="K,K", show_default="all",
-              help="Slots to keep: once for every input, or once each, in the inputs' order.")  # fmt: skip
-@click.option("--n-slots", type=click.IntRange(1, 12), show_default="the model's", help="Slots of every input.")
-@edit_option("move", 2, "0:0.2,-0.1", "Pictures: slot K (of input I) so many widths right and down")
-@edit_option("front", 0, "0", "Pictures: slot K before all others")
-@edit_option("transpose", 1, "0:-3", "Sounds: slot K so many semitones higher, decoded anew")
-@edit_option("gain", 1, "0:-6", "Sounds: slot K so many dB louder")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=FILE)
+@click.option("--slots", multiple=True, metavar="K,K", help="Slots to keep, if not all: once, or once for each input.")
+@click.option("--n-slots", type=click.IntRange(1, 12), show_default="the model's", help="Slots to find in every input.")
+@click.option("--move", multiple=True, metavar=FORMS[2], help="Pictures: move slot K (of input I) by X, Y widths.")
+@click.option("--front", multiple=True, metavar=FORMS[0], help="Pictures: bring slot K before all others.")
+@click.option("--transpose", multiple=True, metavar=FORMS[1], help="Sounds: raise slot K, decoded anew, X semitones.")
+@click.option("--gain", multiple=True, metavar=FORMS[1], help="Sounds: make slot K louder by X dB.")
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
-@click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), show_default="the model's", help="Of pictures.")
+@click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), help="Pictures: a crop other than the model's.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
-@click.option("--out", type=PATH, show_default="recomposed.png or .wav",
-              help="The picture or sound to write; the figure is written beside it, as NAME_figure.png.")  # fmt: skip
+@click.option("--out", type=PATH, help="File to write, if not recomposed.png or .wav; NAME_figure.png explains it.")
 def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     # 1. Check the arguments, and read the model.
-    sounds = {path.suffix.lower() in SUFFIXES for path in inputs}
-    if len(sounds) > 1:
+    sound, *mixed = {path.suffix.lower() in SOUNDS for path in inputs}
+    if mixed:
         raise click.UsageError("pictures and sounds cannot be recomposed together")
-    kind, suffixes = ("mvae-sound", [*WRITTEN]) if True in sounds else ("mvae-image", [".png"])
+    kind, suffixes = ("mvae-sound", WRITTEN) if sound else ("mvae-image", (".png",))
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    edits = {name: dict(pairs) for name, pairs in edits.items()}
-    of_sounds = {"vocoder": vocoder, "transpose": edits["transpose"], "gain": edits["gain"]}
-    of_pictures = {"crop": crop, "move": edits["move"], "front": edits["front"]}
-    for name, given in (of_pictures if True in sounds else of_sounds).items():
-        if given:
-            raise click.UsageError(f"--{name} is for {'pictures' if True in sounds else 'sounds'}")
+    options = edits | {"crop": crop, "vocoder": vocoder}
+    for name in ("crop", "move", "front") if sound else ("vocoder", "transpose", "gain"):
+        if options[name]:
+            raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir():
             raise click.UsageError(f"--out: {path} is a folder, or in one that does not exist")
         if path.resolve() in [other.resolve() for other in inputs]:
             raise click.UsageError(f"--out: {path} would overwrite an input")
-    model = Model(folder or SHIPPED[kind], kind, bool(vocoder or edits["transpose"]))
-    model.n_slots = n_slots or model.n_slots
-    chosen = chosen_slots(slots, len(inputs), model.n_slots, edits)
+    model = Model(folder or SHIPPED[kind], kind, n_slots, bool(vocoder or edits["transpose"]))
+    if edits["front"] and model.about["op"] != "alpha":
+        raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")
+    kept = kept_slots(slots, edits, len(inputs), model.n_slots)
 
-    # 2. Take the inputs apart, put the chosen slots together, write the result and the figure that explains it.
+    # 2. Take the inputs apart, put the kept slots together, write the result and the figure that explains it.
     try:
-        if kind == "mvae-sound":
-            samples, rate, figure = recompose_sounds(model, inputs, chosen, edits, vocoder)
-            save_sound(out, samples, rate)
+        if sound:
+            waveform, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
+            save_sound(out, waveform, rate)
         else:
-            picture, figure = recompose_pictures(model, inputs, chosen, edits, crop)
+            picture, figure = recompose_pictures(model, inputs, kept, crop)
             write_atomically(out, lambda temporary: picture.save(temporary, format="PNG"))
         write_atomically(beside, lambda temporary: figure.save(temporary, format="PNG"))
     except OSError as error:
         raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error
-    n = sum(map(len, chosen))
-    count = f"{n} slot{'s' * (n > 1)} of {len(inputs)} input{'s' * (len(inputs) > 1)}"
-    click.echo(f"{out}: {count}; {beside} explains it")
+    click.echo(f"{out}: {sum(map(len, kept))} of {model.n_slots * len(inputs)} slots; {beside} explains it")
 
 
 if __name__ == "__main__":

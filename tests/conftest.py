@@ -9,6 +9,7 @@ import struct
 import time
 
 import numpy as np
+import onnx
 import pytest
 import soundfile
 import torch
@@ -68,6 +69,26 @@ def made(tmp_path_factory, name, *args, main=train_mvae.main, export_args=()):
         assert result.exit_code == 0, (result.output, result.exception)
 
     return once(tmp_path_factory, name, make)
+
+
+def give_nan(path):
+    """Change a graph so that its first output is NaN everywhere."""
+    model = onnx.load(path)
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_" if name == output else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["zero"], value_float=0.0))
+    model.graph.node.append(onnx.helper.make_node("Mul", [f"{output}_", "zero"], ["none"]))
+    model.graph.node.append(onnx.helper.make_node("Div", ["none", "zero"], [output]))
+    onnx.save(model, path)
+
+
+def without_slots(path):
+    """Make an encoder like those that were exported before they could be asked for other numbers of slots."""
+    model = onnx.load(path)
+    (asked,) = [value for value in model.graph.input if value.name == "slots"]
+    model.graph.input.remove(asked)
+    onnx.save(model, path)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,12 @@ def test_names_axes_and_metadata_are_those_of_the_contract(clevr_run):
             assert tensor.name in ("image", "background") or tensor.shape[1] == "slots"
         model = onnx.load(folder / f"{name}.onnx")
         assert {o.version for o in model.opset_import if not o.domain} == {export.OPSET}
+        optional = [tensor.name for tensor in session.get_overridable_initializers()]
+        assert ("slots" in optional) == (name == "encoder"), optional
+    image = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)
+    for given, n in (({}, 3), ({"slots": np.arange(1)}, 1), ({"slots": np.arange(12)}, 12)):
+        mu, _, cell, kl, *_ = sessions["encoder"].run(None, {"image": image, **given})
+        assert mu.shape == (2, n, 4) and cell.shape == (2, n, 2) and (np.diff(kl) <= 0).all()
     about = json.loads((folder / "model.json").read_text())
     assert about == json.loads(sessions["decoder"].get_modelmeta().custom_metadata_map["model"])
     expected = {"kind": "mvae-image", "N": 3, "D": 4, "op": "alpha", "compose": "data", "size": 64, "dataset": "clevr"}

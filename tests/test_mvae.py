@@ -94,14 +94,13 @@ def test_before_slots_look_closer_their_details_change_nothing_and_cost_nothing(
 
 
 def selection_by_a_loop(kl_map, n):
-    """The n best cells, those that are the best of the 3 x 3 cells around first."""
+    """The n best cells, those that are the best of the 3 x 3 cells around first, in the order of choice."""
     height, width = kl_map.shape
     peaks, rest = [], []
     for y, x in itertools.product(range(height), range(width)):
         around = kl_map[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
         (peaks if kl_map[y, x] == around.max() else rest).append((kl_map[y, x].item(), y * width + x))
-    chosen = (sorted(peaks, reverse=True) + sorted(rest, reverse=True))[:n]
-    return [index for _, index in sorted(chosen, reverse=True)]
+    return [index for _, index in (sorted(peaks, reverse=True) + sorted(rest, reverse=True))[:n]]
 
 
 @torch.no_grad()
@@ -117,12 +116,33 @@ def test_selected_cells_of_sounds_are_those_of_a_loop():
 @torch.no_grad()
 def test_slots_are_cells_in_falling_order_of_their_kl_each_once():
     for n in (3, 64):
-        encoding = build().encode(pictures(), n=n)
+        encoding = build(n_slots=n).encode(pictures())
         assert (encoding.kl[:, :-1] >= encoding.kl[:, 1:]).all()
         torch.testing.assert_close(encoding.kl[:, 0], encoding.kl_map.flatten(1).amax(1))
         row, column = ((encoding.cell + 1) * 4 - 0.5).round().long().unbind(-1)  # before training none is shifted
         torch.testing.assert_close(encoding.kl_map.flatten(1).gather(1, row * 8 + column), encoding.kl)
         assert all(len(set(cells)) == n for cells in (row * 8 + column).tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dataset", ["sprites", "nsynth-duo"])
+def test_an_encoder_gives_as_many_slots_as_it_is_asked_for(dataset):
+    """The same as a model of so many slots has, up to MOST_SLOTS; those of fewer are among those of more."""
+    options = {"dataset": dataset} | ({"op": "sum", "detail": 0} if dataset == "nsynth-duo" else {})
+    model = build(**options)
+    data = torch.rand(2, train_mvae.FRAMES, 32, 1) if model.sound else pictures()
+    most = 8 if model.sound else train_mvae.MOST_SLOTS  # eight cells
+    assert model.most_slots == most
+    seen = [set()] * len(data)
+    for n in (1, 3, 5, most):
+        asked, built = model.encode(data, slots=torch.arange(n)), build(**options, n_slots=n).encode(data)
+        assert asked.mu.shape == (2, n, 4)
+        for one, other in zip(asked, built, strict=True):
+            assert (one is other is None) or torch.equal(one, other)
+        places = [set(map(tuple, cells)) for cells in asked.cell.tolist()]
+        assert all(few <= more for few, more in zip(seen, places, strict=True))
+        seen = places
+    assert torch.equal(model.encode(data).mu, model.encode(data, slots=torch.arange(3)).mu)
 
 
 @torch.no_grad()

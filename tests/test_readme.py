@@ -70,7 +70,7 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(("what", "arguments"), COMMANDS)
 def test_a_documented_command_is_one_that_would_start(what, arguments, monkeypatch, tmp_path):
-    """It is parsed, and its options go together; where it names a folder of data or a run, one is there."""
+    """It is parsed, and its options go together; where it names a folder of data, a run or an input, one is there."""
     script = SCRIPTS.get(what) or importlib.import_module(what)
     if not isinstance(script.main, click.Command):  # it takes no arguments
         assert not arguments
@@ -81,6 +81,10 @@ def test_a_documented_command_is_one_that_would_start(what, arguments, monkeypat
     for option, value in itertools.pairwise(arguments):
         if option == "--data-root":
             (tmp_path / value).mkdir()
+    for value in arguments if what == "recompose.py" else ():
+        if Path(value).suffix in (".png", ".jpg", ".wav", ".flac"):
+            (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / value).touch()
     with script.main.make_context(what, arguments) as context:
         if hasattr(script.main, "foreign"):  # a training script
             common.settle_options(context, context.params)
@@ -131,6 +135,6 @@ def test_recompose_needs_little():
     text = (ROOT / "recompose.py").read_text()
     header = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
     listed = set(re.findall(r'"([\w-]+)', re.search(r"dependencies = \[(.*?)\]", header[1], re.DOTALL)[1]))
-    assert listed == {"numpy", "pillow", "click", "soundfile", "onnxruntime"}
+    assert listed == {"numpy", "scipy", "pillow", "click", "soundfile", "soxr", "onnxruntime"}
     names = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
     assert not {name for name in names if name.split(".")[0] in ("torch", "torchaudio", "torchvision", "matplotlib")}

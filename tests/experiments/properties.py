@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import FOLDER, random_generator
-from recompose import read_json
+from common import FOLDER, random_generator, read_json
 from tests.experiments.slots import load_run
 from train_mvae import BLOCK, COLOURS, RADII, match, resample
 
