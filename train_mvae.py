@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.datasets import CLEVRClassification
 
 from common import (  # isort: skip
-    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, alpha_masks,
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, Finite, Graph, ResBlock, Run, Vocoder, alpha_masks,
     autocast, beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
     random_generator, read_json, reparameterize, settle_options, start_device, training_command,
@@ -1044,11 +1044,10 @@ def graphs(model):
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
-    levels, trained = (SoundLevels(model.size) if sound else nn.Identity() for _ in range(2))
-    levels.magnitude = BlockSTFT(SOUND_FFT) if sound else None
+    levels = SoundLevels(model.size) if sound else nn.Identity()
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
-    def encode(data, slots=None, levels=levels):
+    def encode(data, slots=None):
         encoding = model.encode(levels(data), slots=slots)
         return tuple(getattr(encoding, name) for name in names)
 
@@ -1056,7 +1055,7 @@ def graphs(model):
         composed = model.compose(layer, background)
         return levels.to_stft_magnitude(composed) if sound else composed
 
-    encoder = Graph(names, encode, model, levels, reference=lambda *inputs: encode(*inputs, levels=trained))
+    encoder = Graph(names, encode, model, levels)
     encoder.optional = ("slots",)
     slots = {"slots": torch.arange(model.n_slots)}
     layer = {"layer": model.decode(z, cell)}
@@ -1068,7 +1067,7 @@ def graphs(model):
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
     if sound:
-        made["vocoder"] = (GriffinLim(SOUND_FFT), {"spectrogram": trained.magnitude(waveform)[:, :, :32].contiguous()})
+        made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
     return made
 
 

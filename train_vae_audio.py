@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, autocast, beta_at,
+    COMPRESSION, PITCHES, RATE, SAMPLES, Finite, Graph, ResBlock, Run, Vocoder, autocast, beta_at,
     build_model, families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
@@ -42,7 +42,7 @@ class STFTMagnitude(nn.Module):
 
     def __init__(self, n_fft):
         super().__init__()
-        self.stft = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=None)
+        self.n_fft, self.stft = n_fft, torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=None)
 
     def forward(self, waveform):
         spectrum = self.stft(waveform)
@@ -505,10 +505,9 @@ def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
     del inward.decoder, inward.prior, outward.encoder, outward.prior  # weights that a graph's file need not hold
-    inward.spectrogram.magnitude = BlockSTFT(model.spectrogram.n_fft)
 
-    def posterior(waveform, *label, model=inward):
-        mu, logvar = model.encode(model.spectrogram(waveform), model.label(*label))
+    def posterior(waveform, *label):
+        mu, logvar = inward.encode(inward.spectrogram(waveform), inward.label(*label))
         return mu, logvar, gaussian_kl(mu, logvar).sum(1)
 
     def magnitude(z, *label):
@@ -518,11 +517,10 @@ def graphs(model):
     waveform = 0.1 * (torch.sin(2 * math.pi * frequency * t) * torch.exp(-t)).sum(1)
     spectrogram = log_expand(model.spectrogram(waveform))[:, :, :120].contiguous()
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
-    z, trained = torch.randn(2, model.d, generator=generator), partial(posterior, model=model)
-    vocoder = GriffinLim(model.spectrogram.n_fft, spectrogram=copy.deepcopy(model.spectrogram))
-    encoder = Graph(("mu", "logvar", "kl"), posterior, inward, reference=trained)
+    z = torch.randn(2, model.d, generator=generator)
+    vocoder = Vocoder(model.spectrogram.n_fft, spectrogram=copy.deepcopy(model.spectrogram))
     return {
-        "encoder": (encoder, {"waveform": waveform} | label),
+        "encoder": (Graph(("mu", "logvar", "kl"), posterior, inward), {"waveform": waveform} | label),
         "prior": (Graph(("z",), lambda *inputs: model.prior(*inputs), model.prior), {"noise": z} | label),
         "decoder": (Graph(("spectrogram",), magnitude, outward), {"z": z} | label),
         "vocoder": (vocoder, {"spectrogram": spectrogram}),

@@ -13,7 +13,8 @@ from test_mvae import build, noise_for
 from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 
 import train_mvae
-from common import GriffinLim, random_generator
+from common import random_generator
+from export import GriffinLim
 from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, NoteDuos, SoundLevels
 
 
