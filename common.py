@@ -4,11 +4,14 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 """
 
 import contextlib
+import hashlib
+import heapq
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +20,6 @@ import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,9 +37,11 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import read_sound, write_atomically
+from recompose import SUFFIXES, read_sound, resample_sound, write_atomically
 
 # ---------------------------------------------------------------- Files
+
+SPLITS = ("train", "valid", "test")
 
 
 def write_json(path, content):
@@ -58,6 +62,68 @@ def load_file(path, read, kinds, error):
     except Exception as fault:  # pickle, zip and JSON raise many kinds on a damaged file
         raise error(f"{path}: missing, damaged, or not the file that was expected") from fault
     return content
+
+
+def split_files(root, suffixes, most, skipped=()):
+    """Files below `root`, but for folders `skipped` in it: {split: paths relative to it}, at most `most` in each.
+
+    80, 10 and 10 % of all, decided, as is which of too many are used and their order, by a hash of each path, so that
+    no file changes sides when others come or go. Raises click.UsageError where a split would be empty.
+    """
+    kept, total = {split: [] for split in SPLITS}, 0
+    for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
+        place = Path(folder).relative_to(root).as_posix()
+        before = "" if place == "." else f"{place}/"
+        folders[:] = [name for name in folders if name[0] != "." and before + name not in skipped]
+        for path in (before + name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
+            share = int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest()) / 2**64
+            heap, total = kept[SPLITS[(share >= 0.8) + (share >= 0.9)]], total + 1
+            put = heapq.heappush if len(heap) < most else heapq.heappushpop
+            put(heap, (-share, path))
+    for split in (split for split, heap in kept.items() if not heap):
+        found = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
+        raise click.UsageError(f"{found} (their names decide: 80 % train, 10 % valid, 10 % test); about 30 mostly do")
+    if (used := sum(map(len, kept.values()))) < total:
+        click.echo(f"{root}: {used:,} of {total:,} files are used")
+    return {split: [path for _, path in sorted(heap, reverse=True)] for split, heap in kept.items()}
+
+
+class Reader:
+    """Numbered examples in `files`, one for each, that are read when they are needed; the last `most` stay in memory.
+
+    A file for which load(file) raises click.UsageError is named, once, and left out. Raises it where all are.
+    """
+
+    def __init__(self, files, load, most, split):
+        self.files, self.load, self.most, self.split, self.kept, self.left_out = files, load, most, split, {}, set()
+        if all(self.example(i) is None for i in range(len(files))):
+            raise click.UsageError(f"none of the {len(files)} examples for {split} can be used")
+
+    def load_or_name(self, file):
+        try:
+            return None if file in self.left_out else self.load(file)
+        except click.UsageError as fault:
+            self.left_out.add(file)
+            tqdm.write(f"left out of {self.split}, {len(self.left_out)} so far: {fault.message}")
+
+    def fetch(self, numbers):
+        """Read the files of these examples that are not in memory, together."""
+        missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
+        for file in list(itertools.islice(self.kept, max(0, len(self.kept) + len(missing) - self.most))):
+            del self.kept[file]
+        with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
+            self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
+
+    def example(self, i):
+        """Example i, or None where it is left out."""
+        self.fetch([i])
+        return self.kept[self.files[i]]
+
+    def usable(self, numbers):
+        """These numbers, those of examples that are left out replaced by the next that is not: a list."""
+        self.fetch(numbers)
+        n = len(self.files)
+        return [next(j % n for j in range(i, i + n) if self.example(j % n) is not None) for i in numbers]
 
 
 # ---------------------------------------------------------------- Probability
@@ -182,7 +248,6 @@ def griffin_lim(magnitude, iterations=32):
 # ---------------------------------------------------------------- Notes
 
 SAMPLES, PITCHES = 4 * RATE, 128  # of a note: NSynth's four seconds; MIDI numbers
-SPLITS = ("train", "valid", "test")
 FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
 BUILT_IN = "built-in additive synthesiser"
@@ -190,8 +255,10 @@ INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)} 
 NOTES_EACH = 24  # of every built-in instrument
 KEPT = 16_000  # notes of a split kept in memory: 2 GB
 
-# One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling.
-Note = namedtuple("Note", "name family pitch instrument velocity path semitones", defaults=(None, 0))
+# One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling; `window`: which
+# four seconds of the `windows` of the file. A pitch of -1 is not known.
+Note = namedtuple("Note", "name family pitch instrument velocity path semitones window windows",
+                  defaults=(None, 0, 0, 1))  # fmt: skip
 # A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
 # stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); vibrato in semitones; breath, noise beside
 # the tone; pluck, where a string is plucked, as a share of its length; odd, weight of even harmonics; formants in Hz.
@@ -266,58 +333,114 @@ def nsynth_notes(folder, families):
     return there
 
 
+SEMITONES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11, "#": 1, "b": -1, "": 0}
+
+
+def pitch_of(name):
+    """The MIDI number in a file's name without suffix: of "guitar-060-100", as NSynth has it, of a word "C4"; or -1."""
+    numbers = {int(number) for number in re.findall(r"(?:^|[-_ ])(\d{3})-\d{3}$", name)}
+    words = re.findall(r"(?<![^\W_])([A-G])([#b]?)(\d)(?![^\W_])", name)
+    numbers = numbers or {12 * (int(octave) + 1) + SEMITONES[note] + SEMITONES[sign] for note, sign, octave in words}
+    return numbers.pop() if len(numbers) == 1 and max(numbers) < PITCHES else -1
+
+
+def own_notes(root, windows):
+    """{split: notes} of any folder of sounds: pitches by `pitch_of`, families by folders.
+
+    With `windows` every SAMPLES of a file are one, in random order, else its first alone. Instruments are folders, or,
+    at the top or where there is but one, files.
+    """
+    splits = split_files(root, SUFFIXES, KEPT)
+    for split, paths in splits.items():
+        notes, folders = [], {path.rpartition("/")[0] for path in paths} - {""}
+        for n, path in enumerate(paths, 1):
+            folder = path.rpartition("/")[0]
+            instrument = folder if folder and len(folders) > 1 else path
+            about = (path, folder or root.resolve().name, pitch_of(Path(path).stem), instrument)
+            note = Note(*about, velocity=0, path=root / path, windows=count_windows(root / path) if windows else 1)
+            notes += [note._replace(window=k) for k in range(note.windows)]
+            if len(notes) >= KEPT and n < len(paths):
+                click.echo(f"{root}: {KEPT:,} windows of 4 s of {n:,} of {len(paths):,} files are used for {split}")
+                break
+        order = torch.randperm(len(notes), generator=random_generator("windows")) if windows else range(len(notes))
+        splits[split] = [notes[i] for i in order][:KEPT]
+    return splits
+
+
+def count_windows(path):
+    """How many windows of SAMPLES a sound file has; a last piece of less than a second is none, unless it is alone."""
+    try:
+        about = soundfile.info(path)
+    except (RuntimeError, OSError):
+        return 1  # named and left out when it is read
+    return max(1, math.floor((about.frames / about.samplerate * RATE + SAMPLES - RATE) / SAMPLES))
+
+
 def read_note(note):
-    """A note -> its waveform (SAMPLES,), one channel at RATE, transposed; raises click.UsageError as `read_sound`."""
+    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) each; click.UsageError as `read_sound`.
+
+    None stands for a silent one.
+    """
     if note.path is None:
-        waveform = synthesise(note)
+        waveform = synthesise(note).numpy()
     else:
         samples, rate = read_sound(note.path)  # (n, channels)
-        waveform = torch.from_numpy(samples).mean(1)
-        if rate != RATE:
-            waveform = torchaudio.functional.resample(waveform, rate, RATE)
+        waveform = resample_sound(samples.mean(1), rate, RATE)
+    waveform = waveform[: note.windows * SAMPLES]
     if note.semitones:
-        # Within two cents; resampling has as many filters as the ratio's denominator.
-        ratio = Fraction(2 ** (note.semitones / 12)).limit_denominator(50)
-        waveform = torchaudio.functional.resample(waveform[:SAMPLES], ratio.numerator, ratio.denominator)
-    return F.pad(waveform, (0, max(0, SAMPLES - len(waveform))))[:SAMPLES]
+        waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
+    windows = np.pad(waveform, (0, note.windows * SAMPLES))[: note.windows * SAMPLES].reshape(-1, SAMPLES)
+    return [torch.from_numpy(window) if np.abs(window).max() >= 1e-5 else None for window in windows]
 
 
-class NoteSplit:
-    """The notes of one split, read when they are asked for; the first KEPT stay in memory, 16 bits a sample."""
+class NoteSplit(Reader):
+    """The notes of one split, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
 
-    def __init__(self, notes, families):
-        self.notes, self.kept = notes, {}
-        instruments = sorted({note.instrument for note in notes})
-        self.instrument = torch.tensor([instruments.index(note.instrument) for note in notes])
+    def __init__(self, notes, families, split):
+        self.notes, instruments = notes, {name: i for i, name in enumerate(sorted({note.instrument for note in notes}))}
+        self.instrument = torch.tensor([instruments[note.instrument] for note in notes])
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
+        super().__init__([note._replace(window=0) for note in notes], self.load_note, KEPT, split)
 
-    def read(self, i):
-        """Note i, 16 bits a sample: (SAMPLES,)."""
-        if i in self.kept:
-            return self.kept[i]
-        samples = (read_note(self.notes[i]).clamp(-1, 1) * 32767).round().short()
-        return self.kept.setdefault(i, samples) if len(self.kept) < KEPT else samples
+    def load_note(self, note):
+        return [w if w is None else (w.clamp(-1, 1) * 32767).round().short() for w in read_note(note)]
+
+    def example(self, i):
+        windows = super().example(i)
+        return windows and windows[self.notes[i].window]
 
     def waveform(self, index):
         """The notes at `index`, a tensor of B numbers, as they sound: (B, SAMPLES)."""
-        with ThreadPoolExecutor() as pool:  # libsndfile decodes outside the interpreter's lock
-            return torch.stack(list(pool.map(self.read, index.tolist()))).float() / 32767
+        self.fetch(index.tolist())
+        return torch.stack([self.example(i) for i in index.tolist()]).float() / 32767
 
     def spread(self, most):
         """At most `most` numbers of notes, spread evenly, of those that are not transposed."""
-        own = torch.tensor([i for i, note in enumerate(self.notes) if not note.semitones])
-        return own[torch.linspace(0, len(own) - 1, min(len(own), most)).round().long()]
+        own = [i for i, note in enumerate(self.notes) if not note.semitones]
+        even = torch.linspace(0, len(own) - 1, min(len(own), most)).round().long()
+        return torch.tensor(sorted(set(self.usable([own[i] for i in even]))))
 
 
-def load_notes(options, transpose=0):
+def load_notes(options, transpose=0, windows=False):
     """The splits {name: NoteSplit} of --data-root, fetched with --download, or of built-in notes; and their source.
 
-    Training notes are there transposed by up to `transpose` semitones too. Raises click exceptions without any.
+    Training notes are there transposed by up to `transpose` semitones too. A folder that is not in NSynth's layout is
+    taken by `own_notes`. Completes options["families"] in place. Raises click exceptions where there are no notes.
     """
     root, families, splits = options["data_root"], options["families"], {}
-    if not root and not set(families) <= set(TIMBRES):
-        raise click.UsageError(f"--families: built in are {', '.join(TIMBRES)}; others need --data-root")
+    known, there, source = list(TIMBRES), "others need --data-root; built in are", BUILT_IN
+    official = [root / name for name in ("examples.json", *(f"nsynth-{split}" for split in SPLITS))] if root else []
+    own = root and not options["download"] and not any(path.exists() for path in official)
+    if own:
+        listed, source = own_notes(root, windows), f"sounds of folder {root.resolve().name}"
+        known, there = sorted({note.family for notes in listed.values() for note in notes}), "its folders are"
+        families = families if families and not windows else known
+    elif root:
+        known, there, source = FAMILIES, "NSynth's are", f"notes in NSynth's layout, folder {root.name}"
+    options["families"] = families = families or list(TIMBRES)
+    if not set(families) <= set(known):
+        raise click.UsageError(f"--families {','.join(families)}: {there} {', '.join(known)}")
     for split in SPLITS:
         url = ARCHIVES.format(split=split)
         if options["download"] and (not (root / f"nsynth-{split}").is_dir() or (root / Path(url).name).exists()):
@@ -325,11 +448,15 @@ def load_notes(options, transpose=0):
                 download_and_extract_archive(url, root, remove_finished=True)
             except (OSError, RuntimeError, EOFError) as error:
                 raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
-        notes = nsynth_notes(root / f"nsynth-{split}", families) if root else built_in_notes(split, families)
+        if own:
+            notes = [note for note in listed[split] if note.family in families]
+        else:
+            notes = nsynth_notes(root / f"nsynth-{split}", families) if root else built_in_notes(split, families)
         moves = range(-transpose, transpose + 1) if split == "train" else [0]
-        moved = [note._replace(pitch=note.pitch + k, semitones=k) for note in notes for k in moves]
-        splits[split] = NoteSplit([note for note in moved if 0 <= note.pitch < PITCHES], families)
-    return splits, f"notes in NSynth's layout, folder {root.name}" if root else BUILT_IN
+        moved = [(note, k) for note in notes for k in moves if note.pitch < 0 or 0 <= note.pitch + k < PITCHES]
+        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in moved]
+        splits[split] = NoteSplit(moved, families, split)
+    return splits, source
 
 
 # ---------------------------------------------------------------- Command line
@@ -344,15 +471,15 @@ class Finite(click.FloatRange):
 
 
 def parse_families(value):
-    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for unknown families, and for one that is there twice."""
+    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for one without a name, or that is there twice."""
     names = value.split(",") if isinstance(value, str) else list(value)
-    if not set(names) <= set(FAMILIES) or len(set(names)) < len(names):
-        raise click.BadParameter(f"{value!r}: expected different ones of {', '.join(FAMILIES)}")
+    if not all(names) or len(set(names)) < len(names):
+        raise click.BadParameter(f"{value!r}: expected different names, such as bass,flute")
     return names
 
 
-families_option = click.option("--families", type=parse_families, default="bass,brass,flute,guitar,keyboard,vocal",
-                               help="Of instruments.")  # fmt: skip
+families_option = click.option("--families", type=parse_families, show_default=f"{','.join(TIMBRES)}; your own: all",
+                               help="Of instruments: NSynth's, or folders of your own.")  # fmt: skip
 POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),

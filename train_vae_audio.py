@@ -4,6 +4,7 @@
     python train_vae_audio.py --data-root nsynth                     # the official folders nsynth-train, -valid, -test
     python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
+    python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
 
 For who wants notes of four seconds (16 kHz) as a few latents, and back as sound through Griffin-Lim. They are seen as
 spectrograms, STFT magnitudes or mel bands, log-compressed. Results: docs/audio.md; whether samples have the pitch and
@@ -102,6 +103,14 @@ def spectral_convergence(magnitude, reference):
     return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
 
 
+def check_labels(splits):
+    """Raise click.UsageError where notes have no pitch."""
+    pitches = {note.name: note.pitch for split in splits.values() for note in split.notes}
+    if unknown := [name for name, pitch in pitches.items() if pitch < 0]:
+        found = f"{len(unknown)} of {len(pitches)} files carry no pitch, such as {unknown[0]}"
+        raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
+
+
 def note_batch(split, index, device):
     """The notes at `index`: waveform (B, SAMPLES), pitch and family (B,), on the device."""
     return tuple(v.to(device) for v in (split.waveform(index), split.pitch[index], split.family[index]))
@@ -193,7 +202,7 @@ class NoteVAE(nn.Module):
         n_labels = 0 if condition == "none" else PITCHES + len(families)
         self.prior = FittedPrior(d, condition == "both", len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
-        self.register_buffer("families", torch.eye(len(families)), persistent=False)
+        self.register_buffer("families", torch.eye(len(families) if n_labels else 0), persistent=False)
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
         wide = channels * self.coarse
         self.encoder = nn.ModuleDict({
@@ -291,7 +300,8 @@ load = partial(load_model, kind=NoteVAE)  # a run folder -> its trained model
 
 def start_at_notes(model, split):
     """`start_at` on at most START_NOTES notes of a split, spread evenly, transposed ones among them."""
-    index = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
+    even = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
+    index = torch.tensor(split.usable(even.tolist()))
     level = torch.cat([level for _, level, _ in in_chunks(model, split, index)])
     model.start_at(level, model.label(split.pitch[index], split.family[index]))
     return model
@@ -435,16 +445,17 @@ def show(run, name, title, rows):
     run.figure(name, contact_sheet(sheet, title, [*rows]))
 
 
-def one_of_each(split):
-    """Numbers of notes, one of every family that is there, from the middle of its notes."""
-    members = [(split.family == family).nonzero()[:, 0] for family in split.family.unique()]
-    return torch.stack([numbers[len(numbers) // 2] for numbers in members])
+def one_of_each(split, most=11):
+    """Numbers of notes, one of every family that is there, from the middle of its notes; of a single family two."""
+    members = [(split.family == family).nonzero()[:, 0] for family in split.family.unique()[:most]]
+    middle = [int(numbers[len(numbers) // 2]) for numbers in members]
+    return split.spread(2) if len(middle) == 1 else torch.tensor(split.usable(middle))
 
 
 def captions_of(run, pitch, family):
     """What a figure calls notes of pitch and family (n,)."""
-    names = run.options["families"]
-    return [f"{names[f]}, MIDI {p}" for p, f in zip(pitch.tolist(), family.tolist(), strict=True)]
+    names, pairs = run.options["families"], zip(pitch.tolist(), family.tolist(), strict=True)
+    return [names[f] + (f", MIDI {p}" if p >= 0 else "") for p, f in pairs]
 
 
 @torch.no_grad()
@@ -553,11 +564,13 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 @click.option("--condition", type=click.Choice(["none", "both"]), default="none", help="Both: pitch and family.")
 @click.pass_context
 def main(context, **options):
-    # 1. Options, device, model, notes.
+    # 1. Options, device, notes, model.
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
-    model = build(options)
     splits, source = load_notes(options, options["transpose"])
+    if options["condition"] == "both":
+        check_labels(splits)
+    model = build(options)
     train, valid = splits["train"], splits["valid"]
     watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
     if not options["resume"]:
@@ -574,6 +587,7 @@ def main(context, **options):
         for step, progress in run.steps():
             generator = random_generator("batch", options["seed"], step)
             index = torch.randint(len(train.notes), (run.total,), generator=generator)[run.own]
+            index = torch.tensor(train.usable(index.tolist()))
             loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own] - 1
             noise = torch.randn(run.total, model.d, generator=generator)[run.own].to(device)
             waveform, pitch, family = note_batch(train, index, device)

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-from pathlib import Path
 
 import click
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 import train_mvae
 from common import random_generator
-from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, ClevrFolder, Pool, Sprites
+from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, Drawn, PictureFolder, Sprites
 
 CPU = torch.device("cpu")
 
@@ -212,7 +211,7 @@ def test_pairs_are_two_scenes_that_fit_into_one(clevr):
 # ---------------------------------------------------------------- Pools, splits, folders
 
 
-class Numbers(Pool):
+class Numbers(Drawn):
     """Picture k has the value k everywhere."""
 
     def __init__(self, length):
@@ -250,13 +249,14 @@ def test_built_in_splits_share_no_scene_and_do_not_depend_on_the_seed(kind):
 def test_the_last_tenth_of_the_training_files_at_most_320_are_valid(monkeypatch, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
-    monkeypatch.setattr(ClevrFolder, "read", lambda self, files: files)
+    monkeypatch.setattr(PictureFolder, "load", lambda self, file: np.zeros((16, 16, 3), np.uint8))
     for n, kept in ((3, 2), (30, 27), (4000, 3680)):
-        listed = {split: [Path(split) / f"{i}.png" for i in range(n)] for split in ("train", "val")}
-        monkeypatch.setattr(ClevrFolder, "list_files", lambda self, split, *_, listed=listed: listed[split])
-        data = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)
-        assert len(data.images) == kept and data.make(0, kept) == listed["train"][:kept]
-        assert data.files["valid"] == listed["train"][kept:] and data.files["test"] == listed["val"]
+        for split, i in itertools.product(("train", "val"), range(n)):
+            (tmp_path / "images" / split / f"{i:05}.png").touch()
+        data = PictureFolder(tmp_path, 16, (2, 3), 0, CPU)
+        names = [f"train/{i:05}.png" for i in range(n)]
+        assert data.length == kept and data.files["train"] == names[:kept] and data.files["valid"] == names[kept:]
+        assert data.files["test"] == [name.replace("train", "val") for name in names]
 
 
 def write_clevr(root, masks=True, sizes=((480, 320), (320, 240)), train=0):
@@ -287,21 +287,21 @@ def write_clevr(root, masks=True, sizes=((480, 320), (320, 240)), train=0):
 
 def test_the_official_folder_is_cropped_by_the_rule_and_filtered_by_objects(tmp_path):
     root = write_clevr(tmp_path / "CLEVR_v1.0", sizes=((480, 320), (320, 240), (320, 240)))
-    data = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)  # found below the folder named
+    data = PictureFolder(tmp_path, 16, (2, 3), 0, CPU)  # found below the folder named
     assert torch.equal(data.batch(0, slice(0, 2), 2), torch.ones(2, 3, 16, 16))
     images, labels = data.scenes("test", 320)
     assert len(images) == 2
     assert [int(x) for x in labels.flatten(1).float().mean(1)] == [1, 2]
-    assert len(ClevrFolder(root, 16, (3, 6), 0, CPU).files["test"]) == 2
+    assert len(PictureFolder(root, 16, (3, 6), 0, CPU).files["test"]) == 2
 
 
 def test_a_folder_without_masks_has_no_labels(tmp_path):
     write_clevr(tmp_path, masks=False)
-    assert ClevrFolder(tmp_path, 16, (2, 3), 0, CPU).scenes("test", 1)[1] is None
+    assert PictureFolder(tmp_path, 16, (2, 3), 0, CPU).scenes("test", 1)[1] is None
 
 
 def test_masks_are_numbers_not_colours(tmp_path):
-    data = ClevrFolder(write_clevr(tmp_path), 16, (2, 3), 0, CPU)
+    data = PictureFolder(write_clevr(tmp_path), 16, (2, 3), 0, CPU)
     path = tmp_path / "masks" / "val" / "CLEVR_val_000001.png"
     numbers = Image.open(path)
     palette = numbers.convert("P")
@@ -315,11 +315,11 @@ def test_masks_are_numbers_not_colours(tmp_path):
 
 
 def test_wrong_folders_say_what_was_looked_for(tmp_path):
-    with pytest.raises(click.UsageError, match="images/train"):
-        ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)
+    with pytest.raises(click.UsageError, match=r"0 files \.png, \.jpg, .* none for train"):
+        PictureFolder(tmp_path, 16, (2, 3), 0, CPU)
     root = write_clevr(tmp_path / "data")
     with pytest.raises(click.UsageError, match="no PNG of a scene"):
-        ClevrFolder(root, 16, (9, 10), 0, CPU)
+        PictureFolder(root, 16, (9, 10), 0, CPU)
     (root / "scenes" / "CLEVR_val_scenes.json").write_text("{half a fi")
     with pytest.raises(click.UsageError, match="damaged"):
-        ClevrFolder(root, 16, (2, 3), 0, CPU)
+        PictureFolder(root, 16, (2, 3), 0, CPU)

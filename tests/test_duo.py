@@ -15,15 +15,16 @@ from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 import train_mvae
 from common import random_generator
 from export import GriffinLim
-from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, NoteDuos, SoundLevels
+from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, Mixtures, SoundLevels
 
 
 @pytest.fixture(scope="module")
 def duos():
     options = {
-        "data_root": None, "download": False, "families": ["bass", "flute", "vocal"], "seed": 0, "size": 64,
+        "dataset": "nsynth-duo", "data_root": None, "download": False, "families": ["bass", "flute", "vocal"],
+        "seed": 0, "size": 64,
     }  # fmt: skip
-    return NoteDuos(options, torch.device("cpu"))
+    return Mixtures(options, torch.device("cpu"))
 
 
 def tones(*frequencies, amplitude=0.1):
@@ -71,7 +72,7 @@ def test_batches_depend_on_the_step_alone_and_processes_share_them(duos):
 
 def test_notes_of_one_instrument_cannot_be_mixed(duos, monkeypatch):
     monkeypatch.setattr(duos.notes["train"], "instrument", torch.zeros_like(duos.notes["train"].instrument))
-    with pytest.raises(train_mvae.click.UsageError, match="two notes of different instruments"):
+    with pytest.raises(train_mvae.click.UsageError, match="are of different instruments"):
         duos.sample("train", 1, random_generator("z"))
 
 

@@ -307,16 +307,18 @@ def test_a_run_on_files_with_transposed_notes_and_mel_bands(tmp_path):
 def test_wrong_options_and_folders_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "NOTES_EACH", 1)
     root = write_nsynth(tmp_path / "nsynth", TWO)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "damaged" / "nsynth-train").mkdir(parents=True)
     (tmp_path / "damaged" / "nsynth-train" / "examples.json").write_text('{"a": {"pitch"')
     cases = [
         (["--data-root", tmp_path / "nowhere"], "no such folder"),
-        (["--data-root", tmp_path], "examples.json"),
+        (["--data-root", tmp_path / "empty"], "0 files .wav, .flac"),
         (["--data-root", tmp_path / "damaged"], "examples.json"),
         (["--data-root", root, "--families", "organ"], "no note of organ"),
         (["--families", "organ"], "built in are bass"),
-        (["--families", "bass,tuba"], "expected different ones of bass"),
-        (["--families", "bass,bass"], "expected different ones of bass"),
+        (["--data-root", root, "--families", "flute,tuba"], "NSynth's are bass"),
+        (["--families", "bass,tuba"], "built in are bass"),
+        (["--families", "bass,bass"], "expected different names, such as bass,flute"),
         (["--download"], "--data-root"),
         (["--representation", "mel", "--n-mels", 400], "too many for n_fft 1024"),
         (["--n-fft", 1536], "not one of '512', '1024', '2048'"),

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train_vae_mnist as stage
-from common import random_generator, reparameterize
-from recompose import Tile, contact_sheet, write_json
+from common import random_generator, reparameterize, write_json
+from recompose import Tile, contact_sheet
 from tests.experiments import plotted
 
 COLUMNS = ("kl", "reconstruction", "elbo", "nll", "active_units", "probe_accuracy")
