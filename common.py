@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import SUFFIXES, read_sound, resample_sound, write_atomically
+from recompose import LONGEST, SUFFIXES, read_sound, resample_sound, write_atomically
 
 # ---------------------------------------------------------------- Files
 
@@ -104,13 +104,14 @@ class Reader:
             return None if file in self.left_out else self.load(file)
         except click.UsageError as fault:
             self.left_out.add(file)
-            tqdm.write(f"left out of {self.split}, {len(self.left_out)} so far: {fault.message}")
+            name = fault.message.encode(errors="replace").decode()  # the file's may not be UTF-8
+            tqdm.write(f"left out of {self.split}, {len(self.left_out)} so far: {name}")
 
     def fetch(self, numbers):
         """Read the files of these examples that are not in memory, together."""
-        missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
-        for file in list(itertools.islice(self.kept, max(0, len(self.kept) + len(missing) - self.most))):
+        for file in list(itertools.islice(self.kept, max(0, len(self.kept) - self.most))):
             del self.kept[file]
+        missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
         with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
             self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
 
@@ -186,10 +187,7 @@ def alpha_masks(layer):
 
 
 def compose(layer, background, op):
-    """Combine layers by an operator that learns nothing (Nash et al. 2017): layer (B, M, C, h, w), with op "alpha"
-
-    (B, M, C + 2, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
-    """
+    """Layers (B, M, C, h, w), C + 2 with op "alpha", and a background (B, C, h, w) or None, as one: -> (B, C, h, w)."""
     drawn = layer[:, :, 1:-1] if op == "alpha" else layer
     every = drawn if background is None else torch.cat([background[:, None], drawn], dim=1)
     if op == "alpha":
@@ -221,10 +219,7 @@ def log_spectral_distance(level, reference, bins=1):
 
 
 class Vocoder(nn.Module):
-    """torchaudio's Griffin-Lim from zero phases: spectrogram (B, bins, T) -> waveform (B, (T - 1) * n_fft / 4).
-
-    `spectrogram`: whose magnitudes it takes, if not the STFT's.
-    """
+    """torchaudio's Griffin-Lim: (B, F, T), or what `spectrogram` has instead, -> waveform (B, (T - 1) * n_fft / 4)."""
 
     outputs = ("waveform",)
 
@@ -255,8 +250,8 @@ INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)} 
 NOTES_EACH = 24  # of every built-in instrument
 KEPT = 16_000  # notes of a split kept in memory: 2 GB
 
-# One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling; `window`: which
-# four seconds of the `windows` of the file. A pitch of -1 is not known.
+# One note, read from `path` or, if that is None, synthesised; a pitch of -1 is not known; `semitones`: transposed by
+# resampling; `window`: which of so many `windows` of a file.
 Note = namedtuple("Note", "name family pitch instrument velocity path semitones window windows",
                   defaults=(None, 0, 0, 1))  # fmt: skip
 # A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
@@ -347,8 +342,8 @@ def pitch_of(name):
 def own_notes(root, windows):
     """{split: notes} of any folder of sounds: pitches by `pitch_of`, families by folders.
 
-    With `windows` every SAMPLES of a file are one, in random order, else its first alone. Instruments are folders, or,
-    at the top or where there is but one, files.
+    With `windows` every SAMPLES of a file are one, and at its end at least a second, in random order, else its first
+    alone. Instruments are folders, or, at the top or where there is but one, files.
     """
     splits = split_files(root, SUFFIXES, KEPT)
     for split, paths in splits.items():
@@ -356,8 +351,11 @@ def own_notes(root, windows):
         for n, path in enumerate(paths, 1):
             folder = path.rpartition("/")[0]
             instrument = folder if folder and len(folders) > 1 else path
-            about = (path, folder or root.resolve().name, pitch_of(Path(path).stem), instrument)
-            note = Note(*about, velocity=0, path=root / path, windows=count_windows(root / path) if windows else 1)
+            note = Note(path, folder or root.resolve().name, pitch_of(Path(path).stem), instrument, 0, root / path)
+            with contextlib.suppress(RuntimeError, OSError, ValueError):  # it is named when it is read
+                about = soundfile.info(note.path) if windows else None
+                if about and about.frames * about.channels <= LONGEST:
+                    note = note._replace(windows=max(1, int(about.duration / (SAMPLES / RATE) + 0.75)))
             notes += [note._replace(window=k) for k in range(note.windows)]
             if len(notes) >= KEPT and n < len(paths):
                 click.echo(f"{root}: {KEPT:,} windows of 4 s of {n:,} of {len(paths):,} files are used for {split}")
@@ -367,20 +365,8 @@ def own_notes(root, windows):
     return splits
 
 
-def count_windows(path):
-    """How many windows of SAMPLES a sound file has; a last piece of less than a second is none, unless it is alone."""
-    try:
-        about = soundfile.info(path)
-    except (RuntimeError, OSError):
-        return 1  # named and left out when it is read
-    return max(1, math.floor((about.frames / about.samplerate * RATE + SAMPLES - RATE) / SAMPLES))
-
-
 def read_note(note):
-    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) each; click.UsageError as `read_sound`.
-
-    None stands for a silent one.
-    """
+    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) each, or None where it is silent."""
     if note.path is None:
         waveform = synthesise(note).numpy()
     else:
@@ -390,7 +376,8 @@ def read_note(note):
     if note.semitones:
         waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
     windows = np.pad(waveform, (0, note.windows * SAMPLES))[: note.windows * SAMPLES].reshape(-1, SAMPLES)
-    return [torch.from_numpy(window) if np.abs(window).max() >= 1e-5 else None for window in windows]
+    silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
+    return [None if quiet else torch.from_numpy(window) for window, quiet in zip(windows, silent, strict=True)]
 
 
 class NoteSplit(Reader):
@@ -401,7 +388,8 @@ class NoteSplit(Reader):
         self.instrument = torch.tensor([instruments[note.instrument] for note in notes])
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
-        super().__init__([note._replace(window=0) for note in notes], self.load_note, KEPT, split)
+        files = [note._replace(window=0) if note.window else note for note in notes]
+        super().__init__(files, self.load_note, KEPT, split)
 
     def load_note(self, note):
         return [w if w is None else (w.clamp(-1, 1) * 32767).round().short() for w in read_note(note)]
@@ -433,7 +421,7 @@ def load_notes(options, transpose=0, windows=False):
     official = [root / name for name in ("examples.json", *(f"nsynth-{split}" for split in SPLITS))] if root else []
     own = root and not options["download"] and not any(path.exists() for path in official)
     if own:
-        listed, source = own_notes(root, windows), f"sounds of folder {root.resolve().name}"
+        listed, source = own_notes(root, windows), f"own sounds, folder {root.resolve().name}"
         known, there = sorted({note.family for notes in listed.values() for note in notes}), "its folders are"
         families = families if families and not windows else known
     elif root:
@@ -505,8 +493,8 @@ RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download",
 def training_command(script, presets, foreign=None):
     """Decorator: a click command of the function's own options, --dataset, --resume and RUN_OPTIONS.
 
-    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators; --help after these shows
-    what will be used, but for what is `foreign` {data set: names of options that do not concern it}.
+    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows, but for
+    what is `foreign` {data set: names of options that do not concern it}.
     """
 
     def fill_from_preset(context, parameter, dataset):
@@ -666,10 +654,7 @@ def versions():
 
 
 class Graph(nn.Module):
-    """A function of a model as a module to export.
-
-    Inputs named in `optional` have their examples as defaults in an ONNX file; TorchScript has them alone.
-    """
+    """A function of a model as a module to export; examples of `optional` inputs are defaults in an ONNX file."""
 
     optional = ()
 

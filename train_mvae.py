@@ -344,11 +344,11 @@ class PictureFolder(Pool):
         official = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
         self.root, self.crop = official or root, "clevr" if official else "centre"
         self.folder = self.root / "images" if official else root
-        self.source = f"{'CLEVR' if official else 'pictures of'} folder {self.root.resolve().name}"
+        self.source = f"{'CLEVR' if official else 'own pictures,'} folder {self.root.resolve().name}"
         self.files = self.clevr_splits(*objects) if official else split_files(root, PICTURES, LISTED, ("masks",))
         super().__init__(size, objects, seed, device, len(self.files["train"]))
-        most = int(CACHE) // (3 * size**2)
-        self.readers = {split: Reader(files, self.load, most, split) for split, files in self.files.items()}
+        about = (lambda file: load_picture(self.folder / file, size, self.crop)), int(CACHE) // (3 * size**2)
+        self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
 
     def clevr_splits(self, low, high):
         """{split: paths relative to images/} of scenes of so many objects."""
@@ -367,15 +367,8 @@ class PictureFolder(Pool):
         kept = len(train) - min(320, max(1, len(train) // 10))
         return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}
 
-    def load(self, file):
-        return load_picture(self.folder / file, self.size, self.crop)
-
-    def pictures(self, index):
-        return self.stack("train", self.readers["train"].usable(index.tolist()))
-
-    def stack(self, split, numbers):
-        """uint8 (n, 3, size, size)."""
-        pictures = [self.readers[split].example(i) for i in numbers]
+    def pictures(self, index, split="train"):
+        pictures = [self.readers[split].example(i) for i in self.readers[split].usable(index.tolist())]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def scenes(self, split, n):
@@ -387,7 +380,7 @@ class PictureFolder(Pool):
         if all(mask.is_file() for mask in masks):
             labels = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
             labels = torch.from_numpy(labels).long().to(self.device)
-        return self.stack(split, numbers).to(self.device).float() / 255, labels
+        return self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255, labels
 
 
 # ---------------------------------------------------------------- Data: sounds, and two notes at once
@@ -467,7 +460,9 @@ class Mixtures:
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
-        raise click.UsageError(f"{split}: hardly two of {len(notes.notes)} are of different instruments and pitches")
+        raise click.UsageError(
+            f"{split}: hardly two of {len(notes.notes)} are of different instruments and pitches; add some"
+        )
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
@@ -989,29 +984,14 @@ def separate(model, levels, stems):
     encoding, layer, mean = reconstruct(model, level)
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
-    masked = [soft_masks(m) * stft(w, SOUND_FFT, HOP) for m, w in zip(magnitude, mixture.cpu().numpy(), strict=True)]
-    parts = [[inverse_stft(part, SOUND_FFT, HOP, SAMPLES) for part in slots] for slots in masked]
-    parts = torch.tensor(np.array(parts), dtype=mixture.dtype, device=mixture.device)  # (B, N, samples)
+    masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
+    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
     slot = assign(ratio)  # (B, S), of ratio (B, N, S)
     gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
     return Separation(level, mean, encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
-
-
-def stem_scores(model, levels, found, stems):
-    """Scores of a Separation by its stems (B, 2, samples), (B,) each."""
-    own = levels.as_loud(stems.flatten(0, 1)).unflatten(0, (-1, 2))
-    apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
-    recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-    remix = levels.as_loud(stems[:, 0] + stems.roll(1, 0)[:, 1])
-    return {
-        "si_sdr_gained": found.gained.mean(1),
-        "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
-        "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
-        "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
-    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -1024,15 +1004,25 @@ def evaluate_sounds(model, data, split, n, sigma):
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
         found = separate(model, data.levels, some)
-        score = {} if found.gained is None else stem_scores(model, data.levels, found, some)
-        score |= {
+        score = {
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
             "kl": found.encoding.kl_all,
             "lsd": log_spectral_distance(found.mean, found.level, bins=2)
         }  # fmt: skip
+        if data.parts > 1:
+            own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
+            apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
+            recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
+            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
+            score |= {
+                "si_sdr_gained": found.gained.mean(1),
+                "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
+                "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
+                "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
+            }  # fmt: skip
+            gained += found.gained.flatten().tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
-        gained += [] if found.gained is None else found.gained.flatten().tolist()
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
     return averages(scores) | median | {"mixtures": len(scores)}
 

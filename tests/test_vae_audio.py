@@ -304,6 +304,31 @@ def test_a_run_on_files_with_transposed_notes_and_mel_bands(tmp_path):
     assert about["kind"] == "vae-sound" and about["hop"] == 256
 
 
+def test_runs_on_own_notes_that_names_label_or_nothing_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "sound", lambda model, level: 0.1 * torch.ones(len(level), SAMPLES))
+    monkeypatch.setattr(audio, "show", lambda *_: None)
+    monkeypatch.setattr(audio, "evaluate", lambda *_: {})
+    root, t = tmp_path / "mine", np.arange(RATE) / RATE
+    for i in range(60):
+        path = root / ("flute", "oboe")[i % 2] / f"{i}_{'CDEFGAB'[i % 7]}{3 + i % 2}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.5 * np.exp(-t) * np.sin(2 * np.pi * (220 + 5 * i) * t), RATE)
+    args = ["--data-root", root, *TINY, "--n-fft", 512, "--eval", "quick"]
+    train(*args, "--condition", "both", "--out", tmp_path / "labelled", main=audio.main)
+    config = json.loads((tmp_path / "labelled" / "config.json").read_text())
+    assert config["options"]["families"] == ["flute", "oboe"] and config["data"]["source"] == "own sounds, folder mine"
+    assert audio.load(tmp_path / "labelled").prior.mean.shape[0] == 2
+    for path in list(root.rglob("*.wav")):
+        path.rename(root / path.name.replace("_", "x"))  # no label, and a single folder
+    result = run(*args, "--condition", "both")
+    assert result.exit_code == 2 and "60 of 60 files carry no pitch, such as" in " ".join(result.output.split())
+    captions, real = [], audio.captions_of
+    monkeypatch.setattr(audio, "captions_of", lambda *a: captions.extend(real(*a)) or real(*a))
+    train(*args, "--transpose", 1, "--out", tmp_path / "unlabelled", main=audio.main)
+    assert set(captions) == {"mine"}
+    assert torch.isfinite(audio.load(tmp_path / "unlabelled").prior.factor).all()
+
+
 def test_wrong_options_and_folders_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "NOTES_EACH", 1)
     root = write_nsynth(tmp_path / "nsynth", TWO)
