@@ -342,8 +342,8 @@ def pitch_of(name):
 def own_notes(root, windows):
     """{split: notes} of any folder of sounds: pitches by `pitch_of`, families by folders.
 
-    With `windows` every SAMPLES of a file are one, and at its end at least a second, in random order, else its first
-    alone. Instruments are folders, or, at the top or where there is but one, files.
+    With `windows` every SAMPLES of a file are one, and at its end at least a second, else its first alone. Instruments
+    are folders, or, at the top or where there is but one, files.
     """
     splits = split_files(root, SUFFIXES, KEPT)
     for split, paths in splits.items():
@@ -360,13 +360,12 @@ def own_notes(root, windows):
             if len(notes) >= KEPT and n < len(paths):
                 click.echo(f"{root}: {KEPT:,} windows of 4 s of {n:,} of {len(paths):,} files are used for {split}")
                 break
-        order = torch.randperm(len(notes), generator=random_generator("windows")) if windows else range(len(notes))
-        splits[split] = [notes[i] for i in order][:KEPT]
+        splits[split] = notes[:KEPT]
     return splits
 
 
 def read_note(note):
-    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) each, or None where it is silent."""
+    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) of 16 bits each, or None if silent."""
     if note.path is None:
         waveform = synthesise(note).numpy()
     else:
@@ -377,7 +376,8 @@ def read_note(note):
         waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
     windows = np.pad(waveform, (0, note.windows * SAMPLES))[: note.windows * SAMPLES].reshape(-1, SAMPLES)
     silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
-    return [None if quiet else torch.from_numpy(window) for window, quiet in zip(windows, silent, strict=True)]
+    bits = torch.from_numpy((windows.clip(-1, 1) * 32767).round()).short()
+    return [None if quiet else window for window, quiet in zip(bits, silent, strict=True)]
 
 
 class NoteSplit(Reader):
@@ -389,10 +389,7 @@ class NoteSplit(Reader):
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
         files = [note._replace(window=0) if note.window else note for note in notes]
-        super().__init__(files, self.load_note, KEPT, split)
-
-    def load_note(self, note):
-        return [w if w is None else (w.clamp(-1, 1) * 32767).round().short() for w in read_note(note)]
+        super().__init__(files, read_note, KEPT, split)
 
     def example(self, i):
         windows = super().example(i)
@@ -417,18 +414,18 @@ def load_notes(options, transpose=0, windows=False):
     taken by `own_notes`. Completes options["families"] in place. Raises click exceptions where there are no notes.
     """
     root, families, splits = options["data_root"], options["families"], {}
-    known, there, source = list(TIMBRES), "others need --data-root; built in are", BUILT_IN
     official = [root / name for name in ("examples.json", *(f"nsynth-{split}" for split in SPLITS))] if root else []
     own = root and not options["download"] and not any(path.exists() for path in official)
     if own:
         listed, source = own_notes(root, windows), f"own sounds, folder {root.resolve().name}"
-        known, there = sorted({note.family for notes in listed.values() for note in notes}), "its folders are"
-        families = families if families and not windows else known
-    elif root:
-        known, there, source = FAMILIES, "NSynth's are", f"notes in NSynth's layout, folder {root.name}"
+        known = sorted({note.family for notes in listed.values() for note in notes})
+        families = known if windows else families or known
+    else:
+        known, source = (FAMILIES, f"notes in NSynth's layout, folder {root.name}") if root else (TIMBRES, BUILT_IN)
     options["families"] = families = families or list(TIMBRES)
     if not set(families) <= set(known):
-        raise click.UsageError(f"--families {','.join(families)}: {there} {', '.join(known)}")
+        more = "" if root else "; others need --data-root"
+        raise click.UsageError(f"--families {','.join(families)}: expected some of {', '.join(known)}{more}")
     for split in SPLITS:
         url = ARCHIVES.format(split=split)
         if options["download"] and (not (root / f"nsynth-{split}").is_dir() or (root / Path(url).name).exists()):

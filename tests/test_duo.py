@@ -298,7 +298,7 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
         (["--compose", "feature"], "--op alpha and --compose feature are for pictures"),
         (["--objects", "1", "2"], "--objects does not belong to"),
         (["--N", "1"], "--N 1: expected 2 to"),
-        (["--families", "mallet,bass"], "built in are"),
+        (["--families", "mallet,bass"], "others need --data-root"),
         (["--data-root", "nowhere"], "no such folder"),
         (["--dataset", "sounds"], "--dataset sounds: expected --data-root, a folder of your own"),
         (["--mix"], "--mix does not belong to --dataset nsynth-duo"),
