@@ -4,11 +4,14 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 """
 
 import contextlib
+import hashlib
+import heapq
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +20,6 @@ import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,14 +33,15 @@ import torch.nn.functional as F
 import torchaudio
 from click.core import ParameterSource
 from torch import nn
-from torch._higher_order_ops.scan import scan
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import read_sound, write_atomically
+from recompose import LONGEST, SUFFIXES, read_sound, resample_sound, write_atomically
 
 # ---------------------------------------------------------------- Files
+
+SPLITS = ("train", "valid", "test")
 
 
 def write_json(path, content):
@@ -59,6 +62,69 @@ def load_file(path, read, kinds, error):
     except Exception as fault:  # pickle, zip and JSON raise many kinds on a damaged file
         raise error(f"{path}: missing, damaged, or not the file that was expected") from fault
     return content
+
+
+def split_files(root, suffixes, most, skipped=()):
+    """Files below `root`, but for folders `skipped` in it: {split: paths relative to it}, at most `most` in each.
+
+    80, 10 and 10 % of all, decided, as is which of too many are used and their order, by a hash of each path, so that
+    no file changes sides when others come or go. Raises click.UsageError where a split would be empty.
+    """
+    kept, total = {split: [] for split in SPLITS}, 0
+    for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
+        place = Path(folder).relative_to(root).as_posix()
+        before = "" if place == "." else f"{place}/"
+        folders[:] = [name for name in folders if name[0] != "." and before + name not in skipped]
+        for path in (before + name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
+            share = int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest()) / 2**64
+            heap, total = kept[SPLITS[(share >= 0.8) + (share >= 0.9)]], total + 1
+            put = heapq.heappush if len(heap) < most else heapq.heappushpop
+            put(heap, (-share, path))
+    for split in (split for split, heap in kept.items() if not heap):
+        found = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
+        raise click.UsageError(f"{found} (their names decide: 80 % train, 10 % valid, 10 % test); about 30 mostly do")
+    if (used := sum(map(len, kept.values()))) < total:
+        click.echo(f"{root}: {used:,} of {total:,} files are used")
+    return {split: [path for _, path in sorted(heap, reverse=True)] for split, heap in kept.items()}
+
+
+class Reader:
+    """Numbered examples in `files`, one for each, that are read when they are needed; the last `most` stay in memory.
+
+    A file for which load(file) raises click.UsageError is named, once, and left out. Raises it where all are.
+    """
+
+    def __init__(self, files, load, most, split):
+        self.files, self.load, self.most, self.split, self.kept, self.left_out = files, load, most, split, {}, set()
+        if all(self.example(i) is None for i in range(len(files))):
+            raise click.UsageError(f"none of the {len(files)} examples for {split} can be used")
+
+    def load_or_name(self, file):
+        try:
+            return None if file in self.left_out else self.load(file)
+        except click.UsageError as fault:
+            self.left_out.add(file)
+            name = fault.message.encode(errors="replace").decode()  # the file's may not be UTF-8
+            tqdm.write(f"left out of {self.split}, {len(self.left_out)} so far: {name}")
+
+    def fetch(self, numbers):
+        """Read the files of these examples that are not in memory, together."""
+        for file in list(itertools.islice(self.kept, max(0, len(self.kept) - self.most))):
+            del self.kept[file]
+        missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
+        with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
+            self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
+
+    def example(self, i):
+        """Example i, or None where it is left out."""
+        self.fetch([i])
+        return self.kept[self.files[i]]
+
+    def usable(self, numbers):
+        """These numbers, those of examples that are left out replaced by the next that is not: a list."""
+        self.fetch(numbers)
+        n = len(self.files)
+        return [next(j % n for j in range(i, i + n) if self.example(j % n) is not None) for i in numbers]
 
 
 # ---------------------------------------------------------------- Probability
@@ -121,10 +187,7 @@ def alpha_masks(layer):
 
 
 def compose(layer, background, op):
-    """Combine layers by an operator that learns nothing (Nash et al. 2017): layer (B, M, C, h, w), with op "alpha"
-
-    (B, M, C + 2, h, w), background (B, C, h, w), one layer more, or with other ops None -> (B, C, h, w).
-    """
+    """Layers (B, M, C, h, w), C + 2 with op "alpha", and a background (B, C, h, w) or None, as one: -> (B, C, h, w)."""
     drawn = layer[:, :, 1:-1] if op == "alpha" else layer
     every = drawn if background is None else torch.cat([background[:, None], drawn], dim=1)
     if op == "alpha":
@@ -155,130 +218,31 @@ def log_spectral_distance(level, reference, bins=1):
     return decibels.square().mean(bins).sqrt().flatten(1).mean(1)
 
 
-class BlockSTFT(nn.Module):
-    """The STFT and its inverse in products of real matrices, which export to ONNX: magnitudes (B, F, T) of waveforms.
-
-    As `torch.stft` with a Hann window, centred frames, hop = n_fft / 4: a frame is four blocks a, b, c, d of one hop.
-    One decimation in frequency by four, as in an FFT, leaves products with n_fft / 4 samples: bins 4 m see only
-    a + b + c + d, bins 4 m + 2 a - b + c - d, odd bins a - c and b - d. Signals are held in blocks (B, T + 3, hop),
-    spectra in the order of `bins`, real and imaginary part (B, T, F) each.
-    """
-
-    def __init__(self, n_fft):
-        super().__init__()
-        self.n_fft, self.hop = n_fft, n_fft // 4
-        groups = [torch.arange(start, n_fft // 2 + 1, 4) for start in (0, 2, 1, 3)]
-        bins = torch.cat(groups)
-        self.sizes = [len(group) for group in groups]
-        self.register_buffer("window", torch.hann_window(n_fft).view(4, 1, self.hop), persistent=False)
-        self.register_buffer("bins", bins, persistent=False)
-        self.register_buffer("places", bins.argsort(), persistent=False)
-        self.register_buffer("weight", torch.where(bins % (n_fft // 2) == 0, 1.0, 2.0) / n_fft, persistent=False)
-
-    def matrices(self):
-        """Cosines and sines (hop, F) of all bins, computed when needed: a graph would store megabytes of them."""
-        turns = torch.arange(self.hop, device=self.bins.device)[:, None] * self.bins % self.n_fft
-        angle = turns.to(self.weight.dtype) * (2 * math.pi / self.n_fft)
-        return angle.cos(), angle.sin()
-
-    def transform(self, blocks, matrices):
-        """Blocks (B, T + 3, hop), `matrices()` -> the spectrum, real and imaginary."""
-        frames = blocks.shape[1] - 3
-        a, b, c, d = (blocks.narrow(1, j, frames) * self.window[j] for j in range(4))
-        even, odd, across = a + c, a - c, b - d
-        (c0, c2, c1, c3), (s0, s2, s1, s3) = (matrix.split(self.sizes, dim=1) for matrix in matrices)
-        first, second = even + (b + d), even - (b + d)
-        re = [first @ c0, second @ c2, odd @ c1 - across @ s1, odd @ c3 + across @ s3]
-        im = [first @ s0, second @ s2, odd @ s1 + across @ c1, odd @ s3 - across @ c3]
-        return torch.cat(re, dim=2), -torch.cat(im, dim=2)
-
-    def inverse(self, re, im, matrices):
-        """A spectrum -> its windowed frames added up, in blocks (B, T + 3, hop): to be divided by `overlap`."""
-        parts = ((value * self.weight).split(self.sizes, dim=2) for value in (re, im))
-        (re0, re2, re1, re3), (im0, im2, im1, im3) = parts
-        (c0, c2, c1, c3), (s0, s2, s1, s3) = (matrix.mT.split(self.sizes, dim=0) for matrix in matrices)
-        first, second = re0 @ c0 - im0 @ s0, re2 @ c2 - im2 @ s2
-        odd = re1 @ c1 - im1 @ s1 + re3 @ c3 - im3 @ s3
-        across = re3 @ s3 + im3 @ c3 - re1 @ s1 - im1 @ c1
-        even, mixed = first + second, first - second
-        quarters = (even + odd, mixed + across, even - odd, mixed - across)
-        return sum(F.pad(quarter * self.window[j], (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))
-
-    def overlap(self, like):
-        """What the squared windows of T frames add up to: (1, T + 3, hop); `like` is of shape (1, T)."""
-        ones = torch.ones_like(like)[:, :, None]
-        return sum(F.pad(ones * w.square(), (0, 0, j, 3 - j)) for j, w in enumerate(self.window)).clamp(min=1e-8)
-
-    def reflect(self, blocks):
-        """Replace the two blocks beyond either end by the signal's mirror image, as `torch.stft` pads a signal."""
-        n, length = blocks.shape[1], 2 * self.hop
-        first = blocks.narrow(1, 2, 3).flatten(1).narrow(1, 1, length)
-        last = blocks.narrow(1, n - 5, 3).flatten(1).narrow(1, self.hop - 1, length)
-        left, right = (end.flip(1).unflatten(1, (2, self.hop)) for end in (first, last))
-        return torch.cat([left, blocks.narrow(1, 2, n - 4), right], dim=1)
-
-    def forward(self, waveform):
-        """(B, samples), at least three hops, of which what is beyond a whole hop is dropped -> magnitudes (B, F, T)."""
-        whole = waveform[:, : waveform.shape[1] // self.hop * self.hop].unflatten(1, (-1, self.hop))
-        re, im = self.transform(self.reflect(F.pad(whole, (0, 0, 2, 2))), self.matrices())
-        return (re.square() + im.square()).sqrt().transpose(1, 2).index_select(1, self.places)
-
-
-class GriffinLim(nn.Module):
-    """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, in real arithmetic, for export.
-
-    It agrees with torchaudio's in spectral convergence. `spectrogram`: whose magnitudes it takes, if not the STFT's.
-    """
+class Vocoder(nn.Module):
+    """torchaudio's Griffin-Lim: (B, F, T), or what `spectrogram` has instead, -> waveform (B, (T - 1) * n_fft / 4)."""
 
     outputs = ("waveform",)
 
     def __init__(self, n_fft, iterations=32, momentum=0.99, spectrogram=None):
         super().__init__()
-        self.spectrogram, self.stft, self.iterations = spectrogram, BlockSTFT(n_fft), iterations
-        self.momentum = momentum / (1 + momentum)
-
-    def iterate(self, carry, magnitude, norm, matrices):
-        """(blocks, the spectrum before) -> the same, one step nearer to `magnitude`."""
-        blocks, *before = carry
-        spectrum = self.stft.transform(self.stft.reflect(blocks), matrices)
-        re, im = (now - self.momentum * then for now, then in zip(spectrum, before, strict=True))
-        # A floor, not a tiny summand: exporters fold "+ 1e-20" away, and silence becomes 0 / 0.
-        scale = magnitude / (re * re + im * im).sqrt().clamp(min=1e-10)
-        return self.stft.inverse(re * scale, im * scale, matrices) * norm, *spectrum
+        settings = {"hop_length": n_fft // 4, "power": 1, "momentum": momentum, "rand_init": False}
+        self.spectrogram, self.inverse = spectrogram, torchaudio.transforms.GriffinLim(n_fft, iterations, **settings)
 
     def to_stft_magnitude(self, spectrogram):
         return self.spectrogram.to_stft_magnitude(spectrogram) if self.spectrogram else spectrogram
 
     def forward(self, spectrogram):
-        """(B, bins, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
-        magnitude = self.to_stft_magnitude(spectrogram)
-        magnitude = magnitude.index_select(1, self.stft.bins).transpose(1, 2).contiguous()  # (B, T, F)
-        norm, zero = 1 / self.stft.overlap(magnitude[:1, :, 0]), torch.zeros_like(magnitude)
-        settings = {"magnitude": magnitude, "norm": norm, "matrices": self.stft.matrices()}
-        carry = (self.stft.inverse(magnitude, zero, settings["matrices"]) * norm, zero, zero.clone())
-        if torch.compiler.is_exporting():  # one Scan node, whose body is written once
-            steps = torch.zeros(self.iterations)
-            carry, _ = scan(lambda carry, i: (self.iterate(carry, **settings), i.clone()), carry, steps)
-        for _ in range(0 if torch.compiler.is_exporting() else self.iterations):
-            carry = self.iterate(carry, **settings)
-        return carry[0].narrow(1, 2, spectrogram.shape[2] - 1).flatten(1)
-
-    def reference(self, spectrogram):
-        """The same by torchaudio, as training has it."""
-        return griffin_lim(self.to_stft_magnitude(spectrogram))
+        return self.inverse(self.to_stft_magnitude(spectrogram))
 
 
-def griffin_lim(magnitude, iterations=32, momentum=0.99):
-    """torchaudio's Griffin-Lim from zero phases, hop = n_fft / 4: (B, F, T) -> waveform (B, (T - 1) * hop)."""
-    n_fft = 2 * (magnitude.shape[1] - 1)
-    settings = {"hop_length": n_fft // 4, "power": 1, "momentum": momentum, "rand_init": False}
-    return torchaudio.transforms.GriffinLim(n_fft, iterations, **settings).to(magnitude.device)(magnitude)
+def griffin_lim(magnitude, iterations=32):
+    """STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * hop)."""
+    return Vocoder(2 * (magnitude.shape[1] - 1), iterations).to(magnitude.device)(magnitude)
 
 
 # ---------------------------------------------------------------- Notes
 
 SAMPLES, PITCHES = 4 * RATE, 128  # of a note: NSynth's four seconds; MIDI numbers
-SPLITS = ("train", "valid", "test")
 FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
 BUILT_IN = "built-in additive synthesiser"
@@ -286,8 +250,10 @@ INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)} 
 NOTES_EACH = 24  # of every built-in instrument
 KEPT = 16_000  # notes of a split kept in memory: 2 GB
 
-# One note, read from `path` or, where that is None, synthesised; `semitones`: transposed by resampling.
-Note = namedtuple("Note", "name family pitch instrument velocity path semitones", defaults=(None, 0))
+# One note, read from `path` or, if that is None, synthesised; a pitch of -1 is not known; `semitones`: transposed by
+# resampling; `window`: which of so many `windows` of a file.
+Note = namedtuple("Note", "name family pitch instrument velocity path semitones window windows",
+                  defaults=(None, 0, 0, 1))  # fmt: skip
 # A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
 # stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); vibrato in semitones; breath, noise beside
 # the tone; pluck, where a string is plucked, as a share of its length; odd, weight of even harmonics; formants in Hz.
@@ -362,58 +328,104 @@ def nsynth_notes(folder, families):
     return there
 
 
+SEMITONES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11, "#": 1, "b": -1, "": 0}
+
+
+def pitch_of(name):
+    """The MIDI number in a file's name without suffix: of "guitar-060-100", as NSynth has it, of a word "C4"; or -1."""
+    numbers = {int(number) for number in re.findall(r"(?:^|[-_ ])(\d{3})-\d{3}$", name)}
+    words = re.findall(r"(?<![^\W_])([A-G])([#b]?)(\d)(?![^\W_])", name)
+    numbers = numbers or {12 * (int(octave) + 1) + SEMITONES[note] + SEMITONES[sign] for note, sign, octave in words}
+    return numbers.pop() if len(numbers) == 1 and max(numbers) < PITCHES else -1
+
+
+def own_notes(root, windows):
+    """{split: notes} of any folder of sounds: pitches by `pitch_of`, families by folders.
+
+    With `windows` every SAMPLES of a file are one, and at its end at least a second, else its first alone. Instruments
+    are folders, or, at the top or where there is but one, files.
+    """
+    splits = split_files(root, SUFFIXES, KEPT)
+    for split, paths in splits.items():
+        notes, folders = [], {path.rpartition("/")[0] for path in paths} - {""}
+        for n, path in enumerate(paths, 1):
+            folder = path.rpartition("/")[0]
+            instrument = folder if folder and len(folders) > 1 else path
+            note = Note(path, folder or root.resolve().name, pitch_of(Path(path).stem), instrument, 0, root / path)
+            with contextlib.suppress(RuntimeError, OSError, ValueError):  # it is named when it is read
+                about = soundfile.info(note.path) if windows else None
+                if about and about.frames * about.channels <= LONGEST:
+                    note = note._replace(windows=max(1, int(about.duration / (SAMPLES / RATE) + 0.75)))
+            notes += [note._replace(window=k) for k in range(note.windows)]
+            if len(notes) >= KEPT and n < len(paths):
+                click.echo(f"{root}: {KEPT:,} windows of 4 s of {n:,} of {len(paths):,} files are used for {split}")
+                break
+        splits[split] = notes[:KEPT]
+    return splits
+
+
 def read_note(note):
-    """A note -> its waveform (SAMPLES,), one channel at RATE, transposed; raises click.UsageError as `read_sound`."""
+    """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) of 16 bits each, or None if silent."""
     if note.path is None:
-        waveform = synthesise(note)
+        waveform = synthesise(note).numpy()
     else:
         samples, rate = read_sound(note.path)  # (n, channels)
-        waveform = torch.from_numpy(samples).mean(1)
-        if rate != RATE:
-            waveform = torchaudio.functional.resample(waveform, rate, RATE)
+        waveform = resample_sound(samples.mean(1), rate, RATE)
+    waveform = waveform[: note.windows * SAMPLES]
     if note.semitones:
-        # Within two cents; resampling has as many filters as the ratio's denominator.
-        ratio = Fraction(2 ** (note.semitones / 12)).limit_denominator(50)
-        waveform = torchaudio.functional.resample(waveform[:SAMPLES], ratio.numerator, ratio.denominator)
-    return F.pad(waveform, (0, max(0, SAMPLES - len(waveform))))[:SAMPLES]
+        waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
+    windows = np.pad(waveform, (0, note.windows * SAMPLES))[: note.windows * SAMPLES].reshape(-1, SAMPLES)
+    silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
+    bits = torch.from_numpy((windows.clip(-1, 1) * 32767).round()).short()
+    return [None if quiet else window for window, quiet in zip(bits, silent, strict=True)]
 
 
-class NoteSplit:
-    """The notes of one split, read when they are asked for; the first KEPT stay in memory, 16 bits a sample."""
+class NoteSplit(Reader):
+    """The notes of one split, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
 
-    def __init__(self, notes, families):
-        self.notes, self.kept = notes, {}
-        instruments = sorted({note.instrument for note in notes})
-        self.instrument = torch.tensor([instruments.index(note.instrument) for note in notes])
+    def __init__(self, notes, families, split):
+        self.notes, instruments = notes, {name: i for i, name in enumerate(sorted({note.instrument for note in notes}))}
+        self.instrument = torch.tensor([instruments[note.instrument] for note in notes])
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
+        files = [note._replace(window=0) if note.window else note for note in notes]
+        super().__init__(files, read_note, KEPT, split)
 
-    def read(self, i):
-        """Note i, 16 bits a sample: (SAMPLES,)."""
-        if i in self.kept:
-            return self.kept[i]
-        samples = (read_note(self.notes[i]).clamp(-1, 1) * 32767).round().short()
-        return self.kept.setdefault(i, samples) if len(self.kept) < KEPT else samples
+    def example(self, i):
+        windows = super().example(i)
+        return windows and windows[self.notes[i].window]
 
     def waveform(self, index):
         """The notes at `index`, a tensor of B numbers, as they sound: (B, SAMPLES)."""
-        with ThreadPoolExecutor() as pool:  # libsndfile decodes outside the interpreter's lock
-            return torch.stack(list(pool.map(self.read, index.tolist()))).float() / 32767
+        self.fetch(index.tolist())
+        return torch.stack([self.example(i) for i in index.tolist()]).float() / 32767
 
     def spread(self, most):
         """At most `most` numbers of notes, spread evenly, of those that are not transposed."""
-        own = torch.tensor([i for i, note in enumerate(self.notes) if not note.semitones])
-        return own[torch.linspace(0, len(own) - 1, min(len(own), most)).round().long()]
+        own = [i for i, note in enumerate(self.notes) if not note.semitones]
+        even = torch.linspace(0, len(own) - 1, min(len(own), most)).round().long()
+        return torch.tensor(sorted(set(self.usable([own[i] for i in even]))))
 
 
-def load_notes(options, transpose=0):
+def load_notes(options, transpose=0, windows=False):
     """The splits {name: NoteSplit} of --data-root, fetched with --download, or of built-in notes; and their source.
 
-    Training notes are there transposed by up to `transpose` semitones too. Raises click exceptions without any.
+    Training notes are there transposed by up to `transpose` semitones too. A folder that is not in NSynth's layout is
+    taken by `own_notes`. Completes options["families"] in place. Raises click exceptions where there are no notes.
     """
     root, families, splits = options["data_root"], options["families"], {}
-    if not root and not set(families) <= set(TIMBRES):
-        raise click.UsageError(f"--families: built in are {', '.join(TIMBRES)}; others need --data-root")
+    official = [root / name for name in ("examples.json", *(f"nsynth-{split}" for split in SPLITS))] if root else []
+    own = root and not options["download"] and not any(path.exists() for path in official)
+    if own:
+        listed, source = own_notes(root, windows), f"own sounds, folder {root.resolve().name}"
+        known = sorted({note.family for notes in listed.values() for note in notes})
+        families = known if windows else families or known
+    else:
+        known, source = (FAMILIES, f"notes in NSynth's layout, folder {root.name}") if root else (TIMBRES, BUILT_IN)
+    options["families"] = families = families or list(TIMBRES)
+    if not set(families) <= set(known):
+        more = "" if root else "; others need --data-root"
+        raise click.UsageError(f"--families {','.join(families)}: expected some of {', '.join(known)}{more}")
     for split in SPLITS:
         url = ARCHIVES.format(split=split)
         if options["download"] and (not (root / f"nsynth-{split}").is_dir() or (root / Path(url).name).exists()):
@@ -421,11 +433,15 @@ def load_notes(options, transpose=0):
                 download_and_extract_archive(url, root, remove_finished=True)
             except (OSError, RuntimeError, EOFError) as error:
                 raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
-        notes = nsynth_notes(root / f"nsynth-{split}", families) if root else built_in_notes(split, families)
+        if own:
+            notes = [note for note in listed[split] if note.family in families]
+        else:
+            notes = nsynth_notes(root / f"nsynth-{split}", families) if root else built_in_notes(split, families)
         moves = range(-transpose, transpose + 1) if split == "train" else [0]
-        moved = [note._replace(pitch=note.pitch + k, semitones=k) for note in notes for k in moves]
-        splits[split] = NoteSplit([note for note in moved if 0 <= note.pitch < PITCHES], families)
-    return splits, f"notes in NSynth's layout, folder {root.name}" if root else BUILT_IN
+        moved = [(note, k) for note in notes for k in moves if note.pitch < 0 or 0 <= note.pitch + k < PITCHES]
+        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in moved]
+        splits[split] = NoteSplit(moved, families, split)
+    return splits, source
 
 
 # ---------------------------------------------------------------- Command line
@@ -440,15 +456,15 @@ class Finite(click.FloatRange):
 
 
 def parse_families(value):
-    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for unknown families, and for one that is there twice."""
+    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for one without a name, or that is there twice."""
     names = value.split(",") if isinstance(value, str) else list(value)
-    if not set(names) <= set(FAMILIES) or len(set(names)) < len(names):
-        raise click.BadParameter(f"{value!r}: expected different ones of {', '.join(FAMILIES)}")
+    if not all(names) or len(set(names)) < len(names):
+        raise click.BadParameter(f"{value!r}: expected different names, such as bass,flute")
     return names
 
 
-families_option = click.option("--families", type=parse_families, default="bass,brass,flute,guitar,keyboard,vocal",
-                               help="Of instruments.")  # fmt: skip
+families_option = click.option("--families", type=parse_families, show_default=f"{','.join(TIMBRES)}; your own: all",
+                               help="Of instruments: NSynth's, or folders of your own.")  # fmt: skip
 POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),
@@ -474,8 +490,8 @@ RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download",
 def training_command(script, presets, foreign=None):
     """Decorator: a click command of the function's own options, --dataset, --resume and RUN_OPTIONS.
 
-    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators; --help after these shows
-    what will be used, but for what is `foreign` {data set: names of options that do not concern it}.
+    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows, but for
+    what is `foreign` {data set: names of options that do not concern it}.
     """
 
     def fill_from_preset(context, parameter, dataset):
@@ -635,17 +651,13 @@ def versions():
 
 
 class Graph(nn.Module):
-    """A function of a model as a module to export; `reference`: the same as training computed it, if differently.
-
-    Inputs named in `optional` have their examples as defaults in an ONNX file; TorchScript has them alone.
-    """
+    """A function of a model as a module to export; examples of `optional` inputs are defaults in an ONNX file."""
 
     optional = ()
 
-    def __init__(self, outputs, function, *modules, reference=None):
+    def __init__(self, outputs, function, *modules):
         super().__init__()
-        self.outputs, self.function, self.reference = outputs, function, reference or function
-        self.modules_used = nn.ModuleList(modules)
+        self.outputs, self.function, self.modules_used = outputs, function, nn.ModuleList(modules)
 
     def forward(self, *inputs):
         return self.function(*inputs)

@@ -4,6 +4,8 @@
     python train_mvae.py --dataset clevr --data-root CLEVR_v1.0
     python train_mvae.py --dataset clevr --N 4 --op sum
     python train_mvae.py --dataset nsynth-duo --data-root nsynth
+    python train_mvae.py --dataset pictures --data-root my_pictures     # any folder of pictures
+    python train_mvae.py --dataset sounds --data-root my_sounds --mix   # any folder of sounds, two at once
 
 For who wants to see pictures, or mixtures of two notes (4 s at 16 kHz), fall apart into entities without labels.
 Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised. Results:
@@ -14,7 +16,6 @@ import copy
 import itertools
 import math
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from torch import nn
 from torchvision.datasets import CLEVRClassification
 
 from common import (  # isort: skip
-    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, alpha_masks,
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, Finite, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
     autocast, beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
-    random_generator, read_json, reparameterize, settle_options, start_device, training_command,
+    random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
     LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, load_picture, soft_masks, spectrum_tile, square, stft,
@@ -56,29 +57,35 @@ SCENES = 320  # that a finished run is judged by, as in the literature
 
 
 class Pool:
-    """Pictures kept as uint8 in memory, each made (drawn, or read from disk) once, the first time it is needed."""
+    """So many pictures to train on, of which a subclass gives those of any numbers, uint8 (n, 3, size, size)."""
 
-    def __init__(self, size, objects, seed, device, length=None):
-        self.images, self.made = torch.empty((length or POOL, 3, size, size), dtype=torch.uint8), set()
-        self.size, self.objects, self.seed, self.device = size, objects, seed, device
+    def __init__(self, size, objects, seed, device, length):
+        self.size, self.objects, self.seed, self.device, self.length = size, objects, seed, device, length
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
         # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
         position = step * total + torch.arange(total)[own]
-        epoch, index = position // len(self.images), position % len(self.images)
+        epoch, index = position // self.length, position % self.length
         for e in epoch[epoch > 0].unique().tolist():
-            order = torch.randperm(len(self.images), generator=random_generator("order", self.seed, e))
+            order = torch.randperm(self.length, generator=random_generator("order", self.seed, e))
             index = torch.where(epoch == e, order[index], index)
-        for block in {int(i) // BLOCK for i in index} - self.made:
-            first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.images))
-            self.images[first:last] = self.make(first, last)  # (last - first, 3, size, size) uint8
-            self.made.add(block)
-        return self.images[index].to(self.device, non_blocking=True).float() / 255
+        return self.pictures(index).to(self.device, non_blocking=True).float() / 255
 
 
 class Drawn(Pool):
     """Scenes drawn by their subclass, dicts of tensors: every block, and every split, has a generator of its own."""
+
+    def __init__(self, size, objects, seed, device, length=None):
+        super().__init__(size, objects, seed, device, length or POOL)
+        self.images, self.made = torch.empty((self.length, 3, size, size), dtype=torch.uint8), set()
+
+    def pictures(self, index):
+        for block in {int(i) // BLOCK for i in index} - self.made:  # each is drawn once, when it is needed
+            first, last = block * BLOCK, min((block + 1) * BLOCK, self.length)
+            self.images[first:last] = self.make(first, last)
+            self.made.add(block)
+        return self.images[index]
 
     def make(self, first, last):
         scene = self.sample(last - first, random_generator(self.name, self.seed, first, device=self.device))
@@ -309,64 +316,76 @@ class BuiltInClevr(Drawn):
         return torch.where(scene["metal"][i, k, None], metal, rubber)
 
 
+# ---------------------------------------------------------------- Data: pictures on disk
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
+LISTED = 200_000  # pictures of a split that are used
+CACHE = 2e9  # bytes of them that stay in memory
+
+
 def read_mask(path, size, crop):
     """A mask of 8 bits a pixel -> the object's number in every pixel, 0 for the background: uint8 (size, size)."""
-    try:
-        with Image.open(path) as mask:
-            mask.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise click.UsageError(f"{path}: damaged or unreadable mask ({error})") from error
+    mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
     if mask.mode not in ("L", "P"):
         raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
-    return np.asarray(square(mask, crop, path).resize((size, size), Image.Resampling.NEAREST))
+    mask = square(mask.convert("P"), crop, path)  # numbers, which are not to be interpolated
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
 
 
-class ClevrFolder(Pool):
-    """The official CLEVR_v1.0 folder: images/{train,val}/*.png, scenes/*.json, and masks/{train,val}/*.png if there.
+class PictureFolder(Pool):
+    """Pictures on disk, of any size, read when they are needed: of CLEVR's official folder, if asked for, or any other.
 
-    `test` is val, `valid` the last tenth of train, at most 320; scenes/*.json tells which have so many `objects`.
-    Raises click.UsageError where files are missing or damaged.
+    CLEVR's `test` is val, its `valid` the last tenth of train, at most 320; scenes/*.json tells which have so many
+    `objects`. masks/ holds PNGs at the same relative paths. Raises click.UsageError where there are no pictures.
     """
 
-    def __init__(self, root, size, objects, seed, device):
-        folders = [f for f in (root, root / "CLEVR_v1.0") if all((f / "images" / s).is_dir() for s in ("train", "val"))]
-        if not folders:
-            raise click.UsageError(f"--data-root {root}: no images/train and images/val there, nor in CLEVR_v1.0 below")
-        self.root, self.crop, self.source = folders[0], "clevr", f"CLEVR folder {folders[0].resolve().name}"
-        train, test = (self.list_files(split, *objects) for split in ("train", "val"))
+    def __init__(self, root, size, objects, seed, device, clevr=True):
+        places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
+        official = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
+        self.root, self.crop = official or root, "clevr" if official else "centre"
+        self.folder = self.root / "images" if official else root
+        self.source = f"{'CLEVR' if official else 'own pictures,'} folder {self.root.resolve().name}"
+        self.files = self.clevr_splits(*objects) if official else split_files(root, PICTURES, LISTED, ("masks",))
+        super().__init__(size, objects, seed, device, len(self.files["train"]))
+        about = (lambda file: load_picture(self.folder / file, size, self.crop)), int(CACHE) // (3 * size**2)
+        self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
+
+    def clevr_splits(self, low, high):
+        """{split: paths relative to images/} of scenes of so many objects."""
+        found = {}
+        for split in ("train", "val"):
+            names = sorted(path.name for path in (self.folder / split).glob("*.png"))
+            annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
+            if annotation.is_file():
+                listed = load_file(annotation, read_json, {"scenes": list}, click.UsageError)["scenes"]
+                counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
+                names = [name for name in names if low <= counts.get(name, low) <= high]
+            if len(names) < 1 + (split == "train"):  # valid takes one
+                raise click.UsageError(f"{self.folder}/{split}: no PNG of a scene with {low} to {high} objects")
+            found[split] = [f"{split}/{name}" for name in names]
+        train = found["train"]
         kept = len(train) - min(320, max(1, len(train) // 10))
-        self.files, self.make = {"valid": train[kept:], "test": test}, lambda first, last: self.read(train[first:last])
-        super().__init__(size, objects, seed, device, kept)
+        return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}
 
-    def list_files(self, split, low, high):
-        files = sorted((self.root / "images" / split).glob("*.png"))
-        annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
-        if annotation.is_file():
-            listed = load_file(annotation, read_json, {"scenes": list}, click.UsageError)["scenes"]
-            counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
-            files = [file for file in files if low <= counts.get(file.name, low) <= high]
-        if len(files) < 1 + (split == "train"):  # valid takes one
-            raise click.UsageError(f"{self.root}/images/{split}: no PNG of a scene with {low} to {high} objects")
-        return files
-
-    def read(self, files):
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-            images = list(pool.map(lambda file: load_picture(file, self.size, self.crop), files))
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    def pictures(self, index, split="train"):
+        pictures = [self.readers[split].example(i) for i in self.readers[split].usable(index.tolist())]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def scenes(self, split, n):
-        """The first n scenes of a split: images, and labels or None where not every one has a mask."""
-        files = self.files[split][:n]
-        images, labels = self.read(files).to(self.device).float() / 255, None
-        masks = [self.root / "masks" / file.parent.name / file.name for file in files]
+        """The first n pictures of a split that can be read: images, and labels or None where one has no mask."""
+        files, reader, labels = self.files[split], self.readers[split], None
+        reader.fetch(range(min(n, len(files))))
+        numbers = list(itertools.islice((i for i in range(len(files)) if reader.example(i) is not None), n))
+        masks = [self.root / "masks" / Path(files[i]).with_suffix(".png") for i in numbers]
         if all(mask.is_file() for mask in masks):
-            numbers = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
-            labels = torch.from_numpy(numbers).long().to(self.device)
-        return images, labels
+            labels = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
+            labels = torch.from_numpy(labels).long().to(self.device)
+        return self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255, labels
 
 
-# ---------------------------------------------------------------- Data: two notes at once
+# ---------------------------------------------------------------- Data: sounds, and two notes at once
 
+SOUNDS = ("nsynth-duo", "sounds")  # data sets
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
@@ -411,44 +430,57 @@ class SoundLevels(nn.Module):
         return self.inverse @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
-class NoteDuos:
-    """Mixtures of two notes of different instruments and names, or click.UsageError where a split has none."""
+class Mixtures:
+    """Mixtures of two notes of different instruments and names; of --dataset sounds without --mix sounds as they are.
+
+    Raises click.UsageError where a split has none.
+    """
 
     def __init__(self, options, device):
-        self.notes, self.source = load_notes(options)
+        self.notes, self.source = load_notes(options, windows=options["dataset"] == "sounds")
+        self.parts = 2 if options["dataset"] == "nsynth-duo" or options["mix"] else 1
         self.seed, self.device, self.levels = options["seed"], device, SoundLevels(options["size"]).to(device)
         for split in SPLITS:
             self.sample(split, 1, random_generator("any"))
 
-    def sample(self, split, n, generator):
-        """Notes and relative levels of n mixtures: indices (n, 2), decibels (n, 2)."""
-        pitch, instrument = self.notes[split].pitch, self.notes[split].instrument
-        chosen = torch.zeros(0, 2, dtype=torch.long)
+    def sample(self, split, n, generator, own=slice(None)):
+        """Notes and relative levels of the slice `own` of n mixtures: indices (n, parts), decibels (n, parts)."""
+        notes, drawn, gain = self.notes[split], [], None
         for _ in range(100):
-            pair = torch.randint(len(pitch), (8 * n, 2), generator=generator)
-            # In unison or octaves apart two notes share all harmonics.
-            interval, other = pitch[pair].diff(dim=1)[:, 0] % 12, instrument[pair].diff(dim=1)[:, 0]
-            chosen = torch.cat([chosen, pair[(interval != 0) & (other != 0)]])[:n]
-            if len(chosen) == n:
-                gain = MAX_GAIN_DB / 2 * (2 * torch.rand(n, 1, generator=generator) - 1)
-                return chosen, torch.cat([gain, -gain], dim=1)
-        raise click.UsageError(f"{split}: there are hardly two notes of different instruments and pitches to be mixed")
+            some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
+            pitch, instrument = notes.pitch[some], notes.instrument[some]
+            # In unison or octaves apart two notes share all harmonics. Of single sounds no differences are left.
+            apart = (pitch.diff(dim=1) % 12 != 0) | (pitch < 0).any(1, keepdim=True)
+            drawn += some[(apart & (instrument.diff(dim=1) != 0)).all(1)].tolist()
+            if len(drawn) < n:
+                continue
+            gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5) if gain is None else gain
+            notes.fetch(itertools.chain(*drawn[:n][own]))
+            ways = ((pair for pair in drawn[i::n] if notes.usable(pair) == pair) for i in range(n)[own])
+            chosen = [next(way, None) for way in ways]
+            if None not in chosen:
+                return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
+        raise click.UsageError(
+            f"{split}: hardly two of {len(notes.notes)} are of different instruments and pitches; add some"
+        )
 
     def stems(self, split, pair, decibels):
-        """Waveforms (n, 2, SAMPLES), whose sum has LOUDNESS."""
+        """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
         waveform = self.notes[split].waveform(pair.flatten()).unflatten(0, pair.shape)
         waveform = waveform / root_mean_square(waveform) * 10 ** (decibels[..., None] / 20)
         return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True))
 
     def batch(self, step, own, total):
         """Levels of the slice `own` of the `total` mixtures of a step: (own, FRAMES, bands, 1)."""
-        pair, decibels = self.sample("train", total, random_generator("mixtures", self.seed, step))
-        return self.levels(self.stems("train", pair[own], decibels[own]).sum(1).to(self.device))
+        chosen = self.sample("train", total, random_generator("mixtures", self.seed, step), own)
+        return self.levels(self.stems("train", *chosen).sum(1).to(self.device))
 
     def mixtures(self, split, n):
-        """Stems (n, 2, SAMPLES) of the first n of the mixtures that all runs share."""
-        pair, decibels = self.sample(split, max(n, MIXTURES), random_generator("held out"))
-        return self.stems(split, pair[:n], decibels[:n])
+        """Stems (n, parts, SAMPLES) of the first n of the mixtures that all runs share; each unmixed sound is one."""
+        if self.parts == 1:
+            single = self.notes[split].spread(n)[:, None]
+            return self.stems(split, single, torch.zeros(len(single), 1))
+        return self.stems(split, *self.sample(split, max(n, MIXTURES), random_generator("held out"), slice(n)))
 
 
 def load_data(options, device):
@@ -459,10 +491,11 @@ def load_data(options, device):
             CLEVRClassification(root, download=True)
         except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
             raise click.ClickException(f"CLEVR v1.0 could not be fetched into {root}: {error}") from error
-        root = root / "clevr"
-    if dataset == "clevr":
-        return ClevrFolder(root, *about, device) if root else BuiltInClevr(*about, device)
-    return Sprites(*about, device, root) if dataset == "sprites" else NoteDuos(options, device)
+    if dataset in SOUNDS:
+        return Mixtures(options, device)
+    if dataset == "sprites":
+        return Sprites(*about, device, root)
+    return PictureFolder(root, *about, device, dataset == "clevr") if root else BuiltInClevr(*about, device)
 
 
 # ---------------------------------------------------------------- Model
@@ -693,7 +726,7 @@ class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "feature": the slots' feature maps are combined and decoded on together. `detail` of a slot's `d` latents
-    come from a closer look. Of `dataset` "nsynth-duo" data are levels (B, FRAMES, size, 1): height is the logarithm of
+    come from a closer look. Of a `dataset` of SOUNDS data are levels (B, FRAMES, size, 1): height is the logarithm of
     a frequency, colours are times, and layers, logarithms of magnitudes, are combined as magnitudes.
     """
 
@@ -701,7 +734,7 @@ class MVAE(nn.Module):
         super().__init__()
         self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
         self.op, self.compose_at = op, compose_at
-        self.sound, at_data, masked, d_cell = dataset == "nsynth-duo", compose_at == "data", op == "alpha", d - detail
+        self.sound, at_data, masked, d_cell = dataset in SOUNDS, compose_at == "data", op == "alpha", d - detail
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
@@ -939,7 +972,8 @@ def assign(ratio):
 
 
 # Levels (B, FRAMES, bands, 1) of mixtures and their reconstruction, Encoding; of the slot that fits each of S stems
-# layers (B, S, ...), levels alone (B, S, ...), masked mixtures (B, S, samples), dB of SI-SDR gained (B, S).
+# layers (B, S, ...), levels alone (B, S, ...), masked mixtures (B, S, samples), dB of SI-SDR gained (B, S). Where only
+# the mixture is known, S = 1, all of that is of every slot, and nothing is gained: None.
 Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
 
 
@@ -950,9 +984,10 @@ def separate(model, levels, stems):
     encoding, layer, mean = reconstruct(model, level)
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
-    masked = [soft_masks(m) * stft(w, SOUND_FFT, HOP) for m, w in zip(magnitude, mixture.cpu().numpy(), strict=True)]
-    parts = [[inverse_stft(part, SOUND_FFT, HOP, SAMPLES) for part in slots] for slots in masked]
-    parts = torch.tensor(np.array(parts), dtype=mixture.dtype, device=mixture.device)  # (B, N, samples)
+    masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
+    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
+    if stems.shape[1] == 1:
+        return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
     slot = assign(ratio)  # (B, S), of ratio (B, N, S)
     gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
@@ -961,7 +996,7 @@ def separate(model, levels, stems):
 
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
-    """Scores on n mixtures of a split's notes, z = mu, slots under the best permutation.
+    """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation.
 
     "own_instrument": both slots are nearer to their own stem. Recomposed are slots of two mixtures, scored against the
     mixture of their stems; the baseline is the first mixture itself.
@@ -969,23 +1004,27 @@ def evaluate_sounds(model, data, split, n, sigma):
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
         found = separate(model, data.levels, some)
-        own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
-        apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
-        recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-        remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
         score = {
-            "si_sdr_gained": found.gained.mean(1),
-            "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
             "kl": found.encoding.kl_all,
-            "lsd": log_spectral_distance(found.mean, found.level, bins=2),
-            "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
-            "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
+            "lsd": log_spectral_distance(found.mean, found.level, bins=2)
         }  # fmt: skip
+        if data.parts > 1:
+            own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
+            apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
+            recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
+            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
+            score |= {
+                "si_sdr_gained": found.gained.mean(1),
+                "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
+                "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
+                "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
+            }  # fmt: skip
+            gained += found.gained.flatten().tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
-        gained += found.gained.flatten().tolist()
-    return averages(scores) | {"si_sdr_gained_median": float(np.median(gained)), "mixtures": n}
+    median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
+    return averages(scores) | median | {"mixtures": len(scores)}
 
 
 # ---------------------------------------------------------------- Figures and sounds
@@ -1011,28 +1050,31 @@ def show_pictures(model, data, run, n=6):
 
 @torch.no_grad()
 def show_sounds(model, data, run, n=5, heard=2):
-    """Mixtures, reconstructions, KL maps, slots alone beside their stems, a row a mixture; some of them as sounds."""
+    """Mixtures, KL maps, reconstructions, slots alone beside known stems, a row a mixture; some of them as sounds."""
     stems = data.mixtures("valid", n).to(data.device)
-    found, rows = separate(model, data.levels, stems), []
-    for b in range(n):
-        own = data.levels.as_loud(stems[b])
-        every = torch.stack([found.level[b], found.mean[b], own[0], found.alone[b, 0], own[1], found.alone[b, 1]])
-        magnitude = data.levels.to_stft_magnitude(every).cpu().numpy()  # (6, F, T)
-        gains = [f"its slot: {gain:+.1f} dB" for gain in found.gained[b].tolist()]
+    found, rows, known = separate(model, data.levels, stems), [], data.parts > 1
+    for b in range(len(stems)):
+        slots, names = found.alone[b], [f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(found.encoding.kl[b])]
+        if known:
+            slots = torch.stack([data.levels.as_loud(stems[b]), slots], dim=1).flatten(0, 1)
+            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b].tolist())]
+            names = list(itertools.chain(*gains))
+        level = torch.cat([found.level[b : b + 1], found.mean[b : b + 1], slots])
+        magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
+        names = [f"mixture {b}", "reconstruction", *names]
+        row = [Tile(tile, name, known and "slot" in name) for tile, name in zip(tiles, names, strict=True)]
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
         kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
-        tiles.insert(1, kl_tile(heat, kl_map, cell))
-        names = (f"mixture {b}", "KL map", "reconstruction", "stem 0", gains[0], "stem 1", gains[1])
-        rows.append([Tile(tile, name, name in gains) for tile, name in zip(tiles, names, strict=True)])
-    run.figure("separation", contact_sheet(rows, "Mixtures taken apart; under a slot, SI-SDR that its mask gains"))
-    for b in range(heard):
+        rows.append([row[0], Tile(kl_tile(heat, kl_map, cell), "KL map"), *row[1:]])
+    below = "under a slot, SI-SDR that its mask gains" if known else "every slot decoded alone"
+    run.figure("separation", contact_sheet(rows, f"Sounds taken apart; {below}"))
+    for b in range(min(heard, len(stems))):
         loudest = 2 * stems[b].sum(0).abs().max().cpu()
-        decoded = griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())
         run.sound(f"mixture{b}", stems[b].sum(0).cpu() / loudest)
-        for k in range(2):
+        for k, decoded in enumerate(griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())):
             run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k].cpu() / loudest)
-            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded[k] / loudest)
+            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded / loudest)
 
 
 # ---------------------------------------------------------------- Graphs
@@ -1044,11 +1086,10 @@ def graphs(model):
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
-    levels, trained = (SoundLevels(model.size) if sound else nn.Identity() for _ in range(2))
-    levels.magnitude = BlockSTFT(SOUND_FFT) if sound else None
+    levels = SoundLevels(model.size) if sound else nn.Identity()
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
-    def encode(data, slots=None, levels=levels):
+    def encode(data, slots=None):
         encoding = model.encode(levels(data), slots=slots)
         return tuple(getattr(encoding, name) for name in names)
 
@@ -1056,7 +1097,7 @@ def graphs(model):
         composed = model.compose(layer, background)
         return levels.to_stft_magnitude(composed) if sound else composed
 
-    encoder = Graph(names, encode, model, levels, reference=lambda *inputs: encode(*inputs, levels=trained))
+    encoder = Graph(names, encode, model, levels)
     encoder.optional = ("slots",)
     slots = {"slots": torch.arange(model.n_slots)}
     layer = {"layer": model.decode(z, cell)}
@@ -1068,7 +1109,7 @@ def graphs(model):
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
     if sound:
-        made["vocoder"] = (GriffinLim(SOUND_FFT), {"spectrogram": trained.magnitude(waveform)[:, :, :32].contiguous()})
+        made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
     return made
 
 
@@ -1089,12 +1130,17 @@ PRESETS = {
     "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
                    "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}
 }  # fmt: skip
-FOREIGN = {"sprites": ("families", "download"), "clevr": ("families",), "nsynth-duo": ("objects", "detail")}
+PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
+FOREIGN = {
+    "sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
+    "pictures": ("families", "download", "mix", "objects"),
+    "nsynth-duo": ("objects", "detail", "mix"), "sounds": ("objects", "detail", "families", "download"),
+}  # fmt: skip
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] == "nsynth-duo"
+    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] in SOUNDS
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
@@ -1103,6 +1149,8 @@ def check_options(options):
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
+        f"--dataset {options['dataset']}: expected --data-root, a folder of your own":
+            options["data_root"] or options["dataset"] not in ("pictures", "sounds"),
         "--op alpha and --compose feature are for pictures":
             not (sound and (options["op"] == "alpha" or options["compose_at"] == "feature"))
     }  # fmt: skip
@@ -1118,6 +1166,7 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
 @click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="In a scene: fewest, and most.")
 @families_option
+@click.option("--mix", is_flag=True, help="Two sounds at once, of different folders or files.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=20, help="Latents of a slot.")
 @click.option("--detail", type=click.IntRange(0), default=10, help="Those of them that come from a closer look.")
@@ -1135,7 +1184,7 @@ def main(context, **options):
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
     kinds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
-    evaluate, show, n = kinds[options["dataset"] == "nsynth-duo"]
+    evaluate, show, n = kinds[options["dataset"] in SOUNDS]
     n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
     # 2. The model, which starts from the mean of the data.

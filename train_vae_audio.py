@@ -4,6 +4,7 @@
     python train_vae_audio.py --data-root nsynth                     # the official folders nsynth-train, -valid, -test
     python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
+    python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
 
 For who wants notes of four seconds (16 kHz) as a few latents, and back as sound through Griffin-Lim. They are seen as
 spectrograms, STFT magnitudes or mel bands, log-compressed. Results: docs/audio.md; whether samples have the pitch and
@@ -25,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, BlockSTFT, Finite, Graph, GriffinLim, ResBlock, Run, autocast, beta_at,
+    COMPRESSION, PITCHES, RATE, SAMPLES, Finite, Graph, ResBlock, Run, Vocoder, autocast, beta_at,
     build_model, families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
@@ -42,7 +43,7 @@ class STFTMagnitude(nn.Module):
 
     def __init__(self, n_fft):
         super().__init__()
-        self.stft = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=None)
+        self.n_fft, self.stft = n_fft, torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=None)
 
     def forward(self, waveform):
         spectrum = self.stft(waveform)
@@ -100,6 +101,14 @@ def spectral_convergence(magnitude, reference):
     """|| |reference| - |magnitude| || / || reference || in dB (Frobenius norms): two of (B, F, T) -> (B,)."""
     error = (magnitude - reference).flatten(1).norm(dim=1)
     return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
+
+
+def check_labels(splits):
+    """Raise click.UsageError where notes have no pitch."""
+    pitches = {note.name: note.pitch for split in splits.values() for note in split.notes}
+    if unknown := [name for name, pitch in pitches.items() if pitch < 0]:
+        found = f"{len(unknown)} of {len(pitches)} files carry no pitch, such as {unknown[0]}"
+        raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
 
 
 def note_batch(split, index, device):
@@ -193,7 +202,7 @@ class NoteVAE(nn.Module):
         n_labels = 0 if condition == "none" else PITCHES + len(families)
         self.prior = FittedPrior(d, condition == "both", len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
-        self.register_buffer("families", torch.eye(len(families)), persistent=False)
+        self.register_buffer("families", torch.eye(len(families) if n_labels else 0), persistent=False)
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
         wide = channels * self.coarse
         self.encoder = nn.ModuleDict({
@@ -291,7 +300,8 @@ load = partial(load_model, kind=NoteVAE)  # a run folder -> its trained model
 
 def start_at_notes(model, split):
     """`start_at` on at most START_NOTES notes of a split, spread evenly, transposed ones among them."""
-    index = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
+    even = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
+    index = torch.tensor(split.usable(even.tolist()))
     level = torch.cat([level for _, level, _ in in_chunks(model, split, index)])
     model.start_at(level, model.label(split.pitch[index], split.family[index]))
     return model
@@ -435,16 +445,17 @@ def show(run, name, title, rows):
     run.figure(name, contact_sheet(sheet, title, [*rows]))
 
 
-def one_of_each(split):
-    """Numbers of notes, one of every family that is there, from the middle of its notes."""
-    members = [(split.family == family).nonzero()[:, 0] for family in split.family.unique()]
-    return torch.stack([numbers[len(numbers) // 2] for numbers in members])
+def one_of_each(split, most=11):
+    """Numbers of notes, one of every family that is there, from the middle of its notes; of a single family two."""
+    members = [(split.family == family).nonzero()[:, 0] for family in split.family.unique()[:most]]
+    middle = [int(numbers[len(numbers) // 2]) for numbers in members]
+    return split.spread(2) if len(middle) == 1 else torch.tensor(split.usable(middle))
 
 
 def captions_of(run, pitch, family):
     """What a figure calls notes of pitch and family (n,)."""
-    names = run.options["families"]
-    return [f"{names[f]}, MIDI {p}" for p, f in zip(pitch.tolist(), family.tolist(), strict=True)]
+    names, pairs = run.options["families"], zip(pitch.tolist(), family.tolist(), strict=True)
+    return [names[f] + (f", MIDI {p}" if p >= 0 else "") for p, f in pairs]
 
 
 @torch.no_grad()
@@ -505,10 +516,9 @@ def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
     del inward.decoder, inward.prior, outward.encoder, outward.prior  # weights that a graph's file need not hold
-    inward.spectrogram.magnitude = BlockSTFT(model.spectrogram.n_fft)
 
-    def posterior(waveform, *label, model=inward):
-        mu, logvar = model.encode(model.spectrogram(waveform), model.label(*label))
+    def posterior(waveform, *label):
+        mu, logvar = inward.encode(inward.spectrogram(waveform), inward.label(*label))
         return mu, logvar, gaussian_kl(mu, logvar).sum(1)
 
     def magnitude(z, *label):
@@ -518,11 +528,10 @@ def graphs(model):
     waveform = 0.1 * (torch.sin(2 * math.pi * frequency * t) * torch.exp(-t)).sum(1)
     spectrogram = log_expand(model.spectrogram(waveform))[:, :, :120].contiguous()
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
-    z, trained = torch.randn(2, model.d, generator=generator), partial(posterior, model=model)
-    vocoder = GriffinLim(model.spectrogram.n_fft, spectrogram=copy.deepcopy(model.spectrogram))
-    encoder = Graph(("mu", "logvar", "kl"), posterior, inward, reference=trained)
+    z = torch.randn(2, model.d, generator=generator)
+    vocoder = Vocoder(model.spectrogram.n_fft, spectrogram=copy.deepcopy(model.spectrogram))
     return {
-        "encoder": (encoder, {"waveform": waveform} | label),
+        "encoder": (Graph(("mu", "logvar", "kl"), posterior, inward), {"waveform": waveform} | label),
         "prior": (Graph(("z",), lambda *inputs: model.prior(*inputs), model.prior), {"noise": z} | label),
         "decoder": (Graph(("spectrogram",), magnitude, outward), {"z": z} | label),
         "vocoder": (vocoder, {"spectrogram": spectrogram}),
@@ -555,11 +564,13 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 @click.option("--condition", type=click.Choice(["none", "both"]), default="none", help="Both: pitch and family.")
 @click.pass_context
 def main(context, **options):
-    # 1. Options, device, model, notes.
+    # 1. Options, device, notes, model.
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
-    model = build(options)
     splits, source = load_notes(options, options["transpose"])
+    if options["condition"] == "both":
+        check_labels(splits)
+    model = build(options)
     train, valid = splits["train"], splits["valid"]
     watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
     if not options["resume"]:
@@ -576,6 +587,7 @@ def main(context, **options):
         for step, progress in run.steps():
             generator = random_generator("batch", options["seed"], step)
             index = torch.randint(len(train.notes), (run.total,), generator=generator)[run.own]
+            index = torch.tensor(train.usable(index.tolist()))
             loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own] - 1
             noise = torch.randn(run.total, model.d, generator=generator)[run.own].to(device)
             waveform, pitch, family = note_batch(train, index, device)

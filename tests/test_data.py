@@ -10,11 +10,14 @@ import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from conftest import train
 from PIL import Image
 
+import common
 import train_mvae
-from common import random_generator
-from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, ClevrFolder, Pool, Sprites
+from common import random_generator, split_files
+from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, Drawn, PictureFolder, Sprites
 
 CPU = torch.device("cpu")
 
@@ -212,7 +215,7 @@ def test_pairs_are_two_scenes_that_fit_into_one(clevr):
 # ---------------------------------------------------------------- Pools, splits, folders
 
 
-class Numbers(Pool):
+class Numbers(Drawn):
     """Picture k has the value k everywhere."""
 
     def __init__(self, length):
@@ -250,13 +253,16 @@ def test_built_in_splits_share_no_scene_and_do_not_depend_on_the_seed(kind):
 def test_the_last_tenth_of_the_training_files_at_most_320_are_valid(monkeypatch, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
-    monkeypatch.setattr(ClevrFolder, "read", lambda self, files: files)
-    for n, kept in ((3, 2), (30, 27), (4000, 3680)):
-        listed = {split: [Path(split) / f"{i}.png" for i in range(n)] for split in ("train", "val")}
-        monkeypatch.setattr(ClevrFolder, "list_files", lambda self, split, *_, listed=listed: listed[split])
-        data = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)
-        assert len(data.images) == kept and data.make(0, kept) == listed["train"][:kept]
-        assert data.files["valid"] == listed["train"][kept:] and data.files["test"] == listed["val"]
+    monkeypatch.setattr(train_mvae, "load_picture", lambda *_: np.zeros((16, 16, 3), np.uint8))
+    for i in range(5):
+        (tmp_path / "images" / "val" / f"{i}.png").touch()
+    for n, kept in ((3, 2), (30, 27), (3300, 2980)):
+        names = [f"train/{i:04}.png" for i in range(n)]
+        for name in names:
+            (tmp_path / "images" / name).touch()
+        data = PictureFolder(tmp_path, 16, (2, 3), 0, CPU)
+        assert data.length == kept and data.files["train"] == names[:kept] and data.files["valid"] == names[kept:]
+        assert data.files["test"] == [f"val/{i}.png" for i in range(5)]
 
 
 def write_clevr(root, masks=True, sizes=((480, 320), (320, 240)), train=0):
@@ -287,21 +293,21 @@ def write_clevr(root, masks=True, sizes=((480, 320), (320, 240)), train=0):
 
 def test_the_official_folder_is_cropped_by_the_rule_and_filtered_by_objects(tmp_path):
     root = write_clevr(tmp_path / "CLEVR_v1.0", sizes=((480, 320), (320, 240), (320, 240)))
-    data = ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)  # found below the folder named
+    data = PictureFolder(tmp_path, 16, (2, 3), 0, CPU)  # found below the folder named
     assert torch.equal(data.batch(0, slice(0, 2), 2), torch.ones(2, 3, 16, 16))
     images, labels = data.scenes("test", 320)
     assert len(images) == 2
     assert [int(x) for x in labels.flatten(1).float().mean(1)] == [1, 2]
-    assert len(ClevrFolder(root, 16, (3, 6), 0, CPU).files["test"]) == 2
+    assert len(PictureFolder(root, 16, (3, 6), 0, CPU).files["test"]) == 2
 
 
 def test_a_folder_without_masks_has_no_labels(tmp_path):
     write_clevr(tmp_path, masks=False)
-    assert ClevrFolder(tmp_path, 16, (2, 3), 0, CPU).scenes("test", 1)[1] is None
+    assert PictureFolder(tmp_path, 16, (2, 3), 0, CPU).scenes("test", 1)[1] is None
 
 
 def test_masks_are_numbers_not_colours(tmp_path):
-    data = ClevrFolder(write_clevr(tmp_path), 16, (2, 3), 0, CPU)
+    data = PictureFolder(write_clevr(tmp_path), 16, (2, 3), 0, CPU)
     path = tmp_path / "masks" / "val" / "CLEVR_val_000001.png"
     numbers = Image.open(path)
     palette = numbers.convert("P")
@@ -315,11 +321,115 @@ def test_masks_are_numbers_not_colours(tmp_path):
 
 
 def test_wrong_folders_say_what_was_looked_for(tmp_path):
-    with pytest.raises(click.UsageError, match="images/train"):
-        ClevrFolder(tmp_path, 16, (2, 3), 0, CPU)
+    with pytest.raises(click.UsageError, match=r"0 files \.png, \.jpg, .* none for train"):
+        PictureFolder(tmp_path, 16, (2, 3), 0, CPU)
     root = write_clevr(tmp_path / "data")
     with pytest.raises(click.UsageError, match="no PNG of a scene"):
-        ClevrFolder(root, 16, (9, 10), 0, CPU)
+        PictureFolder(root, 16, (9, 10), 0, CPU)
     (root / "scenes" / "CLEVR_val_scenes.json").write_text("{half a fi")
     with pytest.raises(click.UsageError, match="damaged"):
-        ClevrFolder(root, 16, (2, 3), 0, CPU)
+        PictureFolder(root, 16, (2, 3), 0, CPU)
+
+
+# ---------------------------------------------------------------- One's own pictures
+
+
+def write_pictures(root, n=40):
+    """Pictures of all kinds and sizes, picture k in a grey of its own, in nested folders: {relative path: k}."""
+    generator, paths = np.random.default_rng(0), {}
+    for k in range(n):
+        path = Path(("", "cats", "holiday/2020")[k % 3]) / f"picture {k}.{('png', 'jpg', 'JPEG', 'webp')[k % 4]}"
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", tuple(generator.integers(20, 90, 2).tolist()), (6 * k,) * 3).save(root / path)
+        paths[path.as_posix()] = k
+    return paths
+
+
+def greys(images):
+    """What pictures images (n, 3, size, size) in [0, 1] of `write_pictures` are: their numbers."""
+    return (images.mean((1, 2, 3)) * 255 / 6).round().int().tolist()
+
+
+def test_any_folder_of_pictures_is_split_by_names_and_read_when_it_is_needed(tmp_path, monkeypatch):
+    paths = write_pictures(tmp_path)
+    monkeypatch.setattr(train_mvae, "CACHE", 5 * 3 * 16**2)
+    data = PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
+    assert sorted(itertools.chain(*data.files.values())) == sorted(paths) and data.crop == "centre"
+    order = [paths[path] for path in data.files["train"]]
+    epochs = [greys(data.batch(step, slice(None), data.length)) for step in range(2)]
+    assert epochs[0] == order and sorted(epochs[1]) == sorted(order) != epochs[1]
+    assert len(data.readers["train"].kept) < data.length, "few stay in memory"
+    images, labels = data.scenes("test", 100)
+    assert greys(images) == [paths[path] for path in data.files["test"]] and labels is None
+    assert data.source == f"own pictures, folder {tmp_path.name}"
+
+
+def test_a_file_never_changes_sides_and_few_of_many_are_kept(tmp_path, capsys):
+    for k in range(1000):
+        (tmp_path / f"{k}.png").touch()
+    few = split_files(tmp_path, (".png",), 1000)
+    assert [round(len(few[split]) / 100) for split in common.SPLITS] == [8, 1, 1]
+    for k in range(1000):
+        (tmp_path / f"more {k}.PNG").touch()
+    many = split_files(tmp_path, (".png",), 2000)
+    assert all([path for path in many[split] if "more" not in path] == few[split] for split in common.SPLITS)
+    capped = split_files(tmp_path, (".png",), 100)
+    assert all(capped[split] == many[split][:100] for split in common.SPLITS)
+    assert "300 of 2,000 files are used" in capsys.readouterr().out
+
+
+def test_a_folder_of_few_files_says_how_many_there_are(tmp_path):
+    write_pictures(tmp_path, 2)
+    with pytest.raises(click.UsageError, match=r"2 files .* none for .* about 30 mostly do"):
+        PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
+
+
+def test_what_cannot_be_read_is_named_once_and_left_out(tmp_path, capsys):
+    paths, bad = write_pictures(tmp_path), {}
+    files = split_files(tmp_path, train_mvae.PICTURES, 100)
+    for split, suffix in (("train", ".jpg"), ("valid", ".png"), ("test", "")):
+        bad[split] = next(path for path in files[split] if path.endswith(suffix))
+        whole = (tmp_path / bad[split]).read_bytes()
+        damaged = {"train": whole[: len(whole) // 2], "valid": b"no picture", "test": b""}[split]
+        (tmp_path / bad[split]).write_bytes(damaged)
+    data, numbers = PictureFolder(tmp_path, 16, (3, 6), 0, CPU), [paths[path] for path in files["train"]]
+    k = files["train"].index(bad["train"])
+    for _ in range(2):
+        assert greys(data.batch(0, slice(None), data.length)) == [*numbers[:k], (numbers * 2)[k + 1], *numbers[k + 1 :]]
+        for split in ("valid", "test"):
+            whole = [paths[path] for path in files[split] if path != bad[split]]
+            assert greys(data.scenes(split, 2)[0]) == whole[:2]
+    said = capsys.readouterr().out
+    for split, path in bad.items():
+        assert said.count(f"left out of {split}, 1 so far: {tmp_path / path}: damaged") == 1
+    for path in files["valid"]:
+        (tmp_path / path).write_bytes(b"")
+    with pytest.raises(click.UsageError, match=r"none of the \d+ examples for valid can be used"):
+        PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
+
+
+def test_masks_of_ones_own_pictures_lie_at_the_same_paths(tmp_path):
+    write_pictures(tmp_path)
+    data = PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
+    for path in data.files["test"]:
+        mask = (tmp_path / "masks" / path).with_suffix(".png")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        numbers = np.repeat([[0, 2, 5]], 8, axis=0).repeat(7, axis=1)  # 21 pixels wide: half a pixel is cut off
+        Image.fromarray(numbers.astype(np.uint8)).save(mask)
+    again = PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
+    assert again.files == data.files, "masks are no pictures"
+    assert again.scenes("test", 9)[1].unique().tolist() in ([0, 2, 5], [2, 5], [0, 2], [2])
+    assert again.scenes("valid", 9)[1] is None
+
+
+def test_a_run_on_ones_own_pictures_needs_a_folder_and_keeps_its_name(tmp_path):
+    write_pictures(tmp_path / "mine")
+    args = ["--dataset", "pictures", "--size", 32, "--cells", 8, "--channels", 8, "--batch", 4, "--steps", 2]
+    args += ["--device", "cpu"]
+    train(*args, "--data-root", tmp_path / "mine", "--out", tmp_path / "run")
+    config, model = json.loads((tmp_path / "run" / "config.json").read_text()), train_mvae.load(tmp_path / "run")
+    assert config["data"] == {"name": "pictures", "source": "own pictures, folder mine", "crop": "centre"}
+    assert model.n_slots == 6 and train_mvae.describe(model)["crop"] == "centre"
+    assert "ari_fg" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    result = CliRunner().invoke(train_mvae.main, list(map(str, args)))
+    assert result.exit_code == 2 and "expected --data-root, a folder of your own" in result.output

@@ -9,20 +9,23 @@ import soundfile
 import torch
 import torchaudio
 from click.testing import CliRunner
+from conftest import train
 from test_mvae import build, noise_for
 from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 
 import train_mvae
-from common import GriffinLim, random_generator
-from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, NoteDuos, SoundLevels
+from common import random_generator
+from export import GriffinLim
+from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, Mixtures, SoundLevels
 
 
 @pytest.fixture(scope="module")
 def duos():
     options = {
-        "data_root": None, "download": False, "families": ["bass", "flute", "vocal"], "seed": 0, "size": 64,
+        "dataset": "nsynth-duo", "data_root": None, "download": False, "families": ["bass", "flute", "vocal"],
+        "seed": 0, "size": 64,
     }  # fmt: skip
-    return NoteDuos(options, torch.device("cpu"))
+    return Mixtures(options, torch.device("cpu"))
 
 
 def tones(*frequencies, amplitude=0.1):
@@ -70,8 +73,75 @@ def test_batches_depend_on_the_step_alone_and_processes_share_them(duos):
 
 def test_notes_of_one_instrument_cannot_be_mixed(duos, monkeypatch):
     monkeypatch.setattr(duos.notes["train"], "instrument", torch.zeros_like(duos.notes["train"].instrument))
-    with pytest.raises(train_mvae.click.UsageError, match="two notes of different instruments"):
+    with pytest.raises(train_mvae.click.UsageError, match="are of different instruments"):
         duos.sample("train", 1, random_generator("z"))
+
+
+# ---------------------------------------------------------------- One's own sounds
+
+
+def write_tones(root, names, seconds=1):
+    """Decaying tones at `names`, relative paths without suffix, k semitones above 220 Hz; returns the root."""
+    t = np.arange(int(16000 * seconds)) / 16000
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        wave = 0.5 * np.exp(-t) * np.sin(2 * np.pi * 220 * 2 ** (k % 24 / 12) * t)
+        soundfile.write(root / f"{name}.wav", wave, 16000)
+    return root
+
+
+def own(root, mix=True):
+    options = {"dataset": "sounds", "mix": mix, "data_root": root, "download": False, "families": None, "seed": 0}
+    return Mixtures(options | {"size": 64}, torch.device("cpu"))
+
+
+def pairs(data, split):
+    notes = data.notes[split].notes
+    return [(notes[a], notes[b]) for a, b in data.sample(split, 60, random_generator("pairs"))[0].tolist()]
+
+
+def test_own_sounds_are_mixed_across_folders_never_in_unison_where_pitches_are_known(tmp_path):
+    notes = ("C", "C#", "D", "D#", "E", "F")
+    names = [f"{folder}/{notes[i % 6]}{3 + i % 3} take {i}" for i in range(30) for folder in ("piano", "flute")]
+    data = own(write_tones(tmp_path, names))
+    for split in SPLITS:
+        for a, b in pairs(data, split):
+            assert a.family != b.family and a.pitch > 0 and (a.pitch - b.pitch) % 12
+    stems = data.mixtures("valid", 3)
+    assert stems.shape == (3, 2, SAMPLES)
+    torch.testing.assert_close(train_mvae.root_mean_square(stems.sum(1))[:, 0], torch.full((3,), LOUDNESS))
+
+
+def test_own_sounds_without_folders_or_pitches_are_mixed_across_files_but_none_that_is_damaged(tmp_path):
+    root = write_tones(tmp_path, [f"rec {i}" for i in range(60)], seconds=9)
+    data = own(root)
+    assert all(a.path != b.path and a.pitch == -1 for split in SPLITS for a, b in pairs(data, split))
+    bad = {note.path for note in data.notes["train"].notes[:20]}
+    for path in bad:
+        soundfile.write(path, np.full(16000 * 9, np.nan), 16000, subtype="FLOAT")
+    again = own(root)
+    assert not bad & {note.path for pair in pairs(again, "train") for note in pair} and again.notes["train"].left_out
+    whole, halves = (again.batch(3, part, 8) for part in (slice(0, 8), slice(4, 8)))
+    torch.testing.assert_close(whole[4:], halves)
+    single = own(root, mix=False)
+    assert single.batch(0, slice(0, 3), 3).shape == (3, FRAMES, 64, 1)
+    assert single.mixtures("test", 100).shape[1:] == (1, SAMPLES)
+
+
+def test_a_run_on_own_sounds_as_they_are_has_no_stems_to_be_scored_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_mvae, "griffin_lim", lambda magnitude: torch.zeros(len(magnitude), SAMPLES))
+    root = write_tones(tmp_path / "mine", [f"rec {i}" for i in range(60)])
+    args = ["--dataset", "sounds", "--size", 64, "--cells", 16, "--N", 3, "--channels", 8, "--D", 3, "--batch", 4]
+    args += ["--device", "cpu", "--steps", 1]
+    train(*args, "--data-root", root, "--out", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"mse", "log_likelihood", "kl", "lsd", "mixtures"} <= metrics.keys() and "si_sdr_gained" not in metrics
+    assert (tmp_path / "run" / "figures" / "separation.png").is_file()
+    heard = {path.name for path in (tmp_path / "run" / "sounds").iterdir()}
+    assert {"mixture0.wav", *(f"mixture0-slot{k}-masked.wav" for k in range(3))} <= heard
+    config, model = json.loads((tmp_path / "run" / "config.json").read_text()), train_mvae.load(tmp_path / "run")
+    assert (config["data"]["name"], config["data"]["source"]) == ("sounds", "own sounds, folder mine")
+    assert model.sound and train_mvae.describe(model)["kind"] == "mvae-sound"
 
 
 # ---------------------------------------------------------------- Levels, masks, scores
@@ -228,8 +298,10 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
         (["--compose", "feature"], "--op alpha and --compose feature are for pictures"),
         (["--objects", "1", "2"], "--objects does not belong to"),
         (["--N", "1"], "--N 1: expected 2 to"),
-        (["--families", "mallet,bass"], "built in are"),
+        (["--families", "mallet,bass"], "others need --data-root"),
         (["--data-root", "nowhere"], "no such folder"),
+        (["--dataset", "sounds"], "--dataset sounds: expected --data-root, a folder of your own"),
+        (["--mix"], "--mix does not belong to --dataset nsynth-duo"),
     ],
 )
 def test_wrong_options_of_sounds_end_in_one_clear_line(args, message):

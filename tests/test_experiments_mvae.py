@@ -12,7 +12,7 @@ from test_data import write_clevr
 from recompose import load_picture
 from tests.experiments import curves, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
-from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, ClevrFolder, Encoding, separate
+from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, Encoding, PictureFolder, separate
 
 
 def invoke(command, *args):
@@ -252,8 +252,8 @@ def test_drawn_scenes_are_added_to_a_folder_where_clevrs_crop_finds_them(tmp_pat
     assert "32 drawn scenes beside those of few" in printed
     wrong = ["--data-root", str(tmp_path), "--out", str(tmp_path / "none")]
     assert CliRunner().invoke(mixed.main, wrong).exit_code == 2 and not (tmp_path / "none").exists()
-    data = ClevrFolder(tmp_path / "mixed", 64, (1, 10), 0, torch.device("cpu"))
-    assert len(data.images) + len(data.files["valid"]) == 36
+    data = PictureFolder(tmp_path / "mixed", 64, (1, 10), 0, torch.device("cpu"))
+    assert len(data.files["train"]) + len(data.files["valid"]) == 36
     drawn = BuiltInClevr(192, (3, 10), 0, torch.device("cpu")).make(0, 32)[5]  # (3, 192, 192)
     file = tmp_path / "mixed" / "images" / "train" / "CLEVR_builtin_000005.png"
     assert (load_picture(file, 192, "clevr") == drawn.permute(1, 2, 0).numpy()).all()

@@ -12,18 +12,24 @@ import torch
 from conftest import write_nsynth
 
 import common
-from common import RATE, SAMPLES, SPLITS, TIMBRES, Note, built_in_notes, load_notes, read_note, synthesise
+from common import RATE, SAMPLES, SPLITS, TIMBRES, Note, built_in_notes, load_notes, synthesise
 from tests.experiments.judges import detect_pitch
 
 TWO = [("flute", 60), ("guitar", 48), ("flute", 64), ("guitar", 52)]
 
 
 def options(root=None, families=("flute", "guitar"), download=False):
-    return {"data_root": root, "families": list(families), "download": download}
+    return {"data_root": root, "families": families and list(families), "download": download}
 
 
 def sine(midi, samples=SAMPLES):
     return 0.5 * torch.sin(2 * math.pi * 440 * 2 ** ((midi - 69) / 12) * torch.arange(samples) / RATE)
+
+
+def read_note(note):
+    """The one window of a note, as it sounds."""
+    (window,) = common.read_note(note)
+    return window.float() / 32767
 
 
 def note_of(path, samples=None, rate=RATE, **about):
@@ -105,9 +111,10 @@ def test_notes_of_a_folder_are_listed_and_missing_ones_counted(tmp_path, capsys)
     splits, source = load_notes(options(root))
     assert source == "notes in NSynth's layout, folder n"
     assert splits["train"].pitch.tolist() == [64, 48, 52] and splits["train"].family.tolist() == [0, 1, 1]
-    assert re.search(r"nsynth-train: 1 of (the )?4 notes .* missing", capsys.readouterr().out)
-    with pytest.raises(click.UsageError, match="flute_acoustic_002"):
-        splits["train"].waveform(torch.tensor([1, 0]))
+    said = capsys.readouterr().out
+    assert re.search(r"nsynth-train: 1 of (the )?4 notes .* missing", said)
+    assert re.search(r"left out of train, 1 so far: .*flute_acoustic_002.*damaged", said)
+    assert splits["train"].usable([0, 1, 2]) == [1, 1, 2] and splits["train"].left_out
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(click.UsageError, match=r"no note of flute, guitar that it lists is in audio/"):
@@ -116,16 +123,20 @@ def test_notes_of_a_folder_are_listed_and_missing_ones_counted(tmp_path, capsys)
 
 def test_notes_are_read_once_and_so_many_kept_in_16_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "KEPT", 3)
-    read, real = [], read_note
+    read, real = [], common.read_note
     monkeypatch.setattr(common, "read_note", lambda note: read.append(note.pitch) or real(note))
     split = load_notes(options(write_nsynth(tmp_path / "n", TWO)))[0]["train"]
+    read.clear()
     first = split.waveform(torch.tensor([0, 1, 2]))
     torch.testing.assert_close(split.waveform(torch.tensor([2, 0, 1])), first[[2, 0, 1]])
-    torch.testing.assert_close(first[1], real(split.notes[1]), atol=1 / 32767, rtol=0)
-    assert len(read) == 3 and all(kept.dtype == torch.int16 for kept in split.kept.values())
+    assert torch.equal(first[1], real(split.notes[1])[0].float() / 32767)
+    assert len(read) == 2 and all(kept[0].dtype == torch.int16 for kept in split.kept.values())
     for _ in range(2):
         split.waveform(torch.tensor([3, 3]))
-    assert len(read) == 3 + 4 and len(split.kept) == 3
+    assert len(read) == 3 and len(split.kept) == 3
+    split.waveform(torch.tensor([0]))
+    split.waveform(torch.tensor([0]))
+    assert len(read) == 4, "the oldest made room"
 
 
 def test_transposed_notes_join_the_training_notes_with_their_own_pitch(tmp_path):
@@ -161,3 +172,71 @@ def test_the_download_fetches_and_unpacks_what_is_not_there(tmp_path, monkeypatc
     monkeypatch.setattr(common, "download_and_extract_archive", broken)
     with pytest.raises(click.ClickException, match=r"nsynth-train.* could not be fetched into .*corrupted"):
         load_notes(options(tmp_path / "again", ["flute"], download=True))
+
+
+# ---------------------------------------------------------------- One's own sounds
+
+
+@pytest.mark.parametrize(
+    ("name", "pitch"),
+    [
+        ("guitar-060-100", 60), ("bass_acoustic_000-036-127", 36), ("060-100", 60), ("C4", 60), ("piano_A#3", 58),
+        ("Piano.ff.Bb2", 46), ("take 2 (C-1) G9", 127), ("guitar-200-100", -1), ("B9", -1), ("song", -1), ("c4", -1),
+        ("C4 and E4", -1), ("MC4x", -1), ("track-001", -1), ("ABC4", -1), ("C4 again C4", 60)
+    ],
+)  # fmt: skip
+def test_names_carry_pitches(name, pitch):
+    assert common.pitch_of(name) == pitch
+
+
+@pytest.fixture(scope="module")
+def own_sounds(tmp_path_factory):
+    """40 sounds of all kinds, rates and lengths, 1 to 10 s, stereo; one of 10 s is silent after 4, to 8 s."""
+    root = tmp_path_factory.mktemp("own")
+    for i in range(40):
+        form, rate = (("mp3", 44100), ("flac", 44100), ("ogg", 22050), ("wav", 8000))[i % 4]
+        seconds = (1, 2.5, 4.9, 10)[i // 4 % 4]
+        waveform = sine(40 + i, int(seconds * rate)).numpy()  # `sine` counts its samples at RATE
+        if i == 15:
+            waveform[4 * rate : 8 * rate] = 0
+        path = root / ("piano", "guitar", "flute")[i % 3] / f"C4 take {i}.{form}"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, np.stack([waveform, 0 * waveform], axis=1), rate)
+    return root
+
+
+def test_sounds_are_cut_into_windows_and_silent_ones_left_out(own_sounds):
+    splits, source = load_notes(options(own_sounds, None), windows=True)
+    notes = [(split, i, note) for split in splits.values() for i, note in enumerate(split.notes)]
+    assert source == f"own sounds, folder {own_sounds.name}"
+    assert {note.path for *_, note in notes} == {path for path in own_sounds.rglob("*") if path.is_file()}
+    for _, _, note in notes:
+        seconds = soundfile.info(note.path).duration
+        assert note.windows == (3 if seconds > 9.9 else 1), "of 4.9 s the last 0.9 are none"
+    windows = {note.window: (split, i) for split, i, note in notes if note.path.stem == "C4 take 15"}
+    (first, i), (silent, j), (last, k) = (windows[w] for w in range(3))
+    assert silent.example(j) is None and silent.usable([j]) != [j]
+    assert first.example(i)[-RATE:].any() and last.example(k)[: 2 * RATE].any()
+    assert not last.example(k)[2 * RATE :].any()
+    split, i, note = next(entry for entry in notes if entry[2].path.suffix == ".mp3" and entry[2].windows == 1)
+    expected = 40 + int(note.path.stem.split()[-1]) + 12 * math.log2(soundfile.info(note.path).samplerate / RATE)
+    assert detect_pitch(split.waveform(torch.tensor([i]))).item() == pytest.approx(expected, abs=0.1)
+
+
+def test_few_of_many_windows_are_kept(own_sounds, monkeypatch, capsys):
+    monkeypatch.setattr(common, "KEPT", 12)
+    splits, _ = load_notes(options(own_sounds, None), windows=True)
+    assert len(splits["train"].notes) == 12
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ of 40 files are used", said) and re.search(r"12 windows of 4 s of \d+ of 12 files", said)
+
+
+def test_folders_are_families_of_which_some_are_chosen(own_sounds):
+    about = options(own_sounds, None)
+    splits, _ = load_notes(about)
+    assert about["families"] == ["flute", "guitar", "piano"]
+    assert all((split.pitch == 60).all() and {n.windows for n in split.notes} == {1} for split in splits.values())
+    chosen = {n.family for split in load_notes(options(own_sounds, ["flute"]))[0].values() for n in split.notes}
+    assert chosen == {"flute"}
+    with pytest.raises(click.UsageError, match="--families tuba: expected some of flute, guitar, piano"):
+        load_notes(options(own_sounds, ["tuba"]))

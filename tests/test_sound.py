@@ -8,16 +8,8 @@ import pytest
 import torch
 import torchaudio
 
-from common import (
-    RATE,
-    BlockSTFT,
-    GriffinLim,
-    griffin_lim,
-    log_compress,
-    log_expand,
-    log_spectral_distance,
-    random_generator,
-)
+from common import RATE, griffin_lim, log_compress, log_expand, log_spectral_distance, random_generator
+from export import BlockSTFT, GriffinLim
 from train_vae_audio import Spectrogram, spectral_convergence, stft_magnitude
 
 

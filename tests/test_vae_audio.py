@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from conftest import train, write_nsynth
 
 import common
+import export
 import train_vae_audio as audio
 from common import (
     BUILT_IN,
@@ -303,19 +304,50 @@ def test_a_run_on_files_with_transposed_notes_and_mel_bands(tmp_path):
     assert about["kind"] == "vae-sound" and about["hop"] == 256
 
 
+def test_runs_on_own_notes_that_names_label_or_nothing_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "sound", lambda model, level: 0.1 * torch.ones(len(level), SAMPLES))
+    monkeypatch.setattr(audio, "START_NOTES", 8)
+    monkeypatch.setattr(audio, "show", lambda *_: None)
+    monkeypatch.setattr(audio, "evaluate", lambda *_: {})
+    root, t = tmp_path / "mine", np.arange(RATE) / RATE
+    for i in range(60):
+        path = root / ("flute", "oboe")[i % 2] / f"{i}_{'CDEFGAB'[i % 7]}{3 + i % 2}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.5 * np.exp(-t) * np.sin(2 * np.pi * (220 + 5 * i) * t), RATE)
+    args = ["--data-root", root, *TINY, "--n-fft", 512, "--eval", "quick"]
+    train(*args, "--condition", "both", "--out", tmp_path / "labelled", main=audio.main)
+    config = json.loads((tmp_path / "labelled" / "config.json").read_text())
+    assert config["options"]["families"] == ["flute", "oboe"] and config["data"]["source"] == "own sounds, folder mine"
+    assert audio.load(tmp_path / "labelled").prior.mean.shape[0] == 2
+    for path in list(root.rglob("*.wav")):
+        path.rename(root / path.name.replace("_", "x"))  # no label, and a single folder
+    result = run(*args, "--condition", "both")
+    assert result.exit_code == 2 and "60 of 60 files carry no pitch, such as" in " ".join(result.output.split())
+    captions, real = [], audio.captions_of
+    monkeypatch.setattr(audio, "captions_of", lambda *a: captions.extend(real(*a)) or real(*a))
+    train(*args, "--transpose", 1, "--out", tmp_path / "unlabelled", main=audio.main)
+    assert set(captions) == {"mine"}
+    assert torch.isfinite(audio.load(tmp_path / "unlabelled").prior.factor).all()
+
+
 def test_wrong_options_and_folders_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "NOTES_EACH", 1)
     root = write_nsynth(tmp_path / "nsynth", TWO)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "damaged" / "nsynth-train").mkdir(parents=True)
     (tmp_path / "damaged" / "nsynth-train" / "examples.json").write_text('{"a": {"pitch"')
     cases = [
         (["--data-root", tmp_path / "nowhere"], "no such folder"),
-        (["--data-root", tmp_path], "examples.json"),
+        (["--data-root", tmp_path / "empty"], "0 files .wav, .flac"),
         (["--data-root", tmp_path / "damaged"], "examples.json"),
         (["--data-root", root, "--families", "organ"], "no note of organ"),
-        (["--families", "organ"], "built in are bass"),
-        (["--families", "bass,tuba"], "expected different ones of bass"),
-        (["--families", "bass,bass"], "expected different ones of bass"),
+        (["--families", "organ"], "vocal; others need --data-root"),
+        (
+            ["--data-root", root, "--families", "flute,tuba"],
+            "expected some of bass, brass, flute",
+        ),
+        (["--families", "bass,tuba"], "vocal; others need --data-root"),
+        (["--families", "bass,bass"], "expected different names, such as bass,flute"),
         (["--download"], "--data-root"),
         (["--representation", "mel", "--n-mels", 400], "too many for n_fft 1024"),
         (["--n-fft", 1536], "not one of '512', '1024', '2048'"),
@@ -341,17 +373,20 @@ def test_graphs_agree_with_the_trained_model_on_silence_noise_and_full_scale(rep
     model.start_at(level[:, : model.spectrogram.bins], model.label(pitch, family))
     graphs = audio.graphs(model)
     assert list(graphs) == ["encoder", "prior", "decoder", "vocoder"]
-    graph, inputs = graphs["encoder"]
+    trained, (graph, inputs) = audio.graphs(model)["encoder"][0], graphs["encoder"]
+    export.in_real_arithmetic(graph)
     chord = inputs["waveform"]
     noise = 0.3 * torch.randn(2, SAMPLES, generator=random_generator("noise"))
     for waveform in (chord, noise, noise.sign(), torch.zeros_like(noise)):
-        found, expected = (f(waveform, pitch[:2], family[:2]) for f in (graph, graph.reference))
+        found, expected = (f(waveform, pitch[:2], family[:2]) for f in (graph, trained))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert not any("decoder" in name for name, _ in graph.named_parameters())
     graph, inputs = graphs["vocoder"]
     magnitude = model.spectrogram.to_stft_magnitude(inputs["spectrogram"])
-    heard = [audio.stft_magnitude(f(**inputs)) for f in (graph, graph.reference)]
+    trained = graph(**inputs)
+    export.in_real_arithmetic(graph)
+    heard = [audio.stft_magnitude(waveform) for waveform in (graph(**inputs), trained)]
     scores = [spectral_convergence(h, magnitude[:, :, : h.shape[2]]) for h in heard]
     torch.testing.assert_close(*scores, atol=0.1, rtol=0)
 
@@ -387,6 +422,6 @@ def test_the_exported_vocoder_sounds_other_lengths_and_batches(notes_run):
         magnitude = 0.5 * inputs["spectrogram"][:, :, :frames].repeat(2, 1, 1)[:batch]
         (waveform,) = session.run(None, {"spectrogram": magnitude.numpy()})
         assert waveform.shape == (batch, 256 * (magnitude.shape[2] - 1))
-        heard = [audio.stft_magnitude(w) for w in (torch.from_numpy(waveform), graph.reference(magnitude))]
+        heard = [audio.stft_magnitude(w) for w in (torch.from_numpy(waveform), graph(magnitude))]
         scores = [spectral_convergence(h, magnitude) for h in heard]
         torch.testing.assert_close(*scores, atol=0.1, rtol=0)

@@ -16,7 +16,7 @@ import torch
 import torchaudio
 
 import export
-from common import GriffinLim, Note, griffin_lim, synthesise
+from common import Note, Vocoder, griffin_lim, synthesise
 from train_vae_audio import spectral_convergence
 
 N_FFT, HOP = 1024, 256
@@ -37,7 +37,9 @@ def onnx_session(magnitude):
     """The vocoder's graph in onnxruntime, with as many threads as torch has."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocoder.onnx"
-        export.write_onnx(GriffinLim(N_FFT).eval(), {"spectrogram": magnitude.repeat(2, 1, 1)}, path, {})
+        graph = Vocoder(N_FFT)
+        export.in_real_arithmetic(graph)
+        export.write_onnx(graph.eval(), {"spectrogram": magnitude.repeat(2, 1, 1)}, path, {})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

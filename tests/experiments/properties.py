@@ -8,6 +8,7 @@ the test pictures themselves stands beside, and the share of the commonest answe
 """
 
 import json
+from pathlib import Path
 
 import click
 import numpy as np
@@ -35,13 +36,11 @@ def described_scenes(data, split, n):
         colour = (scene["rgb"][:, :, None] - colours).abs().sum(-1).argmin(-1)
         answers = scene["shape"], colour, (scene["half"] < sum(RADII) / 2).long(), scene["metal"].long()
         return images, labels, dict(zip(PROPERTIES, answers, strict=True))
-    if split == "train":  # without those that became valid
-        data.files["train"] = data.list_files("train", *data.objects)[: len(data.images)]
     images, labels = data.scenes(split, n)
-    folder = data.files[split][0].parent.name
+    folder = Path(data.files[split][0]).parent.name
     scenes = read_json(data.root / "scenes" / f"CLEVR_{folder}_scenes.json")["scenes"]
     objects = {scene["image_filename"]: scene["objects"] for scene in scenes}
-    every = [objects[file.name] for file in data.files[split][:n]]
+    every = [objects[Path(file).name] for file in data.files[split][:n]]
     return images, labels, {name: as_integers([[o[name] for o in one] for one in every]) for name in PROPERTIES}
 
 

@@ -125,8 +125,8 @@ def main(data_root, run_dir, mixtures):
     models = {}
     if run_dir:
         model, data = load_run(run_dir, data_root)
-        if not model.sound:
-            raise click.UsageError(f"--run {run_dir}: a run on pictures; expected one on nsynth-duo")
+        if not model.sound or data.parts == 1:
+            raise click.UsageError(f"--run {run_dir}: expected a run on nsynth-duo, or on sounds with --mix")
         models = {"the run at step 0": load_start(model, data), f"the run, step {model.config['step']}": model}
     else:
         options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params

@@ -295,6 +295,8 @@ def table_lines(scores):
 def main(run_dir, data_root):
     """Score and draw what the slots of RUN_DIR, a run of train_mvae.py, are good for."""
     model, data = load_run(run_dir, data_root)
+    if model.sound and data.parts == 1:
+        raise click.UsageError(f"{run_dir}: a run on sounds as they are, of which no stems are known; expected --mix")
     if model.sound:
         figures = {"remix": remix_figure(model, data)}
     else:
