@@ -847,22 +847,28 @@ class MVAE(nn.Module):
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), and haze (B,):
 
-        the sum of m (1 - m) of the background's mask m. Without `detailed` closer looks give zeros, at no price.
+        the sum of m (1 - m) of the background's mask m, and of m times how far layers change the background there.
+        Without `detailed` closer looks give zeros, at no price.
         """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, detailed=detailed)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
         z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))
         layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_all)
+        mean = self.compose(layer, encoding.background)
         if self.op == "alpha":
             behind = alpha_masks(layer)[:, 0]  # (B, 1, h, w)
             haze = (behind * (1 - behind)).sum((1, 2, 3))
-        return encoding, self.compose(layer, encoding.background), haze
+            if self.compose_at == "data":
+                shaded = encoding.background * layer[:, :, 1:2].sum(1).exp()
+                haze = haze + SEEN_THROUGH * (behind * (mean - shaded)).abs().mean(1).sum((1, 2))
+        return encoding, mean, haze
 
 
 # ---------------------------------------------------------------- Objective
 
-HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m
+HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and SEEN_THROUGH times m times a change of it
+SEEN_THROUGH = 10.0  # for mean absolute colour: faint masks and strong colours draw the same (docs/mvae-log.md)
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one

@@ -4,8 +4,8 @@
     python train_mvae.py --dataset pictures --data-root my_pictures --minutes 15
     python -m tests.experiments.own score runs/mvae-pictures-alpha-N6-seed0
 
-Two to five ellipses, boxes and triangles, coloured and shaded, on a grained ground under uneven light: 200 x 150 pixels,
-in three nested folders; one JPEG is cut off, and a text file is called .png. Nothing in the folder says where objects are.
+Two to five ellipses, boxes and triangles, coloured and shaded, on a grained ground under uneven light: 200 x 150
+pixels, in three nested folders; one JPEG is cut off, and a text file is called .png. Nothing says where objects are.
 """
 
 from pathlib import Path
@@ -94,7 +94,7 @@ def score(run_dir):
         for image, label in zip(images, labels, strict=True):
             encoding, layer, _ = reconstruct(one, image[None])
             scores.append(segmentation_scores(one.responsibilities(layer, encoding.background)[0], label))
-        mse = evaluate_pictures(one, data, "test", len(images), one.config["options"]["sigma"] if one is model else 0.05)
+        mse = evaluate_pictures(one, data, "test", len(images), model.config["options"]["sigma"])
         columns.append(averages(scores) | {name: mse[name] for name in ("mse", "mse_baseline")})
     for name, value in columns[0].items():
         click.echo(f"| {name} | {value:.4g} | {columns[1][name]:.4g} |")

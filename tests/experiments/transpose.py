@@ -1,12 +1,14 @@
-"""One note of a mixture moved by recompose.py --transpose: does it sound at the pitch asked for, and the other as before?
+"""A note of a mixture moved by recompose.py --transpose: is it heard where it was asked for, and the other as before?
 
     python -m tests.experiments.transpose                     # built-in notes
     python -m tests.experiments.transpose --data-root nsynth
 
-On held-out mixtures of two test notes slot 0 is moved by 1 to 7 semitones, up or down, decoded at its new cell and heard
-through Griffin-Lim; slot 1 is left. Pitches are YIN's (tests/experiments/judges.py) of what is written, against those
-it hears in the stems; beside them, what it hears in slot 0 before it is moved, as a mask and decoded.
+On held-out mixtures of two test notes slot 0 is moved by 1 to 7 semitones, up or down, decoded at its new cell and
+heard through Griffin-Lim; slot 1 is left. Pitches are YIN's (tests/experiments/judges.py) of what is written, against
+those it hears in the stems; beside them, what it hears in slot 0 before it is moved, as a mask and decoded.
 """
+
+from pathlib import Path
 
 import click
 import numpy as np
@@ -24,8 +26,9 @@ MOST, NEAR = 7, 0.5  # semitones that a note is moved by; that a pitch may be aw
 
 def as_written(model, mixture, numbers, semitones=None, vocoder=False):
     """What recompose.py writes of the slots `numbers` of a mixture (samples,) at RATE: (samples,)."""
-    edits = {"gain": {}, "transpose": {} if semitones is None else {numbers[0]: (semitones,)}}
-    return torch.from_numpy(recompose.recompose_sound(model, mixture[:, None], RATE, numbers, edits, vocoder)[0][:, 0]).float()
+    kept = {k: {} if semitones is None else {"transpose": (semitones,)} for k in numbers}
+    out = recompose.recompose_sound(model, Path("mixture"), mixture[None], RATE, kept, vocoder, [])
+    return torch.from_numpy(out[0]).float()
 
 
 def score(stems, semitones, model):
@@ -53,7 +56,7 @@ def main(data_root, model, mixtures):
     sign = 2 * torch.randint(0, 2, (mixtures,), generator=random_generator("transpose", "sign")) - 1
     asked = zip(tqdm(data.mixtures("test", mixtures), disable=None), (size * sign).tolist(), strict=True)
     away = [score(stems, semitones, model) for stems, semitones in asked]
-    click.echo(f"{mixtures} mixtures of test notes of {data.source}, slot 0 moved by 1 to {MOST} semitones up or down\n")
+    click.echo(f"{mixtures} mixtures of test notes of {data.source}; slot 0 by 1 to {MOST} semitones up or down\n")
     click.echo("| slot | within 50 cents | median error, cents |\n|-|-|-|")
     for name in away[0]:
         cents = 100 * np.abs([float(one[name]) for one in away])
