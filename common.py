@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import LONGEST, SUFFIXES, read_sound, resample_sound, write_atomically
+from recompose import LONGEST, SOUNDS, read_sound, resample_sound, write_atomically
 
 # ---------------------------------------------------------------- Files
 
@@ -345,7 +345,7 @@ def own_notes(root, windows):
     With `windows` every SAMPLES of a file are one, and at its end at least a second, else its first alone. Instruments
     are folders, or, at the top or where there is but one, files.
     """
-    splits = split_files(root, SUFFIXES, KEPT)
+    splits = split_files(root, SOUNDS, KEPT)
     for split, paths in splits.items():
         notes, folders = [], {path.rpartition("/")[0] for path in paths} - {""}
         for n, path in enumerate(paths, 1):

@@ -131,7 +131,7 @@ def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
     import soxr
 
-    return fit(soxr.resample(waveform.T, rate, wanted).T, -(-waveform.shape[-1] * wanted // rate))
+    return fit(soxr.resample(waveform.T, rate, wanted).T, int(-(-waveform.shape[-1] * wanted // rate)))
 
 
 def save_sound(path, waveform, rate):
