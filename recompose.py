@@ -67,8 +67,7 @@ def load_picture(path, size, crop):
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
             picture = picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        fault = f"damaged, or no picture that is read; HEIC and such: magick {path.name} a.png"
-        raise click.UsageError(f"{path}: {fault}") from error
+        raise click.UsageError(f"{path}: damaged, or no picture that is read; try magick {path.name} a.png") from error
     return np.asarray(square(picture, crop, path).resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -110,8 +109,7 @@ def read_sound(path):
                 page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes
                 cut_off = not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
     except (RuntimeError, OSError) as error:  # soundfile's own among them
-        fault = f"damaged, or no sound that is read; others: ffmpeg -i {path.name} a.wav"
-        raise click.UsageError(f"{path}: {fault}") from error
+        raise click.UsageError(f"{path}: damaged, or no sound that is read; try ffmpeg -i {path.name} a.wav") from error
     faults = {
         f"cut off after {len(samples) / rate:.2f} s": cut_off,
         "samples must be finite; some are NaN or infinite": not np.isfinite(samples).all(),
@@ -368,8 +366,7 @@ class Model:
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                fault = "missing, or not a readable ONNX graph; expected the export of a train_mvae.py run"
-                raise click.UsageError(f"{path}: {fault}") from error
+                raise click.UsageError(f"{path}: missing, or no readable graph of a train_mvae.py run") from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
@@ -496,7 +493,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
                 (semitones,) = edits.get("transpose", (0,))  # a place is from -1 to 1, over all octaves
                 place = cell[[w], [[k]]] + np.float32([semitones / 6 / np.log2(own / 2 / LOWEST), 0])
                 decoded = model.compose(model.decode(mu[[w], [[k]]], place))
-                sung = fit(resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"], own, rate), n)
+                sung = resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"], own, rate)
+                sung = ramp * fit(sung, n)  # for Griffin-Lim begins with a click: its mirrored signal has no phases
                 part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
             (decibels,) = edits.get("gain", (0,))
             result[:, first:last] += 10 ** (decibels / 20) * fade * part

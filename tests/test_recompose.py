@@ -543,7 +543,7 @@ def test_files_that_are_no_still_pictures_are_refused(inputs, tmp_path):
         ("deep.tiff", "32 bits"),
         ("wide.png", "expected a square, or for CLEVR's crop a height of"),
         ("missing.png", "does not exist"),
-        ("photo.heic", "HEIC and such: magick photo.heic a.png"),
+        ("photo.heic", "damaged, or no picture that is read; try magick photo.heic a.png"),
         (".", "is a directory"),
     ):
         refused(run(tmp_path / name, "--out", out), message)
@@ -577,7 +577,7 @@ def test_wrong_model_folders_are_refused(inputs, tmp_path):
     refused(attempt(), "encoder.onnx: missing")
     shutil.copytree(SHIPPED, tmp_path / "m")
     (tmp_path / "m" / "decoder.onnx").write_bytes(b"\x00half a graph")
-    refused(attempt(), "not a readable ONNX graph")
+    refused(attempt(), "decoder.onnx: missing, or no readable graph")
     (tmp_path / "m" / "decoder.onnx").unlink()
     refused(attempt(), "decoder.onnx: missing")
     shutil.copy(SHIPPED / "decoder.onnx", tmp_path / "m")
