@@ -152,7 +152,7 @@ def save_sound(path, waveform, rate):
 # ---------------------------------------------------------------- Spectra, and windows of long sounds
 
 FADE = 0.02  # s in which a window goes over into the next
-APART, PROMINENCE = 0.3, 0.1  # s between onsets; of their peaks in the spectral flux, in levels
+APART, PROMINENCE = 0.3, 0.08  # s between onsets; of their peaks in the spectral flux, in levels
 STAY = 10.0  # what it counts, in squared spreads, that a slot stays where it was
 
 
@@ -188,8 +188,15 @@ def extend(masks, bins, frames):
 
 
 def levels(magnitude):
-    """log(1 + 3 m) of STFT magnitudes (F, T) in units of their root mean square: as alike as they sound."""
-    return np.log1p(magnitude * (3 / max(np.sqrt(np.square(magnitude).mean()), 1e-9)))
+    """STFT magnitudes (F, T) -> (bands, T): log(1 + 3 m) of bands of equal steps of pitch, m as loud as all at once."""
+    edges = np.unique(np.geomspace(len(magnitude) / 256, len(magnitude) - 1, 49).astype(int))
+    bands = np.add.reduceat(magnitude, edges) / np.diff([*edges, len(magnitude)])[:, None]
+    return np.log1p(bands * (3 / max(np.sqrt(np.square(bands).mean()), 1e-9)))
+
+
+def unexplained(found, true):
+    """The share of the variance of `true` that `found` leaves, of arrays of one shape."""
+    return np.square(found - true).mean() / max(true.var(), 1e-9)
 
 
 def split_at_onsets(waveform, rate, longest):
@@ -407,7 +414,7 @@ def explain(model, rows, result, what):
     for i, (path, tile, heat, slots, kl, kept, misfit) in enumerate(rows):
         held = int((kl >= EMPTY).sum())
         click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {len(kl) - held} empty slots")
-        if misfit > model.about.get("misfit", np.inf):
+        if misfit > model.about.get("unlike", np.inf):
             click.echo(f"{path}: unlike the {what}s that this model has learnt; expect nonsense", err=True)
         sheet.append([Tile(tile, "input"), Tile(heat, "KL map")])
         for k, (slot, nats) in enumerate(zip(slots, kl, strict=True)):
@@ -430,7 +437,7 @@ def recompose_pictures(model, inputs, kept, crop=None):
         z, cell, background = said["mu"], said["cell"], said.get("background")
         layer = model.decode(z, cell)  # (1, N, ...)
         alone = [to_uint8(one) for one in model.compose(layer[0][:, None], background)]
-        misfit = np.square(model.compose(layer, background) - image).mean()
+        misfit = unexplained(model.compose(layer, background), image)
         heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
         rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
         backgrounds.append(background)
@@ -499,7 +506,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
             (decibels,) = edits.get("gain", (0,))
             result[:, first:last] += 10 ** (decibels / 20) * fade * part
         mixture = np.abs(stft(pieces[w], n_fft, frame))
-        misfit.append(np.square(levels(model.compose(layer)[0]) - levels(mixture)).mean())
+        misfit.append(unexplained(levels(model.compose(layer)[0]), levels(mixture)))
         frames = np.arange(0, max(1, (stop - start) * own / frame), max(1, len(pieces) // 2)).astype(int)
         seen.append(np.stack([mixture, *alone])[:, :, frames.clip(max=alone.shape[2] - 1)])
 
