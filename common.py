@@ -1,4 +1,4 @@
-"""What two or more stages share: probability, layers, slots, spectrograms, notes, options, the run and its loop.
+"""What two or more stages share: files, probability, layers, slots, sounds, notes, options, the run and its loop.
 
 Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, width; F, T frequency bins and frames.
 """
@@ -82,7 +82,7 @@ def split_files(root, suffixes, most, skipped=()):
             put(heap, (-share, path))
     for split in (split for split, heap in kept.items() if not heap):
         found = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
-        raise click.UsageError(f"{found} (their names decide: 80 % train, 10 % valid, 10 % test); about 30 mostly do")
+        raise click.UsageError(f"{found} (names decide: 80 % train, 10 % valid, 10 % test); about 30 are mostly enough")
     if (used := sum(map(len, kept.values()))) < total:
         click.echo(f"{root}: {used:,} of {total:,} files are used")
     return {split: [path for _, path in sorted(heap, reverse=True)] for split, heap in kept.items()}
@@ -187,7 +187,7 @@ def alpha_masks(layer):
 
 
 def compose(layer, background, op):
-    """Layers (B, M, C, h, w), C + 2 with op "alpha", and a background (B, C, h, w) or None, as one: -> (B, C, h, w)."""
+    """Combine layers (B, M, C, h, w), with op "alpha" C + 2, and a background (B, C, h, w) or None -> (B, C, h, w)."""
     drawn = layer[:, :, 1:-1] if op == "alpha" else layer
     every = drawn if background is None else torch.cat([background[:, None], drawn], dim=1)
     if op == "alpha":
@@ -384,9 +384,10 @@ class NoteSplit(Reader):
     """The notes of one split, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
 
     def __init__(self, notes, families, split):
-        self.notes, instruments = notes, {name: i for i, name in enumerate(sorted({note.instrument for note in notes}))}
-        self.instrument = torch.tensor([instruments[note.instrument] for note in notes])
-        self.family = torch.tensor([families.index(note.family) for note in notes])
+        self.notes, instruments = notes, sorted({note.instrument for note in notes})
+        instrument, family = ({name: i for i, name in enumerate(names)} for names in (instruments, families))
+        self.instrument = torch.tensor([instrument[note.instrument] for note in notes])
+        self.family = torch.tensor([family[note.family] for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
         files = [note._replace(window=0) if note.window else note for note in notes]
         super().__init__(files, read_note, KEPT, split)

@@ -461,7 +461,7 @@ class Mixtures:
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
         raise click.UsageError(
-            f"{split}: hardly two of {len(notes.notes)} are of different instruments and pitches; add some"
+            f"{split}: hardly two of {len(notes.notes)} notes are of different instruments and pitches: add some"
         )
 
     def stems(self, split, pair, decibels):

@@ -380,7 +380,7 @@ def test_a_file_never_changes_sides_and_few_of_many_are_kept(tmp_path, capsys):
 
 def test_a_folder_of_few_files_says_how_many_there_are(tmp_path):
     write_pictures(tmp_path, 2)
-    with pytest.raises(click.UsageError, match=r"2 files .* none for .* about 30 mostly do"):
+    with pytest.raises(click.UsageError, match=r"2 files .* none for .* about 30 are mostly enough"):
         PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
 
 
