@@ -635,10 +635,11 @@ def build_model(kind, options):
 
 
 def load_model(folder, kind):
-    """The trained model of a run folder; its `config` is config.json and the step. Raises click exceptions."""
-    config = load_config(folder)
+    """The trained model of a run folder; its `config` is config.json, step, last valid scores. Click exceptions."""
+    config, curve = load_config(folder), Path(folder) / "curve.json"
     model = build_model(kind, config["options"])
-    model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"]}
+    valid = read_json(curve)[-1] if curve.is_file() else {}
+    model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"], "valid": valid}
     return model.eval()
 
 

@@ -36,8 +36,8 @@ from common import (  # isort: skip
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, load_picture, soft_masks, spectrum_tile, square, stft,
-    to_uint8,
+    LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, levels, load_picture, soft_masks, spectrum_tile,
+    square, stft, to_uint8, unexplained,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem
@@ -958,10 +958,16 @@ def evaluate_pictures(model, data, split, n, sigma):
         encoding, layer, mean = reconstruct(model, image)
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
+        score["unexplained"] = unexplained(mean, image)
         scores.append({name: value.item() for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
-    return averages(segmentations) | averages(scores) | {"scenes": len(images)}
+    return averages(segmentations) | averages(scores) | most_unexplained(scores) | {"scenes": len(images)}
+
+
+def most_unexplained(scores):
+    """What recompose.py tells inputs by that are unlike those learnt: describe."""
+    return {"unexplained_95": float(np.quantile([score["unexplained"] for score in scores], 0.95))}
 
 
 def si_sdr(estimate, target):
@@ -1010,11 +1016,14 @@ def evaluate_sounds(model, data, split, n, sigma):
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
         found = separate(model, data.levels, some)
+        magnitude = data.levels.to_stft_magnitude(found.mean).cpu().numpy()
+        heard = magnitude, np.abs(stft(some.sum(1).cpu().numpy(), SOUND_FFT, HOP))
         score = {
             "mse": (found.mean - found.level).square().mean((1, 2, 3)),
             "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
             "kl": found.encoding.kl_all,
-            "lsd": log_spectral_distance(found.mean, found.level, bins=2)
+            "lsd": log_spectral_distance(found.mean, found.level, bins=2),
+            "unexplained": torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         }  # fmt: skip
         if data.parts > 1:
             own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
@@ -1030,7 +1039,7 @@ def evaluate_sounds(model, data, split, n, sigma):
             gained += found.gained.flatten().tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
-    return averages(scores) | median | {"mixtures": len(scores)}
+    return averages(scores) | median | most_unexplained(scores) | {"mixtures": len(scores)}
 
 
 # ---------------------------------------------------------------- Figures and sounds
@@ -1119,13 +1128,18 @@ def graphs(model):
     return made
 
 
+UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
+
+
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
+    usual = model.config["valid"].get("unexplained_95")  # of no run of an earlier commit
+    unlike = {} if usual is None else {"unlike": UNLIKE * usual}
     if not model.sound:
-        return {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
+        return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
     sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP}
-    return {"kind": "mvae-sound", "scaling": scaling} | sizes
+    return unlike | {"kind": "mvae-sound", "scaling": scaling} | sizes
 
 
 # ---------------------------------------------------------------- Command line
