@@ -506,8 +506,9 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
             (decibels,) = edits.get("gain", (0,))
             result[:, first:last] += 10 ** (decibels / 20) * fade * part
         mixture = np.abs(stft(pieces[w], n_fft, frame))
-        misfit.append(unexplained(levels(model.compose(layer)[0]), levels(mixture)))
-        frames = np.arange(0, max(1, (stop - start) * own / frame), max(1, len(pieces) // 2)).astype(int)
+        whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
+        misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
+        frames = np.arange(0, whole, max(1, len(pieces) // 2))
         seen.append(np.stack([mixture, *alone])[:, :, frames.clip(max=alone.shape[2] - 1)])
 
     # 3. Show the sound, and its slots as they decode.
