@@ -112,8 +112,9 @@ class Reader:
         for file in list(itertools.islice(self.kept, max(0, len(self.kept) - self.most))):
             del self.kept[file]
         missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
-        with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
-            self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
+        if missing:
+            with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
+                self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
 
     def example(self, i):
         """Example i, or None where it is left out."""

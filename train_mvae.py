@@ -997,7 +997,8 @@ def separate(model, levels, stems):
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
     masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
-    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
+    parts = inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)  # (B, N, samples)
+    parts = torch.tensor(parts, dtype=mixture.dtype, device=mixture.device)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
