@@ -122,13 +122,16 @@ def read_sound(path):
 
 def fit(waveform, n):
     """(..., samples) -> (..., n), cut off or zero-padded."""
-    return np.pad(waveform[..., :n], [(0, 0)] * (waveform.ndim - 1) + [(0, max(0, n - waveform.shape[-1]))])
+    more = max(0, n - waveform.shape[-1])
+    return np.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, more)]) if more else waveform[..., :n]
 
 
 def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
     import soxr
 
+    if rate == wanted:
+        return waveform
     return fit(soxr.resample(waveform.T, rate, wanted).T, int(-(-waveform.shape[-1] * wanted // rate)))
 
 
@@ -455,15 +458,16 @@ def recompose_pictures(model, inputs, kept, crop=None):
 
 def recompose_sounds(model, inputs, kept, vocoder=False):
     """Sound files, slots as above -> the recomposition (channels, n), its rate, both the first input's, the figure."""
-    sounds, own, parts, rows = [read_sound(path) for path in inputs], model.about["sample_rate"], [], []
-    rate, channels = sounds[0][1], sounds[0][0].shape[1]
-    for path, (samples, found), slots in zip(inputs, sounds, kept, strict=True):
+    own, result, rows, form = model.about["sample_rate"], None, [], None
+    for path, slots in zip(inputs, kept, strict=True):  # one after the other: ten minutes take 200 MB
+        samples, found = read_sound(path)
+        rate, channels = form = form or (found, samples.shape[1])
         if samples.shape[1] != channels:
             samples = samples.mean(1, keepdims=True).repeat(channels, 1)
-        samples = resample_sound(samples.T, found, rate)
-        parts.append(recompose_sound(model, path, samples, rate, slots, vocoder, rows))
-    longest = max(part.shape[1] for part in parts)
-    result = sum(fit(part, longest) for part in parts)
+        part = recompose_sound(model, path, resample_sound(samples.T, found, rate), rate, slots, vocoder, rows)
+        del samples
+        longest = max(part.shape[1], 0 if result is None else result.shape[1])
+        result = part if result is None else fit(result, longest) + fit(part, longest)
     heard = resample_sound(result.mean(0), rate, own)
     step = model.about["hop"] * max(1, len(heard) // model.about["samples"])
     magnitude = np.abs(stft(heard, model.about["n_fft"], step))

@@ -10,7 +10,6 @@ four seconds in which each slot is nearer to its own instrument, time as a multi
 """
 
 import itertools
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,10 +63,14 @@ def to_stereo(stems):
 def recompose_slot(mix, slot, out, arguments):
     """Run recompose.py on a file -> the written sound (samples, channels), seconds, peak memory of it in MB."""
     command = [sys.executable, ROOT / "recompose.py", mix, "--slots", str(slot), "--out", out, *arguments]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
-    return soundfile.read(out)[0], seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    began, peak = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:  # not by getrusage, which counts what the parent had when it forked
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+            peak = max(peak, *(int(kilobytes) / 1024 for kilobytes in found), 0)
+            time.sleep(0.1)
+    return soundfile.read(out, dtype="float32")[0], time.perf_counter() - began, peak
 
 
 def score(parts, stems):

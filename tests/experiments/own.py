@@ -1,8 +1,10 @@
-"""A folder of pictures as a person may have them, to train on; and how well a run on it found what is there.
+"""Folders of pictures and sounds as a person may have them, to train on; and how well a run found what is there.
 
     python -m tests.experiments.own make my_pictures               # 2,000 JPEGs, masks apart in my_pictures-masks
     python train_mvae.py --dataset pictures --data-root my_pictures --minutes 15
     python -m tests.experiments.own score runs/mvae-pictures-alpha-N6-seed0
+    python -m tests.experiments.own make-sounds my_sounds --data-root nsynth  # MP3s of notes, 44.1 kHz, 3 to 28 s
+    python train_mvae.py --dataset sounds --data-root my_sounds --mix --steps 3000
 
 Two to five ellipses, boxes and triangles, coloured and shaded, on a grained ground under uneven light: 200 x 150
 pixels, in three nested folders; one JPEG is cut off, and a text file is called .png. Nothing says where objects are.
@@ -12,11 +14,13 @@ from pathlib import Path
 
 import click
 import numpy as np
+import soundfile
+import soxr
 import torch
 from PIL import Image
 
 import train_mvae
-from common import FOLDER
+from common import FOLDER, RATE, load_notes
 from tests.experiments.slots import load_run, load_start
 from train_mvae import averages, evaluate_pictures, read_mask, reconstruct, segmentation_scores
 
@@ -75,6 +79,27 @@ def make(folder, pictures):
     path.write_bytes((folder / FOLDERS[0] / "picture 0000.jpg").read_bytes()[:2000])
     (folder / FOLDERS[2] / "notes.png").write_text("milk, bread, a paintbrush\n")
     click.echo(f"{folder}: {pictures} pictures and two files that are none; {masks}: what is where")
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--data-root", type=FOLDER, help="NSynth's folders; without, built-in notes.")
+def make_sounds(folder, data_root):
+    """Write every instrument's notes into a folder of its own below FOLDER: MP3s of one to seven notes, some of 3 s."""
+    options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params
+    splits, _ = load_notes(options | {"data_root": data_root})
+    rng, files = np.random.default_rng(0), 0
+    for split in splits.values():
+        for instrument in split.instrument.unique().tolist():
+            notes = torch.nonzero(split.instrument == instrument)[:, 0]
+            place = folder / split.notes[int(notes[0])].instrument
+            place.mkdir(parents=True, exist_ok=True)
+            while len(notes):
+                some, notes = notes.split([n := min(len(notes), int(rng.integers(1, 8))), len(notes) - n])
+                waveform = split.waveform(some).flatten().numpy()[: 3 * RATE if n == 1 else None]
+                path, files = place / f"take {files:03}.mp3", files + 1
+                soundfile.write(path, soxr.resample(waveform, RATE, 44_100), 44_100, format="MP3")
+    click.echo(f"{folder}: {files} files of {len(list(folder.iterdir()))} instruments")
 
 
 @main.command()
