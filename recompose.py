@@ -155,7 +155,7 @@ def save_sound(path, waveform, rate):
 # ---------------------------------------------------------------- Spectra, and windows of long sounds
 
 FADE = 0.02  # s in which a window goes over into the next
-APART, PROMINENCE = 0.3, 0.08  # s between onsets; of their peaks in the spectral flux, in levels
+APART, PROMINENCE = 0.3, 0.3  # s between onsets; of their peaks in the spectral flux, in levels
 STAY = 10.0  # what it counts, in squared spreads, that a slot stays where it was
 
 
