@@ -79,7 +79,7 @@ def sessions():
 
 @pytest.fixture
 def kept_sessions(sessions, monkeypatch):
-    """A graph that is opened for the second time is the first one's session, which holds no state, but takes its time."""
+    """A graph that is opened again is the session of before, which holds no state, but takes its time to make."""
     open_session = onnxruntime.InferenceSession
 
     def keep(path, *args, **options):
