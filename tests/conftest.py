@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -69,6 +70,25 @@ def made(tmp_path_factory, name, *args, main=train_mvae.main, export_args=()):
         assert result.exit_code == 0, (result.output, result.exception)
 
     return once(tmp_path_factory, name, make)
+
+
+@pytest.fixture(scope="session")
+def sessions():
+    return {}
+
+
+@pytest.fixture
+def kept_sessions(sessions, monkeypatch):
+    """A graph that is opened again is the session of before, which holds no state, but takes its time to make."""
+    open_session = onnxruntime.InferenceSession
+
+    def keep(path, *args, **options):
+        key = path, path.stat().st_mtime_ns
+        if key not in sessions:
+            sessions[key] = open_session(path, *args, **options)
+        return sessions[key]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", keep)
 
 
 def give_nan(path):

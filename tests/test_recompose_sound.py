@@ -19,6 +19,7 @@ import recompose
 import train_mvae
 from tests.experiments.separation import apply_masks
 
+pytestmark = pytest.mark.usefixtures("kept_sessions")
 SAMPLES, RATE = 64000, 16000
 SHIPPED = recompose.SHIPPED["mvae-sound"]
 # Nats of the slots, first those of a.flac; root mean squares x 1000: slot 0 of a with slot 1 of b, and a, b vocoded.
@@ -133,14 +134,12 @@ def test_a_slot_of_each_sound_is_what_pytorch_makes(duo_run, sounds, tmp_path):
 
 
 def test_by_the_vocoder_a_slot_is_as_loud_as_its_mask_leaves_it(duo_run, sounds, tmp_path):
+    args = ["--slots", "1", "--model", duo_run / "export"]
+    masked, _ = recomposed(sounds / "a.wav", *args, out=tmp_path / "o.wav")
     soundfile.write(tmp_path / "soft.wav", 0.1 * soundfile.read(sounds / "a.wav")[0], RATE, subtype="FLOAT")
-    loud, args = {}, ["--slots", "1", "--model", duo_run / "export"]
-    for path in (sounds / "a.wav", tmp_path / "soft.wav"):
-        masked, vocoded = (recomposed(path, *args, *way, out=tmp_path / "o.wav")[0] for way in ([], ["--vocoder"]))
-        assert ratio_db(masked, vocoded) < 20
-        loud[path.stem] = root_mean_square(masked)
-        assert root_mean_square(vocoded) == pytest.approx(loud[path.stem], rel=0.01)
-    assert loud["soft"] == pytest.approx(0.1 * loud["a"], rel=0.01)
+    vocoded, _ = recomposed(tmp_path / "soft.wav", *args, "--vocoder", out=tmp_path / "o.wav")
+    assert root_mean_square(vocoded) == pytest.approx(0.1 * root_mean_square(masked), rel=0.01)
+    assert ratio_db(0.1 * masked, vocoded) < 20, "they are not the same"
 
 
 def test_a_vocoder_that_gives_nan_writes_nothing(duo_run, sounds, tmp_path):
@@ -173,19 +172,24 @@ def test_a_sound_that_cannot_be_written_ends_in_one_clear_line(duo_run, sounds, 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2)])
 def test_all_slots_of_a_long_sound_are_the_sound(duo_run, tmp_path, rate, channels):
-    whole, _ = melody(rate, channels)
+    whole, _ = melody(rate, channels, 7.0)
     soundfile.write(tmp_path / "i.wav", whole, rate, subtype="FLOAT")
     back, found = recomposed(tmp_path / "i.wav", "--model", duo_run / "export", out=tmp_path / "o.wav")
     assert found == rate and back.shape == whole.shape
     assert ratio_db(whole, back) > 40
-    some, _ = recomposed(tmp_path / "i.wav", "--slots", 0, "--model", duo_run / "export", out=tmp_path / "o.wav")
-    rest, _ = recomposed(tmp_path / "i.wav", "--slots", 1, "--model", duo_run / "export", out=tmp_path / "o.wav")
-    assert ratio_db(whole, some + rest) > 40 and ratio_db(whole, some) < 30
+
+
+def test_slots_of_a_long_sound_add_up_to_it(duo_run, tmp_path):
+    whole, _ = melody(RATE, 1, 7.0)
+    soundfile.write(tmp_path / "i.wav", whole, RATE, subtype="FLOAT")
+    args = [tmp_path / "i.wav", "--model", duo_run / "export"]
+    one, other = (recomposed(*args, "--slots", k, out=tmp_path / "o.wav")[0] for k in (0, 1))
+    assert ratio_db(whole, one + other) > 40 and ratio_db(whole, one) < 30
 
 
 @pytest.mark.parametrize(
     ("samples", "rate", "channels"),
-    [(1, 16000, 1), (1, 192000, 1), (64001, 16000, 1), (96000, 192000, 2), (24000, 48000, 8), (9001, 4000, 1)],
+    [(1, 16000, 1), (1, 192000, 1), (64001, 16000, 1), (48000, 192000, 1), (24000, 24000, 8), (9001, 4000, 1)],
 )
 def test_sounds_of_any_form_come_back_whole(duo_run, tmp_path, samples, rate, channels):
     whole = melody(rate, channels, samples / rate)[0] if samples > 1 else np.full((1, channels), 0.5)
@@ -210,15 +214,17 @@ def test_rate_and_channels_are_those_of_the_first_input(duo_run, sounds, tmp_pat
     assert root_mean_square(there - alone) == pytest.approx(root_mean_square(here), rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["o.ogg", "o.mp3", "o.flac"])
-def test_other_kinds_of_files_are_written_and_read_again(duo_run, tmp_path, name):
-    whole, _ = melody(44100, 2, 1.7)
-    soundfile.write(tmp_path / "i.wav", whole, 44100, subtype="FLOAT")
-    args = ["--model", duo_run / "export"]
-    back, rate = recomposed(tmp_path / "i.wav", *args, out=tmp_path / name)
-    assert rate == 44100 and back.shape == whole.shape and ratio_db(whole, back) > 15
-    again, rate = recomposed(tmp_path / name, *args, out=tmp_path / "again.wav")
-    assert rate == 44100 and again.shape == whole.shape and ratio_db(back, again) > 40
+def test_other_kinds_of_files_are_written_and_read_again(duo_run, sounds, tmp_path):
+    whole, _ = melody(44100, 2, 2.3)
+    for name, least in (("o.wav", 60), ("o.flac", 60), ("o.ogg", 15), ("o.mp3", 15)):
+        recompose.save_sound(tmp_path / name, whole.T, 44100)
+        back, rate = recompose.read_sound(tmp_path / name)
+        assert rate == 44100 and back.shape == whole.shape and ratio_db(whole, back) > least
+    plain, coded = (
+        recomposed(sounds / "a.wav", "--model", duo_run / "export", out=tmp_path / name)[0]
+        for name in ("plain.wav", "coded.mp3")
+    )
+    assert plain.shape == coded.shape and 15 < ratio_db(plain, coded) < 60
 
 
 def test_a_kind_of_file_that_does_not_hold_the_sound_is_refused_in_one_line(duo_run, tmp_path):
@@ -229,25 +235,28 @@ def test_a_kind_of_file_that_does_not_hold_the_sound_is_refused_in_one_line(duo_
 
 
 def cut(path, share):
+    """A copy of a file's first bytes, for a share of 1 all but its last Ogg page."""
     whole = path.read_bytes()
-    (path.parent / f"cut-{path.name}").write_bytes(whole[: int(share * len(whole))])
+    end = whole.rfind(b"OggS") if share == 1 else int(share * len(whole))
+    (path.parent / f"cut-{path.name}").write_bytes(whole[:end])
     return path.parent / f"cut-{path.name}"
 
 
 @pytest.mark.parametrize(
     ("name", "share", "message"),
     [
-        ("i.wav", 0.7, "cut off after 3.15 s"),
-        ("i.aiff", 0.7, "cut off after 3.15 s"),
+        ("i.wav", 0.7, "cut off after 1.05 s"),
+        ("i.aiff", 0.7, "cut off after 1.05 s"),
         ("i.flac", 0.7, "damaged"),
-        ("i.mp3", 0.7, "cut off after 3."),
+        ("i.mp3", 0.7, "cut off after 0.9"),
         ("i.ogg", 0.7, "cut off after"),
         ("i.ogg", 0.999, "cut off after"),
+        ("i.ogg", 1, "cut off after"),
         ("i.opus", 0.7, "cut off after"),
     ],
 )
 def test_files_that_are_cut_off_are_refused(tmp_path, name, share, message):
-    whole, kind = melody(48000, 1, 4.5)[0], {".opus": ("OGG", "OPUS")}.get(name[1:], (name[2:].upper(), None))
+    whole, kind = melody(48000, 1, 1.5)[0], {".opus": ("OGG", "OPUS")}.get(name[1:], (name[2:].upper(), None))
     soundfile.write(tmp_path / name, whole, 48000, format=kind[0], subtype=kind[1])
     assert len(recompose.read_sound(tmp_path / name)[0]) == len(whole)
     result = run(cut(tmp_path / name, share), "--out", tmp_path / "o.wav")
@@ -307,7 +316,7 @@ def test_slots_go_on_with_the_same_instrument_though_they_swap():
 def test_a_slot_that_holds_nothing_leaves_the_others_where_they_are():
     mu, cell, kl, first = instruments(40, 1.0)
     silent = np.arange(10, 40, 5)
-    mu[silent, 1 - first[silent]], kl[silent, 1 - first[silent]] = 0.5, 0.1  # the second's slot, of the first's timbre
+    mu[silent, 1 - first[silent]], kl[silent, 1 - first[silent]] = -3, 0.1  # of a timbre that is not the second's
     order = recompose.follow(mu, cell, kl)
     assert (order[:, 0] == first).all() or (order[:, 0] == 1 - first).all()
 
@@ -340,8 +349,6 @@ def test_a_model_takes_sounds_apart_into_as_many_slots_as_it_is_asked_for(duo_ru
     for n in (1, 5):
         back, _ = recomposed(*args, "--n-slots", n, out=tmp_path / "o.wav")
         np.testing.assert_allclose(back, whole, atol=1e-4)
-    one, _ = recomposed(*args, "--n-slots", 5, "--slots", 4, out=tmp_path / "o.wav")
-    assert root_mean_square(one) < root_mean_square(whole)
     refused(run(*args, "--n-slots", 1, "--slots", 1, "--out", tmp_path / "o.wav"), "from 0 to 0")
     shutil.copytree(duo_run / "export", tmp_path / "old")
     without_slots(tmp_path / "old" / "encoder.onnx")
@@ -352,9 +359,8 @@ def test_a_model_takes_sounds_apart_into_as_many_slots_as_it_is_asked_for(duo_ru
 def test_gain_makes_a_slot_so_many_decibels_louder(duo_run, sounds, tmp_path):
     args, out = [sounds / "a.wav", "--model", duo_run / "export"], tmp_path / "o.wav"
     one, other = (recomposed(*args, "--slots", k, out=out)[0] for k in (0, 1))
-    for decibels in (-6, 12.5):
-        changed, _ = recomposed(*args, "--gain", f"1:{decibels}", out=out)
-        np.testing.assert_allclose(changed, one + 10 ** (decibels / 20) * other, atol=2e-4)
+    changed, _ = recomposed(*args, "--gain", "0:-6", "--gain", "0.1:+7.5", out=out)
+    np.testing.assert_allclose(changed, 10 ** (-6 / 20) * one + 10 ** (7.5 / 20) * other, atol=2e-4)
 
 
 def shift_in_semitones(before, after):
@@ -370,7 +376,7 @@ def test_a_transposed_slot_is_so_many_semitones_higher_and_as_loud(tmp_path, mon
     args, out = [SHIPPED / "a.flac", "--slots", "1"], tmp_path / "o.wav"
     captions, draw = [], recompose.contact_sheet
     monkeypatch.setattr(recompose, "contact_sheet", lambda *a: captions.append(a[0][-1][0].caption) or draw(*a))
-    before, _ = recomposed(*args, "--vocoder", out=out)
+    before, _ = recomposed(*args, out=out)
     after, _ = recomposed(*args, "--transpose", "0.1:-4.5", out=out)
     assert shift_in_semitones(before[:, 0], after[:, 0]) == pytest.approx(-4.5, abs=0.35)
     assert root_mean_square(after) == pytest.approx(root_mean_square(before), rel=0.01)
