@@ -106,8 +106,8 @@ class Reader:
 
     def fetch(self, numbers):
         """Read the files of these examples that are not in memory, together."""
-        for file in list(itertools.islice(self.kept, max(0, len(self.kept) - self.most))):
-            del self.kept[file]
+        while len(self.kept) > self.most:
+            del self.kept[next(iter(self.kept))]  # the oldest
         missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
         if missing:
             with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
@@ -125,7 +125,9 @@ class Reader:
         return [next(j % n for j in range(i, i + n) if self.example(j % n) is not None) for i in numbers]
 
 
-# ---------------------------------------------------------------- Probability
+# ---------------------------------------------------------------- Probability, layers, composition
+
+OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def gaussian_kl(mu, logvar):
@@ -159,11 +161,6 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
-# ---------------------------------------------------------------- KL top-N selection and composition
-
-OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def gather_cells(values, index):
@@ -365,12 +362,8 @@ def own_notes(root, windows):
 
 def read_note(note):
     """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) of 16 bits each, or None if silent."""
-    if note.path is None:
-        waveform = synthesise(note).numpy()
-    else:
-        samples, rate = read_sound(note.path)  # (n, channels)
-        waveform = resample_sound(samples.mean(1), rate, RATE)
-    waveform = waveform[: note.windows * SAMPLES]
+    samples, rate = read_sound(note.path) if note.path else (synthesise(note).numpy()[:, None], RATE)  # (n, channels)
+    waveform = resample_sound(samples.mean(1), rate, RATE)[: note.windows * SAMPLES]
     if note.semitones:
         waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
     windows = fit(waveform, note.windows * SAMPLES).reshape(-1, SAMPLES)
@@ -387,8 +380,7 @@ class NoteSplit(Reader):
         self.instrument = torch.from_numpy(np.unique([note.instrument for note in notes], return_inverse=True)[1])
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
-        files = [note._replace(window=0) if note.window else note for note in notes]
-        super().__init__(files, read_note, KEPT, split)
+        super().__init__([n._replace(window=0) if n.window else n for n in notes], read_note, KEPT, split)
 
     def example(self, i):
         windows = super().example(i)
@@ -763,7 +755,7 @@ class Run:
             self.writer.add_scalar(name if "/" in name else f"{split}/{name}", value, self.step)
 
     def report(self, scores):
-        """Scores of the valid split: a line, a point of curve.json, TensorBoard."""
+        """Scores of the valid split, checked as `log` does: a line, a point of curve.json, TensorBoard."""
         self.say("valid", scores)
         self.scalars("valid", scores)
         curve, point = self.folder / "curve.json", {"step": self.step, "minutes": self.elapsed / 60} | scores
@@ -771,13 +763,12 @@ class Run:
         write_json(curve, [*(earlier for earlier in before if earlier["step"] < self.step), point])
 
     def say(self, split, scores):
-        """Scores of a split as a line; raises as `log` does."""
         self.check_finite(scores)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
         tqdm.write(f"step {self.step}, {self.elapsed / 60:.1f} min, {split}: {shown}")
 
     def finish(self, scores, untrained):
-        """Scores of the test split, and those before the first step: a line, metrics.json."""
+        """Scores of the test split, and those before the first step, checked as `log` does: a line, metrics.json."""
         scores = scores | {f"step_0/{name}": score for name, score in untrained.items()}
         self.say("test", scores)
         about = {"split": "test", "step": self.step, "minutes": self.elapsed / 60, "data": self.source}
