@@ -5,7 +5,6 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 
 import contextlib
 import hashlib
-import heapq
 import inspect
 import itertools
 import json
@@ -30,14 +29,13 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchaudio
-from click.core import ParameterSource
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torchaudio.transforms import GriffinLim
 from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
-from recompose import LONGEST, SOUNDS, read_sound, resample_sound, write_atomically
+from recompose import LONGEST, SOUNDS, fit, read_sound, resample_sound, save_sound, write_atomically
 
 # ---------------------------------------------------------------- Files
 
@@ -70,22 +68,21 @@ def split_files(root, suffixes, most, skipped=()):
     80, 10 and 10 % of all, decided, as is which of too many are used and their order, by a hash of each path, so that
     no file changes sides when others come or go. Raises click.UsageError where a split would be empty.
     """
-    kept, total = {split: [] for split in SPLITS}, 0
+    found = {split: [] for split in SPLITS}
     for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
-        place = Path(folder).relative_to(root).as_posix()
-        before = "" if place == "." else f"{place}/"
-        folders[:] = [name for name in folders if name[0] != "." and before + name not in skipped]
-        for path in (before + name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
+        place = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if name[0] != "." and (place / name).as_posix() not in skipped]
+        for name in (name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
+            path = (place / name).as_posix()
             share = int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest()) / 2**64
-            heap, total = kept[SPLITS[(share >= 0.8) + (share >= 0.9)]], total + 1
-            put = heapq.heappush if len(heap) < most else heapq.heappushpop
-            put(heap, (-share, path))
-    for split in (split for split, heap in kept.items() if not heap):
-        found = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
-        raise click.UsageError(f"{found} (names decide: 80 % train, 10 % valid, 10 % test); about 30 are mostly enough")
+            found[SPLITS[(share >= 0.8) + (share >= 0.9)]].append((share, path))
+    kept, total = {split: sorted(files)[:most] for split, files in found.items()}, sum(map(len, found.values()))
+    for split in (split for split, files in kept.items() if not files):
+        there = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
+        raise click.UsageError(f"{there} (names decide: 80 % train, 10 % valid, 10 % test); about 30 are mostly enough")
     if (used := sum(map(len, kept.values()))) < total:
         click.echo(f"{root}: {used:,} of {total:,} files are used")
-    return {split: [path for _, path in sorted(heap, reverse=True)] for split, heap in kept.items()}
+    return {split: [path for _, path in files] for split, files in kept.items()}
 
 
 class Reader:
@@ -109,8 +106,8 @@ class Reader:
 
     def fetch(self, numbers):
         """Read the files of these examples that are not in memory, together."""
-        for file in list(itertools.islice(self.kept, max(0, len(self.kept) - self.most))):
-            del self.kept[file]
+        while len(self.kept) > self.most:
+            del self.kept[next(iter(self.kept))]  # the oldest
         missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
         if missing:
             with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
@@ -128,7 +125,9 @@ class Reader:
         return [next(j % n for j in range(i, i + n) if self.example(j % n) is not None) for i in numbers]
 
 
-# ---------------------------------------------------------------- Probability
+# ---------------------------------------------------------------- Probability, layers, composition
+
+OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def gaussian_kl(mu, logvar):
@@ -164,11 +163,6 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-# ---------------------------------------------------------------- KL top-N selection and composition
-
-OPS = ("sum", "max", "min", "mean", "alpha")
-
-
 def gather_cells(values, index):
     """values (B, C, H_l, W_l), index (B, N) -> (B, N, C)."""
     flat = values.flatten(2).transpose(1, 2)  # (B, H_l * W_l, C)
@@ -196,7 +190,7 @@ def compose(layer, background, op):
     return {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[op](every, dim=1)
 
 
-# ---------------------------------------------------------------- Sound
+# ---------------------------------------------------------------- Sound, notes
 
 RATE = 16_000  # samples a second, of everything that sounds here
 COMPRESSION = 100.0  # magnitudes below 1 / COMPRESSION (-88 dBFS at n_fft 1024) are flattened
@@ -220,17 +214,16 @@ def log_spectral_distance(level, reference, bins=1):
 
 
 class Vocoder(nn.Module):
-    """torchaudio's Griffin-Lim: (B, F, T), or what `spectrogram` has instead, -> waveform (B, (T - 1) * n_fft / 4)."""
+    """torchaudio's Griffin-Lim: STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * n_fft / 4)."""
 
     outputs = ("waveform",)
 
-    def __init__(self, n_fft, iterations=32, momentum=0.99, spectrogram=None):
+    def __init__(self, n_fft, iterations=32):
         super().__init__()
-        settings = {"hop_length": n_fft // 4, "power": 1, "momentum": momentum, "rand_init": False}
-        self.spectrogram, self.inverse = spectrogram, torchaudio.transforms.GriffinLim(n_fft, iterations, **settings)
+        self.inverse = GriffinLim(n_fft, iterations, hop_length=n_fft // 4, power=1, rand_init=False)
 
     def to_stft_magnitude(self, spectrogram):
-        return self.spectrogram.to_stft_magnitude(spectrogram) if self.spectrogram else spectrogram
+        return spectrogram
 
     def forward(self, spectrogram):
         return self.inverse(self.to_stft_magnitude(spectrogram))
@@ -240,8 +233,6 @@ def griffin_lim(magnitude, iterations=32):
     """STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * hop)."""
     return Vocoder(2 * (magnitude.shape[1] - 1), iterations).to(magnitude.device)(magnitude)
 
-
-# ---------------------------------------------------------------- Notes
 
 SAMPLES, PITCHES = 4 * RATE, 128  # of a note: NSynth's four seconds; MIDI numbers
 FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
@@ -311,8 +302,14 @@ def built_in_notes(split, families):
     return notes
 
 
-def nsynth_notes(folder, families):
-    """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click.UsageError without any."""
+def nsynth_notes(root, split, families, download):
+    """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click exceptions without any."""
+    folder, url = root / f"nsynth-{split}", ARCHIVES.format(split=split)
+    if download and (not folder.is_dir() or (root / Path(url).name).exists()):
+        try:
+            download_and_extract_archive(url, root, remove_finished=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     listing = load_file(folder / "examples.json", read_json, {}, click.UsageError)
     keys = ("instrument_family_str", "pitch", "instrument_str", "velocity")
@@ -329,14 +326,12 @@ def nsynth_notes(folder, families):
     return there
 
 
-SEMITONES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11, "#": 1, "b": -1, "": 0}
-
-
 def pitch_of(name):
     """The MIDI number in a file's name without suffix: of "guitar-060-100", as NSynth has it, of a word "C4"; or -1."""
     numbers = {int(number) for number in re.findall(r"(?:^|[-_ ])(\d{3})-\d{3}$", name)}
     words = re.findall(r"(?<![^\W_])([A-G])([#b]?)(\d)(?![^\W_])", name)
-    numbers = numbers or {12 * (int(octave) + 1) + SEMITONES[note] + SEMITONES[sign] for note, sign, octave in words}
+    semitones = {"#": 1, "b": -1, "": 0} | {note: "C_D_EF_G_A_B".index(note) for note in "CDEFGAB"}
+    numbers = numbers or {12 * (int(octave) + 1) + semitones[note] + semitones[sign] for note, sign, octave in words}
     return numbers.pop() if len(numbers) == 1 and max(numbers) < PITCHES else -1
 
 
@@ -367,15 +362,11 @@ def own_notes(root, windows):
 
 def read_note(note):
     """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) of 16 bits each, or None if silent."""
-    if note.path is None:
-        waveform = synthesise(note).numpy()
-    else:
-        samples, rate = read_sound(note.path)  # (n, channels)
-        waveform = resample_sound(samples.mean(1), rate, RATE)
-    waveform = waveform[: note.windows * SAMPLES]
+    samples, rate = read_sound(note.path) if note.path else (synthesise(note).numpy()[:, None], RATE)  # (n, channels)
+    waveform = resample_sound(samples.mean(1), rate, RATE)[: note.windows * SAMPLES]
     if note.semitones:
         waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
-    windows = np.pad(waveform, (0, note.windows * SAMPLES))[: note.windows * SAMPLES].reshape(-1, SAMPLES)
+    windows = fit(waveform, note.windows * SAMPLES).reshape(-1, SAMPLES)
     silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
     bits = torch.from_numpy((windows.clip(-1, 1) * 32767).round()).short()
     return [None if quiet else window for window, quiet in zip(bits, silent, strict=True)]
@@ -385,13 +376,11 @@ class NoteSplit(Reader):
     """The notes of one split, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
 
     def __init__(self, notes, families, split):
-        self.notes, instruments = notes, sorted({note.instrument for note in notes})
-        instrument, family = ({name: i for i, name in enumerate(names)} for names in (instruments, families))
-        self.instrument = torch.tensor([instrument[note.instrument] for note in notes])
-        self.family = torch.tensor([family[note.family] for note in notes])
+        self.notes = notes
+        self.instrument = torch.from_numpy(np.unique([note.instrument for note in notes], return_inverse=True)[1])
+        self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
-        files = [note._replace(window=0) if note.window else note for note in notes]
-        super().__init__(files, read_note, KEPT, split)
+        super().__init__([n._replace(window=0) if n.window else n for n in notes], read_note, KEPT, split)
 
     def example(self, i):
         windows = super().example(i)
@@ -409,40 +398,30 @@ class NoteSplit(Reader):
         return torch.tensor(sorted(set(self.usable([own[i] for i in even]))))
 
 
-def load_notes(options, transpose=0, windows=False):
+def load_notes(options, windows=False):
     """The splits {name: NoteSplit} of --data-root, fetched with --download, or of built-in notes; and their source.
 
-    Training notes are there transposed by up to `transpose` semitones too. A folder that is not in NSynth's layout is
-    taken by `own_notes`. Completes options["families"] in place. Raises click exceptions where there are no notes.
+    Completes options["families"] in place; raises click exceptions where there are no notes or no such families.
     """
-    root, families, splits = options["data_root"], options["families"], {}
-    official = [root / name for name in ("examples.json", *(f"nsynth-{split}" for split in SPLITS))] if root else []
-    own = root and not options["download"] and not any(path.exists() for path in official)
-    if own:
-        listed, source = own_notes(root, windows), f"own sounds, folder {root.resolve().name}"
-        known = sorted({note.family for notes in listed.values() for note in notes})
+    root, families, download = (options[name] for name in ("data_root", "families", "download"))
+    own, known, source, splits = None, TIMBRES, BUILT_IN, {}
+    official = ("examples.json", *(f"nsynth-{split}" for split in SPLITS))
+    if root and (download or any((root / name).exists() for name in official)):
+        known, source = FAMILIES, f"notes in NSynth's layout, folder {root.name}"
+    elif root:
+        own, source = own_notes(root, windows), f"own sounds, folder {root.resolve().name}"
+        known = sorted({note.family for notes in own.values() for note in notes})
         families = known if windows else families or known
-    else:
-        known, source = (FAMILIES, f"notes in NSynth's layout, folder {root.name}") if root else (TIMBRES, BUILT_IN)
     options["families"] = families = families or list(TIMBRES)
-    if not set(families) <= set(known):
+    if not set(families) <= set(known) or len(set(families)) < len(families):
         more = "" if root else "; others need --data-root"
-        raise click.UsageError(f"--families {','.join(families)}: expected some of {', '.join(known)}{more}")
+        raise click.UsageError(f"--families {','.join(families)}: expected some of {', '.join(known)}{more}; each once")
     for split in SPLITS:
-        url = ARCHIVES.format(split=split)
-        if options["download"] and (not (root / f"nsynth-{split}").is_dir() or (root / Path(url).name).exists()):
-            try:
-                download_and_extract_archive(url, root, remove_finished=True)
-            except (OSError, RuntimeError, EOFError) as error:
-                raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
         if own:
-            notes = [note for note in listed[split] if note.family in families]
+            notes = [note for note in own[split] if note.family in families]
         else:
-            notes = nsynth_notes(root / f"nsynth-{split}", families) if root else built_in_notes(split, families)
-        moves = range(-transpose, transpose + 1) if split == "train" else [0]
-        moved = [(note, k) for note in notes for k in moves if note.pitch < 0 or 0 <= note.pitch + k < PITCHES]
-        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in moved]
-        splits[split] = NoteSplit(moved, families, split)
+            notes = nsynth_notes(root, split, families, download) if root else built_in_notes(split, families)
+        splits[split] = NoteSplit(notes, families, split)
     return splits, source
 
 
@@ -457,15 +436,8 @@ class Finite(click.FloatRange):
         return value if math.isfinite(value) else self.fail(f"{value} must be finite", param, ctx)
 
 
-def parse_families(value):
-    """ "bass,flute" -> ["bass", "flute"]; click.BadParameter for one without a name, or that is there twice."""
-    names = value.split(",") if isinstance(value, str) else list(value)
-    if not all(names) or len(set(names)) < len(names):
-        raise click.BadParameter(f"{value!r}: expected different names, such as bass,flute")
-    return names
-
-
-families_option = click.option("--families", type=parse_families, show_default=f"{','.join(TIMBRES)}; your own: all",
+families_option = click.option("--families", type=lambda names: names.split(",") if isinstance(names, str) else names,
+                               metavar="NAME,...", show_default=f"{','.join(TIMBRES)}; your own: all",
                                help="Of instruments: NSynth's, or folders of your own.")  # fmt: skip
 POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
@@ -527,19 +499,17 @@ def training_command(script, presets, foreign=None):
 
 def settle_options(context, options):
     """Complete the options in place; raises click.UsageError where they, or the run resumed, contradict them."""
-    typed = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    flags = {p.name: p.opts[0] for p in context.command.params}
-    for name in typed & set(context.command.foreign.get(options["dataset"], ())):
-        raise click.UsageError(f"{flags[name]} does not belong to --dataset {options['dataset']}")
+    source, by_hand = context.get_parameter_source, click.core.ParameterSource.COMMANDLINE
+    typed = {p.name: p.opts[0] for p in context.command.params if source(p.name) is by_hand}  # {name: as --name}
+    for name in typed.keys() & context.command.foreign.get(options["dataset"], ()):
+        raise click.UsageError(f"{typed[name]} does not belong to --dataset {options['dataset']}")
     if "steps" in typed and "minutes" not in typed:
         options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
-    if not options["steps"] and not options["minutes"]:
-        raise click.UsageError("one of --steps and --minutes is needed")
     if options["resume"]:
         before = load_config(options["resume"])["options"]
-        for name in sorted(typed - RESUMABLE):
+        for name in sorted(typed.keys() - RESUMABLE):
             if json.loads(json.dumps(options[name], default=str)) != before.get(name):
-                raise click.UsageError(f"{flags[name]} {options[name]}: the run to resume has {before.get(name)}")
+                raise click.UsageError(f"{typed[name]} {options[name]}: the run to resume has {before.get(name)}")
     elif options["out"] and options["out"].exists() and (options["out"].is_file() or any(options["out"].iterdir())):
         raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
     root, download = options["data_root"], options["download"]
@@ -552,7 +522,7 @@ def settle_options(context, options):
         context.exit()
 
 
-# ---------------------------------------------------------------- Device, processes, one step
+# ---------------------------------------------------------------- Device, processes, run
 
 
 def random_generator(*key, device="cpu"):
@@ -562,12 +532,11 @@ def random_generator(*key, device="cpu"):
 
 def start_device(name, seed):
     """The device of --device, under torchrun this process's own, whose group is joined; the weights' seed is set."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     number = int(os.environ.get("LOCAL_RANK", 0))
-    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": math.inf}[name]
-    if number >= present:
-        raise click.UsageError(f"--device {name}: process {number} needs one of its own; this machine has {present}")
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": math.inf}
+    name = next(kind for kind in present if present[kind]) if name == "auto" else name
+    if number >= present[name]:
+        raise click.UsageError(f"--device {name}: process {number} needs its own; this machine has {present[name]}")
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     torch.manual_seed(seed % 2**63)
@@ -603,9 +572,6 @@ def optimizer_step(loss, terms, optimizer, lr, clip):
         group["lr"] = lr
         optimizer.step()
     return values
-
-
-# ---------------------------------------------------------------- Run folder
 
 
 def load_config(folder):
@@ -678,7 +644,7 @@ class Run:
     def __init__(self, options, script, name, data, model, optimizer, device):
         self.options, self.script, self.source = options, script, data["source"]
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.step, self.elapsed, self.progress, self.curve, history = 0, 0.0, 0.0, [], []
+        self.step, self.elapsed, self.progress, history = 0, 0.0, 0.0, []
         self.looks = self.due = self.complete = self.stopped = False
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.total, self.own = world * options["batch"], slice(rank * options["batch"], (rank + 1) * options["batch"])
@@ -698,9 +664,6 @@ class Run:
             config = {"script": script, "data": data, "history": [*history, session]}
             config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
             write_json(self.folder / "config.json", config)
-            if (self.folder / "curve.json").is_file():
-                points = read_json(self.folder / "curve.json")
-                self.curve = [point for point in points if point["step"] <= self.step]
             click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}")
             click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}")
 
@@ -720,8 +683,7 @@ class Run:
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        form = "{percentage:3.0f}%|{bar:20}|{postfix}"
-        self.bar = tqdm(total=1000, bar_format=form, disable=not self.folder or not sys.stderr.isatty())
+        self.bar = tqdm(total=1000, bar_format="{percentage:3.0f}%|{bar:20}|{postfix}", disable=not self.folder or None)
         self.saved = self.said = time.monotonic()
         self.started = self.saved - self.elapsed
         return self
@@ -744,10 +706,9 @@ class Run:
     def settle(self):
         """Share of the run that is done, by steps or minutes, and whether to stop: the same in all processes."""
         self.elapsed = time.monotonic() - self.started
-        by_steps = self.step / self.options["steps"] if self.options["steps"] else 0.0
-        by_time = self.elapsed / (60 * self.options["minutes"]) if self.options["minutes"] else 0.0
-        state = (min(1.0, max(by_steps, by_time)), self.stopped)
-        self.share, self.stopped = reduce_over_processes(state, self.device, dist.ReduceOp.MAX)
+        steps, minutes = (self.options[limit] or math.inf for limit in ("steps", "minutes"))
+        done = min(1.0, max(self.step / steps, self.elapsed / (60 * minutes)))
+        self.share, self.stopped = reduce_over_processes((done, self.stopped), self.device, dist.ReduceOp.MAX)
         self.progress = max(self.progress, self.share)
 
     def steps(self):
@@ -771,7 +732,7 @@ class Run:
         self.check_finite(values)
         before, self.step = int(10 * self.share), self.step + 1
         self.settle()
-        tenth = self.share >= 1 or int(10 * self.share) > before
+        tenth = int(10 * self.share) > before
         self.due, now = bool(self.folder) and tenth, time.monotonic()
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
         if tenth or now - self.saved > 120:
@@ -794,24 +755,24 @@ class Run:
             self.writer.add_scalar(name if "/" in name else f"{split}/{name}", value, self.step)
 
     def report(self, scores):
-        """Scores of the valid split: a line, a point of curve.json, TensorBoard."""
-        self.check_finite(scores)
-        self.scalars("valid", scores)
-        self.curve.append({"step": self.step, "minutes": self.elapsed / 60} | scores)
-        write_json(self.folder / "curve.json", self.curve)
+        """Scores of the valid split, checked as `log` does: a line, a point of curve.json, TensorBoard."""
         self.say("valid", scores)
+        self.scalars("valid", scores)
+        curve, point = self.folder / "curve.json", {"step": self.step, "minutes": self.elapsed / 60} | scores
+        before = read_json(curve) if curve.is_file() else []
+        write_json(curve, [*(earlier for earlier in before if earlier["step"] < self.step), point])
 
     def say(self, split, scores):
+        self.check_finite(scores)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
         tqdm.write(f"step {self.step}, {self.elapsed / 60:.1f} min, {split}: {shown}")
 
     def finish(self, scores, untrained):
-        """Scores of the test split, and those before the first step: a line, metrics.json."""
+        """Scores of the test split, and those before the first step, checked as `log` does: a line, metrics.json."""
         scores = scores | {f"step_0/{name}": score for name, score in untrained.items()}
-        self.check_finite(scores)
+        self.say("test", scores)
         about = {"split": "test", "step": self.step, "minutes": self.elapsed / 60, "data": self.source}
         write_json(self.folder / "metrics.json", about | scores)
-        self.say("test", scores)
 
     def figure(self, name, image):
         """`image`: a PIL picture; figures/<name>.png always holds the newest."""
@@ -820,10 +781,9 @@ class Run:
 
     def sound(self, name, waveform):
         """`waveform`: (samples,) at RATE, scaled where it is too loud; sounds/<name>.wav always holds the newest."""
-        waveform = (waveform / waveform.abs().max().clamp(min=1)).cpu()
         (self.folder / "sounds").mkdir(exist_ok=True)
-        write = partial(soundfile.write, data=waveform.numpy(), samplerate=RATE, format="WAV", subtype="PCM_16")
-        write_atomically(self.folder / "sounds" / f"{name}.wav", write)
+        quiet = (waveform / waveform.abs().max().clamp(min=1)).cpu().numpy()
+        save_sound(self.folder / "sounds" / f"{name}.wav", quiet[None], RATE)
 
     def save(self):
         """All that the loop changes. Random states are no part of it: see `random_generator`."""

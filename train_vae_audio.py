@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, Finite, Graph, ResBlock, Run, Vocoder, autocast, beta_at,
+    COMPRESSION, PITCHES, RATE, SAMPLES, Finite, Graph, NoteSplit, ResBlock, Run, Vocoder, autocast, beta_at,
     build_model, families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
@@ -101,6 +101,21 @@ def spectral_convergence(magnitude, reference):
     """|| |reference| - |magnitude| || / || reference || in dB (Frobenius norms): two of (B, F, T) -> (B,)."""
     error = (magnitude - reference).flatten(1).norm(dim=1)
     return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
+
+
+def load_splits(options):
+    """The splits of `load_notes`, training notes up to --transpose semitones higher and lower too; and their source.
+
+    What would leave MIDI's pitches is left out; pitches that are not known stay so.
+    """
+    splits, source = load_notes(options)
+    if options["transpose"]:
+        moves = range(-options["transpose"], options["transpose"] + 1)
+        pairs = ((note, k) for note in splits["train"].notes for k in moves)
+        moved = [(note, k) for note, k in pairs if note.pitch < 0 or 0 <= note.pitch + k < PITCHES]
+        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in moved]
+        splits["train"] = NoteSplit(moved, options["families"], "train")
+    return splits, source
 
 
 def check_labels(splits):
@@ -512,6 +527,17 @@ def show_scale(model, split, run):
 # ---------------------------------------------------------------- Graphs
 
 
+class NoteVocoder(Vocoder):
+    """Griffin-Lim of magnitudes (B, bins, T) as `spectrogram` has them, mel bands among them."""
+
+    def __init__(self, spectrogram):
+        super().__init__(spectrogram.n_fft)
+        self.spectrogram = spectrogram
+
+    def to_stft_magnitude(self, spectrogram):
+        return self.spectrogram.to_stft_magnitude(spectrogram)
+
+
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
@@ -529,12 +555,11 @@ def graphs(model):
     spectrogram = log_expand(model.spectrogram(waveform))[:, :, :120].contiguous()
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
     z = torch.randn(2, model.d, generator=generator)
-    vocoder = Vocoder(model.spectrogram.n_fft, spectrogram=copy.deepcopy(model.spectrogram))
     return {
         "encoder": (Graph(("mu", "logvar", "kl"), posterior, inward), {"waveform": waveform} | label),
         "prior": (Graph(("z",), lambda *inputs: model.prior(*inputs), model.prior), {"noise": z} | label),
         "decoder": (Graph(("spectrogram",), magnitude, outward), {"z": z} | label),
-        "vocoder": (vocoder, {"spectrogram": spectrogram}),
+        "vocoder": (NoteVocoder(copy.deepcopy(model.spectrogram)), {"spectrogram": spectrogram}),
     }
 
 
@@ -567,7 +592,7 @@ def main(context, **options):
     # 1. Options, device, notes, model.
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
-    splits, source = load_notes(options, options["transpose"])
+    splits, source = load_splits(options)
     if options["condition"] == "both":
         check_labels(splits)
     model = build(options)

@@ -14,6 +14,7 @@ from conftest import write_nsynth
 import common
 from common import RATE, SAMPLES, SPLITS, TIMBRES, Note, built_in_notes, load_notes, synthesise
 from tests.experiments.judges import detect_pitch
+from train_vae_audio import load_splits
 
 TWO = [("flute", 60), ("guitar", 48), ("flute", 64), ("guitar", 52)]
 
@@ -140,7 +141,7 @@ def test_notes_are_read_once_and_so_many_kept_in_16_bits(tmp_path, monkeypatch):
 
 
 def test_transposed_notes_join_the_training_notes_with_their_own_pitch(tmp_path):
-    splits, _ = load_notes(options(write_nsynth(tmp_path / "n", TWO)), transpose=1)
+    splits, _ = load_splits(options(write_nsynth(tmp_path / "n", TWO)) | {"transpose": 1})
     assert splits["train"].pitch.tolist()[:3] == [59, 60, 61] and len(splits["test"].notes) == 4
     assert splits["train"].spread(100).tolist() == [1, 4, 7, 10] and splits["train"].spread(2).tolist() == [1, 10]
     found = detect_pitch(splits["train"].waveform(torch.tensor([0, 1, 2])))

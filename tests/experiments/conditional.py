@@ -11,7 +11,7 @@ import click
 import torch
 
 import train_vae_audio as audio
-from common import FOLDER, load_notes, random_generator
+from common import FOLDER, random_generator
 from tests.experiments.judges import HIGHEST_PITCH, LOWEST_PITCH, detect_pitch, train_classifier
 
 JUDGED = 500  # samples, and at most as many real notes
@@ -49,7 +49,7 @@ def judge_run(folder, data_root, samples):
     options = model.config["options"] | {"data_root": data_root, "download": False}
     if options["condition"] != "both":
         raise click.UsageError(f"{folder} is a run with --condition {options['condition']}; expected both")
-    splits, source = load_notes(options, options["transpose"])
+    splits, source = audio.load_splits(options)
     if source != model.config["data"]["source"]:
         raise click.UsageError(f"{folder} was trained on {model.config['data']['source']}; --data-root gives {source}")
     train, test = splits["train"], splits["test"]
