@@ -7,13 +7,12 @@
 
     python recompose.py a.png b.png --slots 0,2 --slots 1  # slots 0 and 2 of a.png, slot 1 of b.png
     python recompose.py a.png --move 0:0.2,-0.1            # slot 0 further right and up, by shares of the width
-    python recompose.py a.wav b.wav --slots 0 --slots 1 --out mix.mp3  # one instrument of each
-    python recompose.py a.wav --transpose 1:3 --gain 0:-6
+    python recompose.py a.wav b.wav --slots 0 --slots 1 --transpose 1.1:3 --out mix.mp3  # one instrument of each
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
-every slot decoded alone, the recomposition. A slot of a sound is heard as a soft mask on its input's spectrum, at the
-input's own rate and in all its channels, or, with `--vocoder`, as what it decodes to, through Griffin-Lim. Models are
-folders written by `export.py`. This file and such a folder can be taken elsewhere: `uv run recompose.py ...`.
+every slot alone, the recomposition. A slot of a sound is a soft mask on its input's spectrum, at the input's own rate,
+in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. Models are folders written by
+`export.py`. This file and such a folder can be taken elsewhere: `uv run recompose.py ...`.
 """
 
 import io
@@ -27,6 +26,7 @@ from typing import NamedTuple
 
 import click
 import numpy as np
+import soxr
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MODELS = Path(__file__).parent / "models"
@@ -128,11 +128,8 @@ def fit(waveform, n):
 
 def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
-    import soxr
-
-    if rate == wanted:
-        return waveform
-    return fit(soxr.resample(waveform.T, rate, wanted).T, int(-(-waveform.shape[-1] * wanted // rate)))
+    n = int(-(-waveform.shape[-1] * wanted // rate))
+    return waveform if rate == wanted else fit(soxr.resample(waveform.T, rate, wanted).T, n)
 
 
 def save_sound(path, waveform, rate):
@@ -222,8 +219,8 @@ def split_at_onsets(waveform, rate, longest):
 def follow(mu, cell, kl):
     """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N).
 
-    Clusters that take one slot of every window (constrained k-means, Wagstaff et al. 2001), by distances in units of
-    each latent's spread within clusters, less STAY where the cell is the one of a window before; by falling KL.
+    Clusters of one slot of every window (constrained k-means, Wagstaff et al. 2001), in order of KL; distances are in
+    units of each latent's spread within clusters, less STAY where the cell is the one of a window before.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -426,8 +423,8 @@ def explain(model, rows, result, what):
         for k, (name, numbers) in ((k, edit) for k, edits in kept.items() for edit in edits.items()):
             caption.append(f"slot {f'{i}.{k}' if len(rows) > 1 else k} {EDITS[name].format(*numbers)}")
     sheet.append([Tile(result, "; ".join(caption), True)])
-    names = [*(row[0].name for row in rows), "recomposition"]
-    return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", names)
+    labels = [*(row[0].name for row in rows), "recomposition"]
+    return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", labels)
 
 
 def recompose_pictures(model, inputs, kept, crop=None):
@@ -462,16 +459,15 @@ def recompose_sounds(model, inputs, kept, vocoder=False):
     for path, slots in zip(inputs, kept, strict=True):  # one after the other: ten minutes take 200 MB
         samples, found = read_sound(path)
         rate, channels = form = form or (found, samples.shape[1])
-        if samples.shape[1] != channels:
-            samples = samples.mean(1, keepdims=True).repeat(channels, 1)
+        samples = samples if samples.shape[1] == channels else samples.mean(1, keepdims=True).repeat(channels, 1)
         part = recompose_sound(model, path, resample_sound(samples.T, found, rate), rate, slots, vocoder, rows)
         del samples
-        longest = max(part.shape[1], 0 if result is None else result.shape[1])
-        result = part if result is None else fit(result, longest) + fit(part, longest)
+        both = [part] if result is None else [fit(one, max(part.shape[1], result.shape[1])) for one in (part, result)]
+        result = sum(both[1:], both[0])
     heard = resample_sound(result.mean(0), rate, own)
     step = model.about["hop"] * max(1, len(heard) // model.about["samples"])
     magnitude = np.abs(stft(heard, model.about["n_fft"], step))
-    tile = spectrum_tile(magnitude, magnitude.max(), longest / rate, own)
+    tile = spectrum_tile(magnitude, magnitude.max(), result.shape[1] / rate, own)
     return result, rate, explain(model, rows, tile, "note")
 
 
@@ -501,14 +497,12 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         for k, edits in kept.items():
             part = inverse_stft(masks[k] * spectrum, 4 * hop, hop, n)  # (channels, n)
             if vocoder or "transpose" in edits:
-                (semitones,) = edits.get("transpose", (0,))  # a place is from -1 to 1, over all octaves
-                place = cell[[w], [[k]]] + np.float32([semitones / 6 / np.log2(own / 2 / LOWEST), 0])
-                decoded = model.compose(model.decode(mu[[w], [[k]]], place))
+                higher = edits.get("transpose", [0])[0] / 6 / np.log2(own / 2 / LOWEST)  # from -1 to 1: all octaves
+                decoded = model.compose(model.decode(mu[[w], [[k]]], cell[[w], [[k]]] + np.float32([higher, 0])))
                 sung = resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"], own, rate)
                 sung = ramp * fit(sung, n)  # for Griffin-Lim begins with a click: its mirrored signal has no phases
                 part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
-            (decibels,) = edits.get("gain", (0,))
-            result[:, first:last] += 10 ** (decibels / 20) * fade * part
+            result[:, first:last] += 10 ** (edits.get("gain", [0])[0] / 20) * fade * part
         mixture = np.abs(stft(pieces[w], n_fft, frame))
         whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
         misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
@@ -520,8 +514,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     tops, seconds = [magnitude.max(), *[np.max(slots)] * len(slots)], samples.shape[1] / rate
     tile, *slots = (spectrum_tile(*pair, seconds, own) for pair in zip([magnitude, *slots], tops, strict=True))
     if len(pieces) == 1:
-        level = heat_map(spectrum_levels(magnitude, tops[0], own), 60)
-        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * np.float32([-1, 1]), kept)
+        level, upside_down = heat_map(spectrum_levels(magnitude, tops[0], own), 60), np.float32([-1, 1])
+        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * upside_down, kept)
     else:  # windows beside one another
         columns = kl_map[:, ::-1, 0].T.repeat([one.shape[2] for one in seen], axis=1)
         heat = with_scales(heat_map(columns), columns.max(), "nats", ("0", f"{seconds:.3g} s"))
@@ -581,10 +575,8 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
             raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
-        if path.is_dir() or not path.parent.is_dir():
-            raise click.UsageError(f"--out: {path} is a folder, or in one that does not exist")
-        if path.resolve() in [other.resolve() for other in inputs]:
-            raise click.UsageError(f"--out: {path} would overwrite an input")
+        if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
+            raise click.UsageError(f"--out: {path} is a folder, in one that does not exist, or would overwrite an input")
     model = Model(folder or SHIPPED[kind], kind, n_slots, bool(vocoder or edits["transpose"]))
     if edits["front"] and model.about["op"] != "alpha":
         raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")
