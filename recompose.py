@@ -576,7 +576,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
-            raise click.UsageError(f"--out: {path} is a folder, in one that does not exist, or would overwrite an input")
+            raise click.UsageError(f"--out: {path} is a folder, or in none that exists, or would overwrite an input")
     model = Model(folder or SHIPPED[kind], kind, n_slots, bool(vocoder or edits["transpose"]))
     if edits["front"] and model.about["op"] != "alpha":
         raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")
