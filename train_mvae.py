@@ -155,9 +155,8 @@ class Sprites(Drawn):
             images = self.library[scene["shape"].cpu()].to(self.device).bool()
             return images[..., :: 64 // side, :: 64 // side] & present
         offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
-        y, x = (offset / scene["radius"][..., None, None, None]).unbind(2)
-        cos, sin = (f(scene["angle"])[..., None, None] for f in (torch.cos, torch.sin))
-        u, v = cos * x + sin * y, cos * y - sin * x
+        point = (offset / scene["radius"][..., None, None, None]).flip(2).movedim(2, -1)  # (x, y), as `turn` has it
+        u, v = turn(point, scene["angle"][..., None, None]).unbind(-1)
         ellipse, box = u.square() + (v / 0.75).square() < 1, torch.maximum(u.abs(), v.abs()) < 0.8
         triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1)
         return torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle)) & present
@@ -197,10 +196,10 @@ def crop_rays(side, camera):
 
 
 def turn(vector, angle):
-    """vector (..., 3) as seen from a frame turned by `angle` about the vertical."""
-    x, y, z = vector.unbind(-1)
+    """vector (..., 2) or (..., 3) as seen from a frame turned by `angle`, about the vertical."""
+    x, y, *z = vector.unbind(-1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos * x + sin * y, cos * y - sin * x, z], dim=-1)
+    return torch.stack([cos * x + sin * y, cos * y - sin * x, *z], dim=-1)
 
 
 def hit_distance(shape, half, origin, ray):
@@ -240,7 +239,6 @@ class BuiltInClevr(Drawn):
         scene["metal"] = uniform(0, 1, (n, k), generator) < 0.5
         return scene
 
-    @torch.no_grad()
     def render(self, scene):
         """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
         # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
@@ -363,8 +361,7 @@ class PictureFolder(Pool):
             if len(names) < 1 + (split == "train"):  # valid takes one
                 raise click.UsageError(f"{self.folder}/{split}: no PNG of a scene with {low} to {high} objects")
             found[split] = [f"{split}/{name}" for name in names]
-        train = found["train"]
-        kept = len(train) - min(320, max(1, len(train) // 10))
+        train, kept = found["train"], -min(320, max(1, len(found["train"]) // 10))
         return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}
 
     def pictures(self, index, split="train"):
@@ -399,14 +396,12 @@ def root_mean_square(waveform):
 
 
 class SoundLevels(nn.Module):
-    """Waveforms (B, SAMPLES) of any loudness -> levels (B, FRAMES, bands, 1) of logarithmic bands, log(1 + 100 m).
-
-    Bands are triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
-    """
+    """Waveforms (B, SAMPLES) of any loudness -> levels (B, FRAMES, bands, 1) of logarithmic bands, log(1 + 100 m)."""
 
     def __init__(self, bands):
         super().__init__()
         self.magnitude = torchaudio.transforms.Spectrogram(SOUND_FFT, hop_length=HOP, power=1)
+        # Triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
         step = math.log2(RATE / 2 / LOWEST) / bands  # octaves
         middle = LOWEST * 2 ** (step * torch.arange(bands, dtype=torch.float64)[:, None])
         frequency = torch.arange(SOUND_FFT // 2 + 1, dtype=torch.float64) * RATE / SOUND_FFT
@@ -431,10 +426,7 @@ class SoundLevels(nn.Module):
 
 
 class Mixtures:
-    """Mixtures of two notes of different instruments and names; of --dataset sounds without --mix sounds as they are.
-
-    Raises click.UsageError where a split has none.
-    """
+    """Mixtures of two notes of different instruments, or, of --dataset sounds without --mix, sounds as they are."""
 
     def __init__(self, options, device):
         self.notes, self.source = load_notes(options, windows=options["dataset"] == "sounds")
@@ -444,7 +436,7 @@ class Mixtures:
             self.sample(split, 1, random_generator("any"))
 
     def sample(self, split, n, generator, own=slice(None)):
-        """Notes and relative levels of the slice `own` of n mixtures: indices (n, parts), decibels (n, parts)."""
+        """The slice `own` of n mixtures: indices and decibels of their notes, (n, parts) each; or click.UsageError."""
         notes, drawn, gain = self.notes[split], [], None
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
@@ -460,9 +452,8 @@ class Mixtures:
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
-        raise click.UsageError(
-            f"{split}: hardly two of {len(notes.notes)} notes are of different instruments and pitches: add some"
-        )
+        few = f"{split}: hardly two of {len(notes.notes)} notes are of different instruments and pitches: add some"
+        raise click.UsageError(few)
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
@@ -504,7 +495,7 @@ UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data feature maps are
 SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas, in half picture widths
 SHADE_EXTENT, DARKEST = 2, 0.7  # how many times as wide a slot may shade the background, and by what logarithm
 CANVAS, CLOSER = 16, 16  # sides of a slot's canvas, doubled for pictures above 64 pixels, and of its closer look
-SHIFT = 0.3  # how far from its cell's middle a slot may stand, in half picture widths
+SHIFT = 0.3  # half picture widths a slot may stand beside its cell: corners are easier to find than objects' middles
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas,
 NEIGHBOUR_WEIGHT = 1e-3  # and those beside its own, whose KL still counts so much
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
@@ -531,10 +522,7 @@ def fourier_features(position):
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1).
-
-    Every band is told its offset from the slot's, so that a timbre is drawn the same at any pitch, and its own place.
-    """
+    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1)."""
 
     def __init__(self, d, channels, parts, height):
         super().__init__()
@@ -544,16 +532,15 @@ class BroadcastDecoder(nn.Module):
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
         self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
 
-    @torch.no_grad()
     def start_at(self, colour):
         """Slots of one spectrum (C,) at every band."""
         self.out.weight.mul_(0.3)
         self.out.bias.copy_(colour.repeat_interleave(UPSCALE_SOUND))
 
     def forward(self, z, cell):
-        h = self.from_latent(z)[:, :, None, None]
-        h = h + self.from_offset(fourier_features(self.grid - cell[..., None, None]))
-        h = h + self.from_place(fourier_features(self.grid[None]))
+        # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
+        offset, place = (fourier_features(grid) for grid in (self.grid - cell[..., None, None], self.grid[None]))
+        h = self.from_latent(z)[:, :, None, None] + self.from_offset(offset) + self.from_place(place)
         h = self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND))  # (M, C, UPSCALE_SOUND, H / UPSCALE_SOUND, 1)
         return h.transpose(2, 3).flatten(2, 3)  # sub-pixel convolution: (M, C, H, 1)
 
@@ -582,8 +569,7 @@ class CanvasDecoder(nn.Module):
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
         self.d_cell, self.side, self.masked = d_cell, side, masked
-        self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
-        self.extent = nn.Linear(d_cell, 1)
+        self.start, self.extent = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2), nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
         self.coarse = nn.Sequential(nn.SiLU(), first, nn.PixelShuffle(2), nn.SiLU())
         out = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1)
@@ -598,7 +584,6 @@ class CanvasDecoder(nn.Module):
         beyond = torch.tensor([0.0] * (masked + shaded) + [outside] * parts + [-NEUTRAL] * masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
-    @torch.no_grad()
     def start_at(self, colour):
         """Slots as blobs of one colour (C,), in the middle of canvases of middling size."""
         out, fine = self.body[-2], self.body[-1].upscale_factor ** 2
@@ -670,11 +655,7 @@ def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):  # of m
 
 
 class Encoder(nn.Module):
-    """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
-
-    Of pictures a slot stands up to SHIFT from its cell's middle: corners are easier to find than middles of objects.
-    Only of sounds is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
-    """
+    """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of slots, features (B, channels)."""
 
     def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
@@ -690,6 +671,7 @@ class Encoder(nn.Module):
         for parameter in () if sound else self.shift.parameters():
             nn.init.zeros_(parameter)
         self.register_buffer("middles", position_grid(*grid), persistent=False)
+        # Only of sounds is it told positions: of pictures flat ground may outrank objects then (docs/mvae-log.md).
         self.register_buffer("grid", position_grid(*shape[1:]) if sound else None, persistent=False)
 
     def forward(self, x):
@@ -732,8 +714,14 @@ class MVAE(nn.Module):
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
         super().__init__()
-        self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
-        self.op, self.compose_at = op, compose_at
+        self.size, self.n_slots, self.d, self.detail, self.op, self.compose_at = (
+            size,
+            n_slots,
+            d,
+            detail,
+            op,
+            compose_at,
+        )
         self.sound, at_data, masked, d_cell = dataset in SOUNDS, compose_at == "data", op == "alpha", d - detail
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
@@ -845,9 +833,8 @@ class MVAE(nn.Module):
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), and haze (B,):
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE.
 
-        the sum of m (1 - m) of the background's mask m, and of m times how far layers change the background there.
         Without `detailed` closer looks give zeros, at no price.
         """
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
@@ -865,7 +852,7 @@ class MVAE(nn.Module):
         return encoding, mean, haze
 
 
-# ---------------------------------------------------------------- Objective
+# ---------------------------------------------------------------- Objective, evaluation
 
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and SEEN_THROUGH times m times a change of it
 SEEN_THROUGH = 10.0  # for mean absolute colour: faint masks and strong colours draw the same (docs/mvae-log.md)
@@ -891,9 +878,6 @@ def objective(image, mean, encoding, haze, beta, sigma):
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
-
-
-# ---------------------------------------------------------------- Evaluation
 
 
 def adjusted_rand_index(predicted, true):
@@ -937,9 +921,10 @@ def segmentation_scores(responsibility, label):
 
 
 def averages(scores):
-    """Dicts of the same numbers, empty ones left out -> their means."""
-    scores = [score for score in scores if score]
-    return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
+    """Dicts of the same numbers, empty ones left out -> means; of "unexplained" the 95 % quantile too: describe."""
+    columns = {name: [score[name] for score in scores if score] for name in next(filter(None, scores), {})}
+    most = {"unexplained_95": float(np.quantile(columns["unexplained"], 0.95))} if "unexplained" in columns else {}
+    return {name: float(np.mean(column)) for name, column in columns.items()} | most
 
 
 def reconstruct(model, image):
@@ -962,12 +947,7 @@ def evaluate_pictures(model, data, split, n, sigma):
         scores.append({name: value.item() for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
-    return averages(segmentations) | averages(scores) | most_unexplained(scores) | {"scenes": len(images)}
-
-
-def most_unexplained(scores):
-    """What recompose.py tells inputs by that are unlike those learnt: describe."""
-    return {"unexplained_95": float(np.quantile([score["unexplained"] for score in scores], 0.95))}
+    return averages(segmentations) | averages(scores) | {"scenes": len(images)}
 
 
 def si_sdr(estimate, target):
@@ -1009,41 +989,32 @@ def separate(model, levels, stems):
 
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
-    """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation.
-
-    "own_instrument": both slots are nearer to their own stem. Recomposed are slots of two mixtures, scored against the
-    mixture of their stems; the baseline is the first mixture itself.
-    """
+    """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
         found = separate(model, data.levels, some)
         magnitude = data.levels.to_stft_magnitude(found.mean).cpu().numpy()
         heard = magnitude, np.abs(stft(some.sum(1).cpu().numpy(), SOUND_FFT, HOP))
-        score = {
-            "mse": (found.mean - found.level).square().mean((1, 2, 3)),
-            "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
-            "kl": found.encoding.kl_all,
-            "lsd": log_spectral_distance(found.mean, found.level, bins=2),
-            "unexplained": torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
-        }  # fmt: skip
+        score = {"mse": (found.mean - found.level).square().mean((1, 2, 3)), "kl": found.encoding.kl_all}
+        score["log_likelihood"] = gaussian_log_likelihood(found.level, found.mean, sigma)
+        score["lsd"] = log_spectral_distance(found.mean, found.level, bins=2)
+        score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
             own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
             apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
             recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
-            score |= {
-                "si_sdr_gained": found.gained.mean(1),
-                "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
-                "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
-                "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
-            }  # fmt: skip
+            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
+            nearest = apart.argmin(2) == torch.arange(2, device=apart.device)  # to their own stem
+            score |= {"si_sdr_gained": found.gained.mean(1), "own_instrument": nearest.all(1).float()}
+            score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
+            score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
             gained += found.gained.flatten().tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
-    return averages(scores) | median | most_unexplained(scores) | {"mixtures": len(scores)}
+    return averages(scores) | median | {"mixtures": len(scores)}
 
 
-# ---------------------------------------------------------------- Figures and sounds
+# ---------------------------------------------------------------- Figures, sounds, graphs
 
 SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170),
                      (0, 172, 193), (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)])  # fmt: skip
@@ -1074,7 +1045,7 @@ def show_sounds(model, data, run, n=5, heard=2):
         if known:
             slots = torch.stack([data.levels.as_loud(stems[b]), slots], dim=1).flatten(0, 1)
             gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b].tolist())]
-            names = list(itertools.chain(*gains))
+            names = itertools.chain(*gains)
         level = torch.cat([found.level[b : b + 1], found.mean[b : b + 1], slots])
         magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
@@ -1093,16 +1064,13 @@ def show_sounds(model, data, run, n=5, heard=2):
             run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded / loudest)
 
 
-# ---------------------------------------------------------------- Graphs
-
-
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; pictures hold blobs, so that cells differ in KL."""
     generator, sound = random_generator("graphs"), model.sound
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
-    levels = SoundLevels(model.size) if sound else nn.Identity()
+    levels, inputs = (SoundLevels(model.size), {"waveform": waveform}) if sound else (nn.Identity(), {"image": image})
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
     def encode(data, slots=None):
@@ -1115,12 +1083,11 @@ def graphs(model):
 
     encoder = Graph(names, encode, model, levels)
     encoder.optional = ("slots",)
-    slots = {"slots": torch.arange(model.n_slots)}
     layer = {"layer": model.decode(z, cell)}
     if model.background is not None:
         layer["background"] = model.encode(image).background.contiguous()
     made = {
-        "encoder": (encoder, ({"waveform": waveform} if sound else {"image": image}) | slots),
+        "encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)}),
         "decoder": (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell}),
         "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     }  # fmt: skip
