@@ -52,8 +52,7 @@ def position_grid(height, width):
 # ---------------------------------------------------------------- Data: pools of pictures, and built-in sprites
 
 BLOCK = 64  # scenes drawn, or files read, at a time
-POOL = 10_000  # scenes drawn for training
-SCENES = 320  # that a finished run is judged by, as in the literature
+POOL, SCENES = 10_000, 320  # drawn for training; that a finished run is judged by, as in the literature
 
 
 class Pool:
@@ -317,8 +316,7 @@ class BuiltInClevr(Drawn):
 # ---------------------------------------------------------------- Data: pictures on disk
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
-LISTED = 200_000  # pictures of a split that are used
-CACHE = 2e9  # bytes of them that stay in memory
+LISTED, CACHE = 200_000, 2e9  # pictures of a split that are used; bytes of them that stay in memory
 
 
 def read_mask(path, size, crop):
@@ -333,8 +331,7 @@ def read_mask(path, size, crop):
 class PictureFolder(Pool):
     """Pictures on disk, of any size, read when they are needed: of CLEVR's official folder, if asked for, or any other.
 
-    CLEVR's `test` is val, its `valid` the last tenth of train, at most 320; scenes/*.json tells which have so many
-    `objects`. masks/ holds PNGs at the same relative paths. Raises click.UsageError where there are no pictures.
+    masks/ holds PNGs at the same relative paths. Raises click.UsageError where there are no pictures.
     """
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
@@ -349,7 +346,7 @@ class PictureFolder(Pool):
         self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
 
     def clevr_splits(self, low, high):
-        """{split: paths relative to images/} of scenes of so many objects."""
+        """{split: paths relative to images/} of scenes of so many objects, as scenes/*.json says; `test` is val."""
         found = {}
         for split in ("train", "val"):
             names = sorted(path.name for path in (self.folder / split).glob("*.png"))
@@ -362,7 +359,7 @@ class PictureFolder(Pool):
                 raise click.UsageError(f"{self.folder}/{split}: no PNG of a scene with {low} to {high} objects")
             found[split] = [f"{split}/{name}" for name in names]
         train, kept = found["train"], -min(320, max(1, len(found["train"]) // 10))
-        return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}
+        return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}  # the last tenth, at most 320
 
     def pictures(self, index, split="train"):
         pictures = [self.readers[split].example(i) for i in self.readers[split].usable(index.tolist())]
@@ -386,8 +383,7 @@ SOUNDS = ("nsynth-duo", "sounds")  # data sets
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
-MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
-MIXTURES = 500  # of test notes, that a finished run is judged by
+MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note of two may be; that a finished run is judged by
 
 
 def root_mean_square(waveform):
@@ -444,9 +440,8 @@ class Mixtures:
             # In unison or octaves apart two notes share all harmonics. Of single sounds no differences are left.
             apart = (pitch.diff(dim=1) % 12 != 0) | (pitch < 0).any(1, keepdim=True)
             drawn += some[(apart & (instrument.diff(dim=1) != 0)).all(1)].tolist()
-            if len(drawn) < n:
-                continue
-            gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5) if gain is None else gain
+            if gain is None and len(drawn) >= n:
+                gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5)
             notes.fetch(itertools.chain(*drawn[:n][own]))
             ways = ((pair for pair in drawn[i::n] if notes.usable(pair) == pair) for i in range(n)[own])
             chosen = [next(way, None) for way in ways]
@@ -546,10 +541,8 @@ class BroadcastDecoder(nn.Module):
 
 
 def resample(source, scale, offset, side):
-    """source (M, C, S, S) at positions scale * (y, x) + offset, all in halves of a side: -> (M, C, side, side).
-
-    Linear, without aliasing, 0 beyond it; scale (M,), offset (M, 2). A spatial transformer (Jaderberg et al. 2015).
-    """
+    """source (M, C, S, S) at scale (M,) * (y, x) + offset (M, 2), in halves of a side: -> (M, C, side, side)."""
+    # A spatial transformer (Jaderberg et al. 2015): linear, without aliasing, 0 beyond the source.
     n, axis = source.shape[-1], position_grid(side, 1)[0, :, 0].to(offset)
     index = ((scale[:, None, None] * axis + offset[..., None] + 1) * n - 1) / 2  # (M, 2, side), into the source
     width = (scale * n / side).clamp(min=1)[:, None, None, None]
@@ -578,7 +571,6 @@ class CanvasDecoder(nn.Module):
         self.shade = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)) if shaded else None
         self.mean = nn.Parameter(torch.zeros(parts + masked, CANVAS * fine, CANVAS * fine))
         r2, shade_r2 = (position_grid(n, n).square().sum(0) for n in (CANVAS * fine, CANVAS))
-        self.register_buffer("blob", 2 - 6 * r2, persistent=False)
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
         beyond = torch.tensor([0.0] * (masked + shaded) + [outside] * parts + [-NEUTRAL] * masked)
@@ -592,7 +584,7 @@ class CanvasDecoder(nn.Module):
             parameter.zero_()
         self.mean[: len(colour)] = colour[:, None, None]
         if self.masked:
-            self.mean[-1] = self.blob / SHARPNESS
+            self.mean[-1] = (2 - 6 * position_grid(*self.mean.shape[1:]).square().sum(0)) / SHARPNESS
         if self.shade:
             self.shade[0].weight.mul_(0.1)
             self.shade[0].bias.fill_(-3.0)
@@ -625,12 +617,10 @@ class CanvasDecoder(nn.Module):
 def bleed(colours, mask):
     """Colours (M, C, S, S) that, from where the mask (M, 1, S, S) ends, go on as they are a pixel further inside."""
     # Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
+    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
     mask = -F.max_pool2d(-mask, 3, stride=1, padding=1)
-    weight = mask.square() + 1e-3
-    around = torch.cat([weight * colours, weight], dim=1)
-    for _ in range(2):
-        around = F.avg_pool2d(around, 3, stride=1, padding=1)
-    own = mask.square().square()
+    weight, own = mask.square() + 1e-3, mask.square().square()
+    around = smooth(smooth(torch.cat([weight * colours, weight], dim=1)))
     return own * colours + (1 - own) * around[:, :-1] / around[:, -1:]
 
 
@@ -665,8 +655,7 @@ class Encoder(nn.Module):
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
-        self.trunk = nn.Sequential(*layers, nn.SiLU())
-        self.head = nn.Conv2d(channels, 2 * d, 1)
+        self.trunk, self.head = nn.Sequential(*layers, nn.SiLU()), nn.Conv2d(channels, 2 * d, 1)
         self.shift = None if sound else nn.Conv2d(channels, 2, 1)
         for parameter in () if sound else self.shift.parameters():
             nn.init.zeros_(parameter)
@@ -714,14 +703,8 @@ class MVAE(nn.Module):
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
         super().__init__()
-        self.size, self.n_slots, self.d, self.detail, self.op, self.compose_at = (
-            size,
-            n_slots,
-            d,
-            detail,
-            op,
-            compose_at,
-        )
+        self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
+        self.op, self.compose_at = op, compose_at
         self.sound, at_data, masked, d_cell = dataset in SOUNDS, compose_at == "data", op == "alpha", d - detail
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
@@ -746,13 +729,12 @@ class MVAE(nn.Module):
         colour = mean.mean((1, 2))
         if self.compose_at == "feature":
             self.to_image[2].bias.copy_(colour.repeat_interleave(UPSCALE**2))
-            return
-        if self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
-            colour = (log_expand(colour) / (self.n_slots if self.op == "sum" else 1)).clamp(min=1e-4).log()
+        elif self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
+            share = log_expand(colour) / (self.n_slots if self.op == "sum" else 1)
+            self.slot_decoder.start_at(share.clamp(min=1e-4).log())
         else:  # with "sum" layers are what a slot adds to it
             self.background.picture.copy_(mean)
-            colour = 0 * colour if self.op == "sum" else colour
-        self.slot_decoder.start_at(colour)
+            self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
 
     def encode(self, image, noise=None, slots=None, detailed=True):
         """image (B, C, H, W) -> Encoding of N slots; noise (B, BACKGROUND_D) of the background.
@@ -760,11 +742,9 @@ class MVAE(nn.Module):
         slots: numbers (n,) below MOST_SLOTS of the cells, in the order in which they are chosen, that become slots.
         """
         mu, logvar, place, features = self.encoder(image)
-        kl_map, background = gaussian_kl(mu, logvar).sum(1), None  # (B, H_l, W_l)
-        kl_all = kl_map.sum((1, 2))
-        if self.background is not None:
-            background, kl = self.background(features, noise)
-            kl_all = kl_all + kl
+        kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
+        background, kl_all = (None, 0.0) if self.background is None else self.background(features, noise)
+        kl_all = kl_all + kl_map.sum((1, 2))
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, self.n_slots if slots is None else self.most_slots)
         index = index if slots is None else index.gather(1, slots.expand(index.shape[0], -1))  # (B, n)
@@ -781,18 +761,15 @@ class MVAE(nn.Module):
 
     @torch.no_grad()
     def select(self, kl_map, place, half, n):
-        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map.
-
-        Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted; of pictures cells
-        around a chosen one, and those that are, or whose slots would stand, within TAKEN of its canvas, `half` a side.
-        """
+        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map."""
         kl = kl_map.flatten(1)  # (B, H_l * W_l)
-        if half is None:
+        if half is None:  # of sounds all but the highest of three cells are discounted
             highest = F.max_pool2d(kl_map[:, None], 3, stride=1, padding=1).flatten(1)
             return torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
         place, middles, width, chosen = place.flatten(2), self.encoder.middles.flatten(1), 2 / kl_map.shape[1], []
         # Cells far from their slots count less: else all slots may settle at the end of one common shift.
         score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
+        # After each choice cells around it are discounted, and those that are, or whose slots are, within its canvas.
         for _ in range(n):
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
@@ -833,14 +810,11 @@ class MVAE(nn.Module):
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE.
-
-        Without `detailed` closer looks give zeros, at no price.
-        """
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, detailed=detailed)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
-        z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))
+        z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))  # no closer look
         layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_all)
         mean = self.compose(layer, encoding.background)
         if self.op == "alpha":
@@ -903,9 +877,8 @@ def match(segment, label, n_slots):
 def segmentation_scores(responsibility, label):
     """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
 
-    "ari_fg": on true object pixels, the background among the predicted, as in deepmind's segmentation_metrics and
-    EfficientMORL; "ari_fg_slots": the largest of the slots alone. Of slots whose segment, at least SMALLEST of the
-    picture, is mostly of one and the same object, all but one are duplicates.
+    ARI is on true object pixels, the background among the predicted, as in deepmind's segmentation_metrics and
+    EfficientMORL, or with the largest of the slots alone. Of slots mostly of one object all but one are duplicates.
     """
     foreground, segment = label > 0, responsibility.argmax(0)
     _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
@@ -977,8 +950,7 @@ def separate(model, levels, stems):
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
     masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
-    parts = inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)  # (B, N, samples)
-    parts = torch.tensor(parts, dtype=mixture.dtype, device=mixture.device)
+    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
@@ -1018,6 +990,7 @@ def evaluate_sounds(model, data, split, n, sigma):
 
 SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170),
                      (0, 172, 193), (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)])  # fmt: skip
+UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
 
 
 @torch.no_grad()
@@ -1044,13 +1017,13 @@ def show_sounds(model, data, run, n=5, heard=2):
         slots, names = found.alone[b], [f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(found.encoding.kl[b])]
         if known:
             slots = torch.stack([data.levels.as_loud(stems[b]), slots], dim=1).flatten(0, 1)
-            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b].tolist())]
+            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b])]
             names = itertools.chain(*gains)
-        level = torch.cat([found.level[b : b + 1], found.mean[b : b + 1], slots])
+        level = torch.stack([found.level[b], found.mean[b], *slots])
         magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
-        names = [f"mixture {b}", "reconstruction", *names]
-        row = [Tile(tile, name, known and "slot" in name) for tile, name in zip(tiles, names, strict=True)]
+        named = zip(tiles, (f"mixture {b}", "reconstruction", *names), strict=True)
+        row = [Tile(tile, name, known and "slot" in name) for tile, name in named]
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
         kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
         rows.append([row[0], Tile(kl_tile(heat, kl_map, cell), "KL map"), *row[1:]])
@@ -1096,9 +1069,6 @@ def graphs(model):
     return made
 
 
-UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
-
-
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
     usual = model.config["valid"].get("unexplained_95")  # of no run of an earlier commit
@@ -1124,11 +1094,14 @@ FOREIGN = {
     "pictures": ("families", "download", "mix", "objects"),
     "nsynth-duo": ("objects", "detail", "mix"), "sounds": ("objects", "detail", "families", "download"),
 }  # fmt: skip
+build = partial(build_model, MVAE)  # options -> an untrained model
+load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] in SOUNDS
+    size, cells, n, dataset = (options[name] for name in ("size", "cells", "n_slots", "dataset"))
+    sound, for_pictures = dataset in SOUNDS, options["op"] == "alpha" or options["compose_at"] == "feature"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
@@ -1137,17 +1110,12 @@ def check_options(options):
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
-        f"--dataset {options['dataset']}: expected --data-root, a folder of your own":
-            options["data_root"] or options["dataset"] not in ("pictures", "sounds"),
-        "--op alpha and --compose feature are for pictures":
-            not (sound and (options["op"] == "alpha" or options["compose_at"] == "feature"))
+        f"--dataset {dataset}: expected --data-root, a folder of your own":
+            options["data_root"] or dataset not in ("pictures", "sounds"),
+        "--op alpha and --compose feature are for pictures": not (sound and for_pictures)
     }  # fmt: skip
     for broken in (rule for rule, kept in rules.items() if not kept):
         raise click.UsageError(broken)
-
-
-build = partial(build_model, MVAE)  # options -> an untrained model
-load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
