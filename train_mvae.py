@@ -96,25 +96,23 @@ class Drawn(Pool):
         parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
         return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
+    def uniform(self, low, high, shape, generator):
+        return low + (high - low) * torch.rand(shape, generator=generator, device=self.device)
 
-def uniform(low, high, shape, generator):
-    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+    def integers(self, low, high, shape, generator):
+        return torch.randint(low, high, shape, generator=generator, device=self.device)
 
-
-def integers(low, high, shape, generator):
-    return torch.randint(low, high, shape, generator=generator, device=generator.device)
-
-
-def place_apart(n, count, extent, clearance, generator):
-    """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
-    # One after the other; of 40 tries the first free place is taken, or the freest.
-    tries = uniform(-extent, extent, (n, count, 40, 2), generator)
-    chosen = tries[:, :1, 0]  # (n, 1, 2)
-    for k in range(1, count):
-        gap = ((tries[:, k, :, None] - chosen[:, None]).norm(dim=-1) - clearance[:, None, k, :k]).amin(-1)  # (n, 40)
-        pick = torch.where(gap > 0, 100.0 - torch.arange(40, device=gap.device), gap).argmax(1)
-        chosen = torch.cat([chosen, tries[torch.arange(n), k, pick][:, None]], dim=1)
-    return chosen
+    def place_apart(self, n, count, extent, clearance, generator):
+        """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
+        # One after the other; of 40 tries the first free place is taken, or the freest.
+        tries = self.uniform(-extent, extent, (n, count, 40, 2), generator)
+        chosen = tries[:, :1, 0]  # (n, 1, 2)
+        for k in range(1, count):
+            distance = (tries[:, k, :, None] - chosen[:, None]).norm(dim=-1)  # (n, 40, k)
+            gap = (distance - clearance[:, None, k, :k]).amin(-1)
+            pick = torch.where(gap > 0, 100.0 - torch.arange(40, device=gap.device), gap).argmax(1)
+            chosen = torch.cat([chosen, tries[torch.arange(n), k, pick][:, None]], dim=1)
+        return chosen
 
 
 class Sprites(Drawn):
@@ -136,15 +134,15 @@ class Sprites(Drawn):
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
         low, k = (times * count for count in self.objects)
-        scene = {"present": torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)}
-        hue, saturation, value = (uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
+        scene = {"present": torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)}
+        hue, saturation, value = (self.uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
         phase = (torch.tensor([5.0, 3.0, 1.0], device=self.device) + 6 * hue) % 6  # (n, K, 3), HSV to RGB
         scene["rgb"] = value * (1 - saturation * torch.minimum(phase, 4 - phase).clamp(0, 1))
-        scene["shape"] = integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
+        scene["shape"] = self.integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
         if self.library is None:
-            scene["centre"] = place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
-            scene["radius"] = uniform(0.22, 0.38, (n, k), generator)
-            scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
+            scene["centre"] = self.place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
+            scene["radius"] = self.uniform(0.22, 0.38, (n, k), generator)
+            scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
         return scene
 
     def outlines(self, scene, side):
@@ -227,15 +225,15 @@ class BuiltInClevr(Drawn):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
         low, k = (times * count for count in self.objects)
         radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
-        radius, shape = radii[integers(0, 2, (n, k), generator)], integers(0, 3, (n, k), generator)
+        radius, shape = radii[self.integers(0, 2, (n, k), generator)], self.integers(0, 3, (n, k), generator)
         scene = {"shape": shape, "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius)}
-        scene["rgb"] = colours[integers(0, len(COLOURS), (n, k), generator)] / 255
-        scene["present"] = torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)
-        scene["camera"] = camera + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
-        scene["lamps"] = lamps + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
-        scene["xy"] = place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)  # CLEVR's rule
-        scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
-        scene["metal"] = uniform(0, 1, (n, k), generator) < 0.5
+        scene["rgb"] = colours[self.integers(0, len(COLOURS), (n, k), generator)] / 255
+        scene["present"] = torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)
+        scene["camera"] = camera + self.uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
+        scene["lamps"] = lamps + self.uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
+        scene["xy"] = self.place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)
+        scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
+        scene["metal"] = self.uniform(0, 1, (n, k), generator) < 0.5
         return scene
 
     def render(self, scene):
@@ -244,8 +242,8 @@ class BuiltInClevr(Drawn):
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         rays = crop_rays(small, scene["camera"])
-        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)
-        ground = ground.transpose(1, 2).unflatten(2, (small, small))  # (n, 3, small, small)
+        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)  # (n, small^2, 3)
+        ground = ground.mT.unflatten(2, (small, small))
         light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
         rays = crop_rays(side, scene["camera"])
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
@@ -313,10 +311,15 @@ class BuiltInClevr(Drawn):
         return torch.where(scene["metal"][i, k, None], metal, rubber)
 
 
-# ---------------------------------------------------------------- Data: pictures on disk
+# ---------------------------------------------------------------- Data: pictures on disk, sounds, and two notes at once
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
 LISTED, CACHE = 200_000, 2e9  # pictures of a split that are used; bytes of them that stay in memory
+SOUNDS = ("nsynth-duo", "sounds")  # data sets
+SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
+FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
+LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
+MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note of two may be; that a finished run is judged by
 
 
 def read_mask(path, size, crop):
@@ -324,15 +327,11 @@ def read_mask(path, size, crop):
     mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
     if mask.mode not in ("L", "P"):
         raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
-    mask = square(mask.convert("P"), crop, path)  # numbers, which are not to be interpolated
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+    return np.asarray(square(mask.convert("P"), crop, path).resize((size, size), Image.Resampling.NEAREST))
 
 
 class PictureFolder(Pool):
-    """Pictures on disk, of any size, read when they are needed: of CLEVR's official folder, if asked for, or any other.
-
-    masks/ holds PNGs at the same relative paths. Raises click.UsageError where there are no pictures.
-    """
+    """Pictures on disk, of any size: of CLEVR's official folder, if asked for, or any; or click.UsageError for none."""
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
         places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
@@ -366,7 +365,7 @@ class PictureFolder(Pool):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def scenes(self, split, n):
-        """The first n pictures of a split that can be read: images, and labels or None where one has no mask."""
+        """The first n pictures of a split that can be read: images, labels, or None where one has no masks/PATH.png."""
         files, reader, labels = self.files[split], self.readers[split], None
         reader.fetch(range(min(n, len(files))))
         numbers = list(itertools.islice((i for i in range(len(files)) if reader.example(i) is not None), n))
@@ -375,15 +374,6 @@ class PictureFolder(Pool):
             labels = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
             labels = torch.from_numpy(labels).long().to(self.device)
         return self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255, labels
-
-
-# ---------------------------------------------------------------- Data: sounds, and two notes at once
-
-SOUNDS = ("nsynth-duo", "sounds")  # data sets
-SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
-FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
-LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
-MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note of two may be; that a finished run is judged by
 
 
 def root_mean_square(waveform):
@@ -536,8 +526,7 @@ class BroadcastDecoder(nn.Module):
         # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
         offset, place = (fourier_features(grid) for grid in (self.grid - cell[..., None, None], self.grid[None]))
         h = self.from_latent(z)[:, :, None, None] + self.from_offset(offset) + self.from_place(place)
-        h = self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND))  # (M, C, UPSCALE_SOUND, H / UPSCALE_SOUND, 1)
-        return h.transpose(2, 3).flatten(2, 3)  # sub-pixel convolution: (M, C, H, 1)
+        return self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)  # of sub-pixels
 
 
 def resample(source, scale, offset, side):
@@ -709,12 +698,10 @@ class MVAE(nn.Module):
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
-        if self.sound:
-            self.slot_decoder = BroadcastDecoder(d, channels, parts, size // UPSCALE_SOUND)
-        else:
-            outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
-            about = d, d_cell, channels, parts, side, 1 + (size > 64)
-            self.slot_decoder = CanvasDecoder(*about, outside, masked, masked and at_data)
+        outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
+        canvas = d, d_cell, channels, parts, side, 1 + (size > 64), outside, masked, masked and at_data
+        spectrum = d, channels, parts, size // UPSCALE_SOUND
+        self.slot_decoder = BroadcastDecoder(*spectrum) if self.sound else CanvasDecoder(*canvas)
         self.closer, self.to_image = CloserLook(detail, d_cell, channels) if detail else None, nn.Identity()
         if not at_data:
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
@@ -737,10 +724,7 @@ class MVAE(nn.Module):
             self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
 
     def encode(self, image, noise=None, slots=None, detailed=True):
-        """image (B, C, H, W) -> Encoding of N slots; noise (B, BACKGROUND_D) of the background.
-
-        slots: numbers (n,) below MOST_SLOTS of the cells, in the order in which they are chosen, that become slots.
-        """
+        """image (B, C, H, W), noise (B, BACKGROUND_D) -> Encoding of N slots, or choices `slots` (n,) < MOST_SLOTS."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_all = (None, 0.0) if self.background is None else self.background(features, noise)
@@ -936,9 +920,8 @@ def assign(ratio):
     return torch.tensor(np.stack(best), device=ratio.device)
 
 
-# Levels (B, FRAMES, bands, 1) of mixtures and their reconstruction, Encoding; of the slot that fits each of S stems
-# layers (B, S, ...), levels alone (B, S, ...), masked mixtures (B, S, samples), dB of SI-SDR gained (B, S). Where only
-# the mixture is known, S = 1, all of that is of every slot, and nothing is gained: None.
+# Levels (B, FRAMES, bands, 1) of mixtures, of their reconstruction, Encoding; of the slot that fits each of S stems, or
+# where S = 1 of all N: layers, levels alone (B, S, ...), masked mixtures (B, S, samples), dB gained (B, S) or None.
 Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
 
 
@@ -976,7 +959,7 @@ def evaluate_sounds(model, data, split, n, sigma):
             apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
             recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
             remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
-            nearest = apart.argmin(2) == torch.arange(2, device=apart.device)  # to their own stem
+            nearest = apart.argmin(2) == torch.arange(2, device=apart.device)  # both slots to their own stems
             score |= {"si_sdr_gained": found.gained.mean(1), "own_instrument": nearest.all(1).float()}
             score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
             score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
@@ -1059,11 +1042,9 @@ def graphs(model):
     layer = {"layer": model.decode(z, cell)}
     if model.background is not None:
         layer["background"] = model.encode(image).background.contiguous()
-    made = {
-        "encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)}),
-        "decoder": (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell}),
-        "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
-    }  # fmt: skip
+    made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
+    made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
+    made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     if sound:
         made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
     return made
@@ -1071,8 +1052,8 @@ def graphs(model):
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
-    usual = model.config["valid"].get("unexplained_95")  # of no run of an earlier commit
-    unlike = {} if usual is None else {"unlike": UNLIKE * usual}
+    scores = model.config["valid"]  # those of runs of earlier commits lack this one
+    unlike = {"unlike": UNLIKE * scores["unexplained_95"]} if "unexplained_95" in scores else {}
     if not model.sound:
         return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
@@ -1082,18 +1063,14 @@ def describe(model):
 
 # ---------------------------------------------------------------- Command line
 
-PRESETS = {
-    "sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
-    "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
-    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
-                   "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}
-}  # fmt: skip
+PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
+           "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
+           "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
+                          "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
 PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
-FOREIGN = {
-    "sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
-    "pictures": ("families", "download", "mix", "objects"),
-    "nsynth-duo": ("objects", "detail", "mix"), "sounds": ("objects", "detail", "families", "download"),
-}  # fmt: skip
+FOREIGN = {"sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
+           "pictures": ("families", "download", "mix", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
+           "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
 build = partial(build_model, MVAE)  # options -> an untrained model
 load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
@@ -1134,7 +1111,6 @@ def check_options(options):
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
-    # 1. Options, device, data.
     settle_options(context, options)
     check_options(options)
     device = start_device(options["device"], options["seed"])
@@ -1143,7 +1119,7 @@ def main(context, **options):
     evaluate, show, n = kinds[options["dataset"] in SOUNDS]
     n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
-    # 2. The model, which starts from the mean of the data.
+    # The model, which starts from the mean of the data.
     model = build(options)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
@@ -1152,7 +1128,7 @@ def main(context, **options):
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
+    # Training; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
             run.report(evaluate(model, data, "valid", n_valid, sigma))
