@@ -217,12 +217,11 @@ def hit_distance(shape, half, origin, ray):
 
 
 class BuiltInClevr(Drawn):
-    """CLEVR-like scenes by a ray caster: tensors of objects (n, K, ...), `camera` (n, 3), `lamps` (n, 3, 3)."""
+    """CLEVR-like scenes by a ray caster; dicts of objects (n, K, ...), camera (n, 3) and lamps (n, 3, 3)."""
 
     name, crop, source = "clevr", "clevr", "built-in CLEVR-like renderer"
 
     def sample(self, n, generator, times=1):
-        """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
         low, k = (times * count for count in self.objects)
         radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
         radius, shape = radii[self.integers(0, 2, (n, k), generator)], self.integers(0, 3, (n, k), generator)
@@ -237,7 +236,6 @@ class BuiltInClevr(Drawn):
         return scene
 
     def render(self, scene):
-        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
         # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
@@ -430,15 +428,15 @@ class Mixtures:
             # In unison or octaves apart two notes share all harmonics. Of single sounds no differences are left.
             apart = (pitch.diff(dim=1) % 12 != 0) | (pitch < 0).any(1, keepdim=True)
             drawn += some[(apart & (instrument.diff(dim=1) != 0)).all(1)].tolist()
-            if gain is None and len(drawn) >= n:
-                gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5)
+            if len(drawn) < n:
+                continue
+            gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5) if gain is None else gain
             notes.fetch(itertools.chain(*drawn[:n][own]))
             ways = ((pair for pair in drawn[i::n] if notes.usable(pair) == pair) for i in range(n)[own])
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
-        few = f"{split}: hardly two of {len(notes.notes)} notes are of different instruments and pitches: add some"
-        raise click.UsageError(few)
+        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes differ in instrument and pitch: add some")
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
@@ -859,11 +857,7 @@ def match(segment, label, n_slots):
 
 
 def segmentation_scores(responsibility, label):
-    """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
-
-    ARI is on true object pixels, the background among the predicted, as in deepmind's segmentation_metrics and
-    EfficientMORL, or with the largest of the slots alone. Of slots mostly of one object all but one are duplicates.
-    """
+    """Scores of a scene: responsibility (N + 1, H, W), label (H, W) -> dict, {} where it has no object of SMALLEST."""
     foreground, segment = label > 0, responsibility.argmax(0)
     _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
     if not len(shared):
@@ -871,6 +865,8 @@ def segmentation_scores(responsibility, label):
     active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
     claimed = owner[most > 0.5 * sizes[active]]
+    # On true object pixels, the background among the predicted (deepmind's segmentation_metrics, EfficientMORL);
+    # or the largest of the slots alone. Of slots whose segment is mostly of one object, all but one are duplicates.
     scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
     scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
     scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
@@ -1039,9 +1035,8 @@ def graphs(model):
 
     encoder = Graph(names, encode, model, levels)
     encoder.optional = ("slots",)
-    layer = {"layer": model.decode(z, cell)}
-    if model.background is not None:
-        layer["background"] = model.encode(image).background.contiguous()
+    background = {} if sound else {"background": model.encode(image).background.contiguous()}
+    layer = {"layer": model.decode(z, cell)} | background
     made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
