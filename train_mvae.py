@@ -436,7 +436,7 @@ class Mixtures:
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
-        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes differ in instrument and pitch: add some")
+        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
