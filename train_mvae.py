@@ -52,8 +52,7 @@ def position_grid(height, width):
 # ---------------------------------------------------------------- Data: pools of pictures, and built-in sprites
 
 BLOCK = 64  # scenes drawn, or files read, at a time
-POOL = 10_000  # scenes drawn for training
-SCENES = 320  # that a finished run is judged by, as in the literature
+POOL, SCENES = 10_000, 320  # drawn for training; that a finished run is judged by, as in the literature
 
 
 class Pool:
@@ -97,25 +96,23 @@ class Drawn(Pool):
         parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
         return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
+    def uniform(self, low, high, shape, generator):
+        return low + (high - low) * torch.rand(shape, generator=generator, device=self.device)
 
-def uniform(low, high, shape, generator):
-    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+    def integers(self, low, high, shape, generator):
+        return torch.randint(low, high, shape, generator=generator, device=self.device)
 
-
-def integers(low, high, shape, generator):
-    return torch.randint(low, high, shape, generator=generator, device=generator.device)
-
-
-def place_apart(n, count, extent, clearance, generator):
-    """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
-    # One after the other; of 40 tries the first free place is taken, or the freest.
-    tries = uniform(-extent, extent, (n, count, 40, 2), generator)
-    chosen = tries[:, :1, 0]  # (n, 1, 2)
-    for k in range(1, count):
-        gap = ((tries[:, k, :, None] - chosen[:, None]).norm(dim=-1) - clearance[:, None, k, :k]).amin(-1)  # (n, 40)
-        pick = torch.where(gap > 0, 100.0 - torch.arange(40, device=gap.device), gap).argmax(1)
-        chosen = torch.cat([chosen, tries[torch.arange(n), k, pick][:, None]], dim=1)
-    return chosen
+    def place_apart(self, n, count, extent, clearance, generator):
+        """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
+        # One after the other; of 40 tries the first free place is taken, or the freest.
+        tries = self.uniform(-extent, extent, (n, count, 40, 2), generator)
+        chosen = tries[:, :1, 0]  # (n, 1, 2)
+        for k in range(1, count):
+            distance = (tries[:, k, :, None] - chosen[:, None]).norm(dim=-1)  # (n, 40, k)
+            gap = (distance - clearance[:, None, k, :k]).amin(-1)
+            pick = torch.where(gap > 0, 100.0 - torch.arange(40, device=gap.device), gap).argmax(1)
+            chosen = torch.cat([chosen, tries[torch.arange(n), k, pick][:, None]], dim=1)
+        return chosen
 
 
 class Sprites(Drawn):
@@ -137,15 +134,15 @@ class Sprites(Drawn):
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
         low, k = (times * count for count in self.objects)
-        scene = {"present": torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)}
-        hue, saturation, value = (uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
+        scene = {"present": torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)}
+        hue, saturation, value = (self.uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
         phase = (torch.tensor([5.0, 3.0, 1.0], device=self.device) + 6 * hue) % 6  # (n, K, 3), HSV to RGB
         scene["rgb"] = value * (1 - saturation * torch.minimum(phase, 4 - phase).clamp(0, 1))
-        scene["shape"] = integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
+        scene["shape"] = self.integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
         if self.library is None:
-            scene["centre"] = place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
-            scene["radius"] = uniform(0.22, 0.38, (n, k), generator)
-            scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
+            scene["centre"] = self.place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
+            scene["radius"] = self.uniform(0.22, 0.38, (n, k), generator)
+            scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
         return scene
 
     def outlines(self, scene, side):
@@ -155,9 +152,8 @@ class Sprites(Drawn):
             images = self.library[scene["shape"].cpu()].to(self.device).bool()
             return images[..., :: 64 // side, :: 64 // side] & present
         offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
-        y, x = (offset / scene["radius"][..., None, None, None]).unbind(2)
-        cos, sin = (f(scene["angle"])[..., None, None] for f in (torch.cos, torch.sin))
-        u, v = cos * x + sin * y, cos * y - sin * x
+        point = (offset / scene["radius"][..., None, None, None]).flip(2).movedim(2, -1)  # (x, y), as `turn` has it
+        u, v = turn(point, scene["angle"][..., None, None]).unbind(-1)
         ellipse, box = u.square() + (v / 0.75).square() < 1, torch.maximum(u.abs(), v.abs()) < 0.8
         triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1)
         return torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle)) & present
@@ -197,10 +193,10 @@ def crop_rays(side, camera):
 
 
 def turn(vector, angle):
-    """vector (..., 3) as seen from a frame turned by `angle` about the vertical."""
-    x, y, z = vector.unbind(-1)
+    """vector (..., 2) or (..., 3) as seen from a frame turned by `angle`, about the vertical."""
+    x, y, *z = vector.unbind(-1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos * x + sin * y, cos * y - sin * x, z], dim=-1)
+    return torch.stack([cos * x + sin * y, cos * y - sin * x, *z], dim=-1)
 
 
 def hit_distance(shape, half, origin, ray):
@@ -221,34 +217,31 @@ def hit_distance(shape, half, origin, ray):
 
 
 class BuiltInClevr(Drawn):
-    """CLEVR-like scenes by a ray caster: tensors of objects (n, K, ...), `camera` (n, 3), `lamps` (n, 3, 3)."""
+    """CLEVR-like scenes by a ray caster; dicts of objects (n, K, ...), camera (n, 3) and lamps (n, 3, 3)."""
 
     name, crop, source = "clevr", "clevr", "built-in CLEVR-like renderer"
 
     def sample(self, n, generator, times=1):
-        """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
         low, k = (times * count for count in self.objects)
         radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
-        radius, shape = radii[integers(0, 2, (n, k), generator)], integers(0, 3, (n, k), generator)
+        radius, shape = radii[self.integers(0, 2, (n, k), generator)], self.integers(0, 3, (n, k), generator)
         scene = {"shape": shape, "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius)}
-        scene["rgb"] = colours[integers(0, len(COLOURS), (n, k), generator)] / 255
-        scene["present"] = torch.arange(k, device=self.device) < integers(low, k + 1, (n, 1), generator)
-        scene["camera"] = camera + uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
-        scene["lamps"] = lamps + uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
-        scene["xy"] = place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)  # CLEVR's rule
-        scene["angle"] = uniform(0, 2 * math.pi, (n, k), generator)
-        scene["metal"] = uniform(0, 1, (n, k), generator) < 0.5
+        scene["rgb"] = colours[self.integers(0, len(COLOURS), (n, k), generator)] / 255
+        scene["present"] = torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)
+        scene["camera"] = camera + self.uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
+        scene["lamps"] = lamps + self.uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
+        scene["xy"] = self.place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)
+        scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
+        scene["metal"] = self.uniform(0, 1, (n, k), generator) < 0.5
         return scene
 
-    @torch.no_grad()
     def render(self, scene):
-        """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
         # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         rays = crop_rays(small, scene["camera"])
-        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)
-        ground = ground.transpose(1, 2).unflatten(2, (small, small))  # (n, 3, small, small)
+        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)  # (n, small^2, 3)
+        ground = ground.mT.unflatten(2, (small, small))
         light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
         rays = crop_rays(side, scene["camera"])
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
@@ -316,11 +309,15 @@ class BuiltInClevr(Drawn):
         return torch.where(scene["metal"][i, k, None], metal, rubber)
 
 
-# ---------------------------------------------------------------- Data: pictures on disk
+# ---------------------------------------------------------------- Data: pictures on disk, sounds, and two notes at once
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
-LISTED = 200_000  # pictures of a split that are used
-CACHE = 2e9  # bytes of them that stay in memory
+LISTED, CACHE = 200_000, 2e9  # pictures of a split that are used; bytes of them that stay in memory
+SOUNDS = ("nsynth-duo", "sounds")  # data sets
+SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
+FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
+LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
+MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note of two may be; that a finished run is judged by
 
 
 def read_mask(path, size, crop):
@@ -328,16 +325,11 @@ def read_mask(path, size, crop):
     mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
     if mask.mode not in ("L", "P"):
         raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
-    mask = square(mask.convert("P"), crop, path)  # numbers, which are not to be interpolated
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+    return np.asarray(square(mask.convert("P"), crop, path).resize((size, size), Image.Resampling.NEAREST))
 
 
 class PictureFolder(Pool):
-    """Pictures on disk, of any size, read when they are needed: of CLEVR's official folder, if asked for, or any other.
-
-    CLEVR's `test` is val, its `valid` the last tenth of train, at most 320; scenes/*.json tells which have so many
-    `objects`. masks/ holds PNGs at the same relative paths. Raises click.UsageError where there are no pictures.
-    """
+    """Pictures on disk, of any size: of CLEVR's official folder, if asked for, or any; or click.UsageError for none."""
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
         places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
@@ -351,7 +343,7 @@ class PictureFolder(Pool):
         self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
 
     def clevr_splits(self, low, high):
-        """{split: paths relative to images/} of scenes of so many objects."""
+        """{split: paths relative to images/} of scenes of so many objects, as scenes/*.json says; `test` is val."""
         found = {}
         for split in ("train", "val"):
             names = sorted(path.name for path in (self.folder / split).glob("*.png"))
@@ -363,16 +355,15 @@ class PictureFolder(Pool):
             if len(names) < 1 + (split == "train"):  # valid takes one
                 raise click.UsageError(f"{self.folder}/{split}: no PNG of a scene with {low} to {high} objects")
             found[split] = [f"{split}/{name}" for name in names]
-        train = found["train"]
-        kept = len(train) - min(320, max(1, len(train) // 10))
-        return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}
+        train, kept = found["train"], -min(320, max(1, len(found["train"]) // 10))
+        return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}  # the last tenth, at most 320
 
     def pictures(self, index, split="train"):
         pictures = [self.readers[split].example(i) for i in self.readers[split].usable(index.tolist())]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def scenes(self, split, n):
-        """The first n pictures of a split that can be read: images, and labels or None where one has no mask."""
+        """The first n pictures of a split that can be read: images, labels, or None where one has no masks/PATH.png."""
         files, reader, labels = self.files[split], self.readers[split], None
         reader.fetch(range(min(n, len(files))))
         numbers = list(itertools.islice((i for i in range(len(files)) if reader.example(i) is not None), n))
@@ -383,30 +374,18 @@ class PictureFolder(Pool):
         return self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255, labels
 
 
-# ---------------------------------------------------------------- Data: sounds, and two notes at once
-
-SOUNDS = ("nsynth-duo", "sounds")  # data sets
-SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
-FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
-LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
-MAX_GAIN_DB = 6.0  # how much louder one note of a mixture may be
-MIXTURES = 500  # of test notes, that a finished run is judged by
-
-
 def root_mean_square(waveform):
     """(..., samples) -> (..., 1)."""
     return waveform.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
 class SoundLevels(nn.Module):
-    """Waveforms (B, SAMPLES) of any loudness -> levels (B, FRAMES, bands, 1) of logarithmic bands, log(1 + 100 m).
-
-    Bands are triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
-    """
+    """Waveforms (B, SAMPLES) of any loudness -> levels (B, FRAMES, bands, 1) of logarithmic bands, log(1 + 100 m)."""
 
     def __init__(self, bands):
         super().__init__()
         self.magnitude = torchaudio.transforms.Spectrogram(SOUND_FFT, hop_length=HOP, power=1)
+        # Triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
         step = math.log2(RATE / 2 / LOWEST) / bands  # octaves
         middle = LOWEST * 2 ** (step * torch.arange(bands, dtype=torch.float64)[:, None])
         frequency = torch.arange(SOUND_FFT // 2 + 1, dtype=torch.float64) * RATE / SOUND_FFT
@@ -431,10 +410,7 @@ class SoundLevels(nn.Module):
 
 
 class Mixtures:
-    """Mixtures of two notes of different instruments and names; of --dataset sounds without --mix sounds as they are.
-
-    Raises click.UsageError where a split has none.
-    """
+    """Mixtures of two notes of different instruments, or, of --dataset sounds without --mix, sounds as they are."""
 
     def __init__(self, options, device):
         self.notes, self.source = load_notes(options, windows=options["dataset"] == "sounds")
@@ -444,7 +420,7 @@ class Mixtures:
             self.sample(split, 1, random_generator("any"))
 
     def sample(self, split, n, generator, own=slice(None)):
-        """Notes and relative levels of the slice `own` of n mixtures: indices (n, parts), decibels (n, parts)."""
+        """The slice `own` of n mixtures: indices and decibels of their notes, (n, parts) each; or click.UsageError."""
         notes, drawn, gain = self.notes[split], [], None
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
@@ -460,9 +436,7 @@ class Mixtures:
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
                 return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
-        raise click.UsageError(
-            f"{split}: hardly two of {len(notes.notes)} notes are of different instruments and pitches: add some"
-        )
+        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
@@ -504,7 +478,7 @@ UPSCALE, UPSCALE_SOUND = 4, 2  # how much coarser than the data feature maps are
 SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas, in half picture widths
 SHADE_EXTENT, DARKEST = 2, 0.7  # how many times as wide a slot may shade the background, and by what logarithm
 CANVAS, CLOSER = 16, 16  # sides of a slot's canvas, doubled for pictures above 64 pixels, and of its closer look
-SHIFT = 0.3  # how far from its cell's middle a slot may stand, in half picture widths
+SHIFT = 0.3  # half picture widths a slot may stand beside its cell: corners are easier to find than objects' middles
 TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas,
 NEIGHBOUR_WEIGHT = 1e-3  # and those beside its own, whose KL still counts so much
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
@@ -531,10 +505,7 @@ def fourier_features(position):
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1).
-
-    Every band is told its offset from the slot's, so that a timbre is drawn the same at any pitch, and its own place.
-    """
+    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1)."""
 
     def __init__(self, d, channels, parts, height):
         super().__init__()
@@ -544,25 +515,21 @@ class BroadcastDecoder(nn.Module):
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
         self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
 
-    @torch.no_grad()
     def start_at(self, colour):
         """Slots of one spectrum (C,) at every band."""
         self.out.weight.mul_(0.3)
         self.out.bias.copy_(colour.repeat_interleave(UPSCALE_SOUND))
 
     def forward(self, z, cell):
-        h = self.from_latent(z)[:, :, None, None]
-        h = h + self.from_offset(fourier_features(self.grid - cell[..., None, None]))
-        h = h + self.from_place(fourier_features(self.grid[None]))
-        h = self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND))  # (M, C, UPSCALE_SOUND, H / UPSCALE_SOUND, 1)
-        return h.transpose(2, 3).flatten(2, 3)  # sub-pixel convolution: (M, C, H, 1)
+        # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
+        offset, place = (fourier_features(grid) for grid in (self.grid - cell[..., None, None], self.grid[None]))
+        h = self.from_latent(z)[:, :, None, None] + self.from_offset(offset) + self.from_place(place)
+        return self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)  # of sub-pixels
 
 
 def resample(source, scale, offset, side):
-    """source (M, C, S, S) at positions scale * (y, x) + offset, all in halves of a side: -> (M, C, side, side).
-
-    Linear, without aliasing, 0 beyond it; scale (M,), offset (M, 2). A spatial transformer (Jaderberg et al. 2015).
-    """
+    """source (M, C, S, S) at scale (M,) * (y, x) + offset (M, 2), in halves of a side: -> (M, C, side, side)."""
+    # A spatial transformer (Jaderberg et al. 2015): linear, without aliasing, 0 beyond the source.
     n, axis = source.shape[-1], position_grid(side, 1)[0, :, 0].to(offset)
     index = ((scale[:, None, None] * axis + offset[..., None] + 1) * n - 1) / 2  # (M, 2, side), into the source
     width = (scale * n / side).clamp(min=1)[:, None, None, None]
@@ -582,8 +549,7 @@ class CanvasDecoder(nn.Module):
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
         self.d_cell, self.side, self.masked = d_cell, side, masked
-        self.start = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2)
-        self.extent = nn.Linear(d_cell, 1)
+        self.start, self.extent = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2), nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
         self.coarse = nn.Sequential(nn.SiLU(), first, nn.PixelShuffle(2), nn.SiLU())
         out = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1)
@@ -592,13 +558,11 @@ class CanvasDecoder(nn.Module):
         self.shade = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)) if shaded else None
         self.mean = nn.Parameter(torch.zeros(parts + masked, CANVAS * fine, CANVAS * fine))
         r2, shade_r2 = (position_grid(n, n).square().sum(0) for n in (CANVAS * fine, CANVAS))
-        self.register_buffer("blob", 2 - 6 * r2, persistent=False)
         self.register_buffer("window", torch.exp(-((0.9 * r2) ** 8)), persistent=False)
         self.register_buffer("shade_window", torch.exp(-((1.2 * shade_r2) ** 2)), persistent=False)
         beyond = torch.tensor([0.0] * (masked + shaded) + [outside] * parts + [-NEUTRAL] * masked)
         self.register_buffer("beyond", beyond[:, None, None], persistent=False)
 
-    @torch.no_grad()
     def start_at(self, colour):
         """Slots as blobs of one colour (C,), in the middle of canvases of middling size."""
         out, fine = self.body[-2], self.body[-1].upscale_factor ** 2
@@ -607,7 +571,7 @@ class CanvasDecoder(nn.Module):
             parameter.zero_()
         self.mean[: len(colour)] = colour[:, None, None]
         if self.masked:
-            self.mean[-1] = self.blob / SHARPNESS
+            self.mean[-1] = (2 - 6 * position_grid(*self.mean.shape[1:]).square().sum(0)) / SHARPNESS
         if self.shade:
             self.shade[0].weight.mul_(0.1)
             self.shade[0].bias.fill_(-3.0)
@@ -640,12 +604,10 @@ class CanvasDecoder(nn.Module):
 def bleed(colours, mask):
     """Colours (M, C, S, S) that, from where the mask (M, 1, S, S) ends, go on as they are a pixel further inside."""
     # Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
+    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
     mask = -F.max_pool2d(-mask, 3, stride=1, padding=1)
-    weight = mask.square() + 1e-3
-    around = torch.cat([weight * colours, weight], dim=1)
-    for _ in range(2):
-        around = F.avg_pool2d(around, 3, stride=1, padding=1)
-    own = mask.square().square()
+    weight, own = mask.square() + 1e-3, mask.square().square()
+    around = smooth(smooth(torch.cat([weight * colours, weight], dim=1)))
     return own * colours + (1 - own) * around[:, :-1] / around[:, -1:]
 
 
@@ -670,11 +632,7 @@ def column_conv(channels_in, channels_out, kernel, stride=1, padding=0):  # of m
 
 
 class Encoder(nn.Module):
-    """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of their slots, features (B, channels).
-
-    Of pictures a slot stands up to SHIFT from its cell's middle: corners are easier to find than middles of objects.
-    Only of sounds is it told positions: else flat ground may outrank objects (docs/mvae-log.md).
-    """
+    """Data (B, C, H, W) -> mu, logvar (B, D, H_l, W_l), place (B, 2, H_l, W_l) of slots, features (B, channels)."""
 
     def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
@@ -684,12 +642,12 @@ class Encoder(nn.Module):
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
-        self.trunk = nn.Sequential(*layers, nn.SiLU())
-        self.head = nn.Conv2d(channels, 2 * d, 1)
+        self.trunk, self.head = nn.Sequential(*layers, nn.SiLU()), nn.Conv2d(channels, 2 * d, 1)
         self.shift = None if sound else nn.Conv2d(channels, 2, 1)
         for parameter in () if sound else self.shift.parameters():
             nn.init.zeros_(parameter)
         self.register_buffer("middles", position_grid(*grid), persistent=False)
+        # Only of sounds is it told positions: of pictures flat ground may outrank objects then (docs/mvae-log.md).
         self.register_buffer("grid", position_grid(*shape[1:]) if sound else None, persistent=False)
 
     def forward(self, x):
@@ -738,12 +696,10 @@ class MVAE(nn.Module):
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
-        if self.sound:
-            self.slot_decoder = BroadcastDecoder(d, channels, parts, size // UPSCALE_SOUND)
-        else:
-            outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
-            about = d, d_cell, channels, parts, side, 1 + (size > 64)
-            self.slot_decoder = CanvasDecoder(*about, outside, masked, masked and at_data)
+        outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
+        canvas = d, d_cell, channels, parts, side, 1 + (size > 64), outside, masked, masked and at_data
+        spectrum = d, channels, parts, size // UPSCALE_SOUND
+        self.slot_decoder = BroadcastDecoder(*spectrum) if self.sound else CanvasDecoder(*canvas)
         self.closer, self.to_image = CloserLook(detail, d_cell, channels) if detail else None, nn.Identity()
         if not at_data:
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
@@ -758,25 +714,19 @@ class MVAE(nn.Module):
         colour = mean.mean((1, 2))
         if self.compose_at == "feature":
             self.to_image[2].bias.copy_(colour.repeat_interleave(UPSCALE**2))
-            return
-        if self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
-            colour = (log_expand(colour) / (self.n_slots if self.op == "sum" else 1)).clamp(min=1e-4).log()
+        elif self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
+            share = log_expand(colour) / (self.n_slots if self.op == "sum" else 1)
+            self.slot_decoder.start_at(share.clamp(min=1e-4).log())
         else:  # with "sum" layers are what a slot adds to it
             self.background.picture.copy_(mean)
-            colour = 0 * colour if self.op == "sum" else colour
-        self.slot_decoder.start_at(colour)
+            self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
 
     def encode(self, image, noise=None, slots=None, detailed=True):
-        """image (B, C, H, W) -> Encoding of N slots; noise (B, BACKGROUND_D) of the background.
-
-        slots: numbers (n,) below MOST_SLOTS of the cells, in the order in which they are chosen, that become slots.
-        """
+        """image (B, C, H, W), noise (B, BACKGROUND_D) -> Encoding of N slots, or choices `slots` (n,) < MOST_SLOTS."""
         mu, logvar, place, features = self.encoder(image)
-        kl_map, background = gaussian_kl(mu, logvar).sum(1), None  # (B, H_l, W_l)
-        kl_all = kl_map.sum((1, 2))
-        if self.background is not None:
-            background, kl = self.background(features, noise)
-            kl_all = kl_all + kl
+        kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
+        background, kl_all = (None, 0.0) if self.background is None else self.background(features, noise)
+        kl_all = kl_all + kl_map.sum((1, 2))
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         index = self.select(kl_map, place, half, self.n_slots if slots is None else self.most_slots)
         index = index if slots is None else index.gather(1, slots.expand(index.shape[0], -1))  # (B, n)
@@ -793,18 +743,15 @@ class MVAE(nn.Module):
 
     @torch.no_grad()
     def select(self, kl_map, place, half, n):
-        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map.
-
-        Greedy non-maximum suppression. Of sounds all but the highest of three cells are discounted; of pictures cells
-        around a chosen one, and those that are, or whose slots would stand, within TAKEN of its canvas, `half` a side.
-        """
+        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map."""
         kl = kl_map.flatten(1)  # (B, H_l * W_l)
-        if half is None:
+        if half is None:  # of sounds all but the highest of three cells are discounted
             highest = F.max_pool2d(kl_map[:, None], 3, stride=1, padding=1).flatten(1)
             return torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
         place, middles, width, chosen = place.flatten(2), self.encoder.middles.flatten(1), 2 / kl_map.shape[1], []
         # Cells far from their slots count less: else all slots may settle at the end of one common shift.
         score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
+        # After each choice cells around it are discounted, and those that are, or whose slots are, within its canvas.
         for _ in range(n):
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
@@ -845,15 +792,11 @@ class MVAE(nn.Module):
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
-        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), and haze (B,):
-
-        the sum of m (1 - m) of the background's mask m, and of m times how far layers change the background there.
-        Without `detailed` closer looks give zeros, at no price.
-        """
+        """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
         encoding = self.encode(image, of_background, detailed=detailed)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
-        z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))
+        z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))  # no closer look
         layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_all)
         mean = self.compose(layer, encoding.background)
         if self.op == "alpha":
@@ -865,7 +808,7 @@ class MVAE(nn.Module):
         return encoding, mean, haze
 
 
-# ---------------------------------------------------------------- Objective
+# ---------------------------------------------------------------- Objective, evaluation
 
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and SEEN_THROUGH times m times a change of it
 SEEN_THROUGH = 10.0  # for mean absolute colour: faint masks and strong colours draw the same (docs/mvae-log.md)
@@ -893,9 +836,6 @@ def objective(image, mean, encoding, haze, beta, sigma):
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
 
 
-# ---------------------------------------------------------------- Evaluation
-
-
 def adjusted_rand_index(predicted, true):
     """Adjusted Rand index (Hubert & Arabie 1985) of two labellings of the same P points: (P,), (P,) -> float."""
     table = F.one_hot(true).double().T @ F.one_hot(predicted).double()
@@ -917,12 +857,7 @@ def match(segment, label, n_slots):
 
 
 def segmentation_scores(responsibility, label):
-    """Scores of one scene: responsibility (N + 1, H, W), label (H, W) -> dict; {} where it has no object of SMALLEST.
-
-    "ari_fg": on true object pixels, the background among the predicted, as in deepmind's segmentation_metrics and
-    EfficientMORL; "ari_fg_slots": the largest of the slots alone. Of slots whose segment, at least SMALLEST of the
-    picture, is mostly of one and the same object, all but one are duplicates.
-    """
+    """Scores of a scene: responsibility (N + 1, H, W), label (H, W) -> dict, {} where it has no object of SMALLEST."""
     foreground, segment = label > 0, responsibility.argmax(0)
     _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
     if not len(shared):
@@ -930,6 +865,8 @@ def segmentation_scores(responsibility, label):
     active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
     claimed = owner[most > 0.5 * sizes[active]]
+    # On true object pixels, the background among the predicted (deepmind's segmentation_metrics, EfficientMORL);
+    # or the largest of the slots alone. Of slots whose segment is mostly of one object, all but one are duplicates.
     scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
     scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
     scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
@@ -937,9 +874,10 @@ def segmentation_scores(responsibility, label):
 
 
 def averages(scores):
-    """Dicts of the same numbers, empty ones left out -> their means."""
-    scores = [score for score in scores if score]
-    return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
+    """Dicts of the same numbers, empty ones left out -> means; of "unexplained" the 95 % quantile too: describe."""
+    columns = {name: [score[name] for score in scores if score] for name in next(filter(None, scores), {})}
+    most = {"unexplained_95": float(np.quantile(columns["unexplained"], 0.95))} if "unexplained" in columns else {}
+    return {name: float(np.mean(column)) for name, column in columns.items()} | most
 
 
 def reconstruct(model, image):
@@ -962,12 +900,7 @@ def evaluate_pictures(model, data, split, n, sigma):
         scores.append({name: value.item() for name, value in score.items()})
         if labels is not None:
             segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
-    return averages(segmentations) | averages(scores) | most_unexplained(scores) | {"scenes": len(images)}
-
-
-def most_unexplained(scores):
-    """What recompose.py tells inputs by that are unlike those learnt: describe."""
-    return {"unexplained_95": float(np.quantile([score["unexplained"] for score in scores], 0.95))}
+    return averages(segmentations) | averages(scores) | {"scenes": len(images)}
 
 
 def si_sdr(estimate, target):
@@ -983,9 +916,8 @@ def assign(ratio):
     return torch.tensor(np.stack(best), device=ratio.device)
 
 
-# Levels (B, FRAMES, bands, 1) of mixtures and their reconstruction, Encoding; of the slot that fits each of S stems
-# layers (B, S, ...), levels alone (B, S, ...), masked mixtures (B, S, samples), dB of SI-SDR gained (B, S). Where only
-# the mixture is known, S = 1, all of that is of every slot, and nothing is gained: None.
+# Levels (B, FRAMES, bands, 1) of mixtures, of their reconstruction, Encoding; of the slot that fits each of S stems, or
+# where S = 1 of all N: layers, levels alone (B, S, ...), masked mixtures (B, S, samples), dB gained (B, S) or None.
 Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
 
 
@@ -997,8 +929,7 @@ def separate(model, levels, stems):
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
     masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
-    parts = inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)  # (B, N, samples)
-    parts = torch.tensor(parts, dtype=mixture.dtype, device=mixture.device)
+    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
@@ -1009,44 +940,36 @@ def separate(model, levels, stems):
 
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
-    """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation.
-
-    "own_instrument": both slots are nearer to their own stem. Recomposed are slots of two mixtures, scored against the
-    mixture of their stems; the baseline is the first mixture itself.
-    """
+    """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
         found = separate(model, data.levels, some)
         magnitude = data.levels.to_stft_magnitude(found.mean).cpu().numpy()
         heard = magnitude, np.abs(stft(some.sum(1).cpu().numpy(), SOUND_FFT, HOP))
-        score = {
-            "mse": (found.mean - found.level).square().mean((1, 2, 3)),
-            "log_likelihood": gaussian_log_likelihood(found.level, found.mean, sigma),
-            "kl": found.encoding.kl_all,
-            "lsd": log_spectral_distance(found.mean, found.level, bins=2),
-            "unexplained": torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
-        }  # fmt: skip
+        score = {"mse": (found.mean - found.level).square().mean((1, 2, 3)), "kl": found.encoding.kl_all}
+        score["log_likelihood"] = gaussian_log_likelihood(found.level, found.mean, sigma)
+        score["lsd"] = log_spectral_distance(found.mean, found.level, bins=2)
+        score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
             own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
             apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
             recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])
-            score |= {
-                "si_sdr_gained": found.gained.mean(1),
-                "own_instrument": (apart.argmin(2) == torch.arange(2, device=apart.device)).all(1).float(),
-                "lsd_recomposed": log_spectral_distance(recomposed, remix, bins=2),
-                "lsd_recomposed_baseline": log_spectral_distance(found.level, remix, bins=2)
-            }  # fmt: skip
+            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
+            nearest = apart.argmin(2) == torch.arange(2, device=apart.device)  # both slots to their own stems
+            score |= {"si_sdr_gained": found.gained.mean(1), "own_instrument": nearest.all(1).float()}
+            score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
+            score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
             gained += found.gained.flatten().tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
-    return averages(scores) | median | most_unexplained(scores) | {"mixtures": len(scores)}
+    return averages(scores) | median | {"mixtures": len(scores)}
 
 
-# ---------------------------------------------------------------- Figures and sounds
+# ---------------------------------------------------------------- Figures, sounds, graphs
 
 SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170),
                      (0, 172, 193), (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)])  # fmt: skip
+UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
 
 
 @torch.no_grad()
@@ -1073,13 +996,13 @@ def show_sounds(model, data, run, n=5, heard=2):
         slots, names = found.alone[b], [f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(found.encoding.kl[b])]
         if known:
             slots = torch.stack([data.levels.as_loud(stems[b]), slots], dim=1).flatten(0, 1)
-            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b].tolist())]
-            names = list(itertools.chain(*gains))
-        level = torch.cat([found.level[b : b + 1], found.mean[b : b + 1], slots])
+            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b])]
+            names = itertools.chain(*gains)
+        level = torch.stack([found.level[b], found.mean[b], *slots])
         magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
-        names = [f"mixture {b}", "reconstruction", *names]
-        row = [Tile(tile, name, known and "slot" in name) for tile, name in zip(tiles, names, strict=True)]
+        named = zip(tiles, (f"mixture {b}", "reconstruction", *names), strict=True)
+        row = [Tile(tile, name, known and "slot" in name) for tile, name in named]
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
         kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
         rows.append([row[0], Tile(kl_tile(heat, kl_map, cell), "KL map"), *row[1:]])
@@ -1093,16 +1016,13 @@ def show_sounds(model, data, run, n=5, heard=2):
             run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded / loudest)
 
 
-# ---------------------------------------------------------------- Graphs
-
-
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; pictures hold blobs, so that cells differ in KL."""
     generator, sound = random_generator("graphs"), model.sound
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
-    levels = SoundLevels(model.size) if sound else nn.Identity()
+    levels, inputs = (SoundLevels(model.size), {"waveform": waveform}) if sound else (nn.Identity(), {"image": image})
     names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
 
     def encode(data, slots=None):
@@ -1115,27 +1035,20 @@ def graphs(model):
 
     encoder = Graph(names, encode, model, levels)
     encoder.optional = ("slots",)
-    slots = {"slots": torch.arange(model.n_slots)}
-    layer = {"layer": model.decode(z, cell)}
-    if model.background is not None:
-        layer["background"] = model.encode(image).background.contiguous()
-    made = {
-        "encoder": (encoder, ({"waveform": waveform} if sound else {"image": image}) | slots),
-        "decoder": (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell}),
-        "composer": (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
-    }  # fmt: skip
+    background = {} if sound else {"background": model.encode(image).background.contiguous()}
+    layer = {"layer": model.decode(z, cell)} | background
+    made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
+    made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
+    made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     if sound:
         made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
     return made
 
 
-UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
-
-
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
-    usual = model.config["valid"].get("unexplained_95")  # of no run of an earlier commit
-    unlike = {} if usual is None else {"unlike": UNLIKE * usual}
+    scores = model.config["valid"]  # those of runs of earlier commits lack this one
+    unlike = {"unlike": UNLIKE * scores["unexplained_95"]} if "unexplained_95" in scores else {}
     if not model.sound:
         return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
@@ -1145,23 +1058,22 @@ def describe(model):
 
 # ---------------------------------------------------------------- Command line
 
-PRESETS = {
-    "sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
-    "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
-    "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
-                   "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}
-}  # fmt: skip
+PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
+           "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
+           "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
+                          "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
 PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
-FOREIGN = {
-    "sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
-    "pictures": ("families", "download", "mix", "objects"),
-    "nsynth-duo": ("objects", "detail", "mix"), "sounds": ("objects", "detail", "families", "download"),
-}  # fmt: skip
+FOREIGN = {"sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
+           "pictures": ("families", "download", "mix", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
+           "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
+build = partial(build_model, MVAE)  # options -> an untrained model
+load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, sound = options["size"], options["cells"], options["n_slots"], options["dataset"] in SOUNDS
+    size, cells, n, dataset = (options[name] for name in ("size", "cells", "n_slots", "dataset"))
+    sound, for_pictures = dataset in SOUNDS, options["op"] == "alpha" or options["compose_at"] == "feature"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
@@ -1170,17 +1082,12 @@ def check_options(options):
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
-        f"--dataset {options['dataset']}: expected --data-root, a folder of your own":
-            options["data_root"] or options["dataset"] not in ("pictures", "sounds"),
-        "--op alpha and --compose feature are for pictures":
-            not (sound and (options["op"] == "alpha" or options["compose_at"] == "feature"))
+        f"--dataset {dataset}: expected --data-root, a folder of your own":
+            options["data_root"] or dataset not in ("pictures", "sounds"),
+        "--op alpha and --compose feature are for pictures": not (sound and for_pictures)
     }  # fmt: skip
     for broken in (rule for rule, kept in rules.items() if not kept):
         raise click.UsageError(broken)
-
-
-build = partial(build_model, MVAE)  # options -> an untrained model
-load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
@@ -1199,7 +1106,6 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
-    # 1. Options, device, data.
     settle_options(context, options)
     check_options(options)
     device = start_device(options["device"], options["seed"])
@@ -1208,7 +1114,7 @@ def main(context, **options):
     evaluate, show, n = kinds[options["dataset"] in SOUNDS]
     n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
-    # 2. The model, which starts from the mean of the data.
+    # The model, which starts from the mean of the data.
     model = build(options)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
@@ -1217,7 +1123,7 @@ def main(context, **options):
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # 3. Train; figures and scores of the valid split at every tenth, of the test split at the end.
+    # Training; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
             run.report(evaluate(model, data, "valid", n_valid, sigma))
