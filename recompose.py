@@ -11,8 +11,8 @@
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
 every slot alone, the recomposition. A slot of a sound is a soft mask on its input's spectrum, at the input's own rate,
-in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. Models are folders written by
-`export.py`. This file and such a folder can be taken elsewhere: `uv run recompose.py ...`.
+in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. This file, and a model's folder that
+`export.py` writes, can be taken elsewhere: `uv run recompose.py ...`.
 """
 
 import io
@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-import soxr
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MODELS = Path(__file__).parent / "models"
@@ -72,10 +71,9 @@ def load_picture(path, size, crop):
 
 
 def square(picture, crop, where):
-    """The square of a picture that a model sees; one that is square already is taken whole.
+    """The square of a picture that a model sees; all of one that is square. click.UsageError where there is none.
 
-    crop "clevr": side 0.6 W, centred horizontally, its centre W/64 below the middle; "centre": the largest in the
-    middle; "fit": all of it, between bars of its mean colour. Raises click.UsageError where there is no such square.
+    crop "clevr": side 0.6 W, its centre W/64 below the middle; "centre": the largest; "fit": all, in its mean colour.
     """
     width, height = picture.size
     if width == height:
@@ -128,6 +126,8 @@ def fit(waveform, n):
 
 def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
+    import soxr
+
     n = int(-(-waveform.shape[-1] * wanted // rate))
     return waveform if rate == wanted else fit(soxr.resample(waveform.T, rate, wanted).T, n)
 
@@ -196,7 +196,7 @@ def levels(magnitude):
 
 def unexplained(found, true):
     """The share of the variance of `true` that `found` leaves, of arrays of one shape."""
-    return np.square(found - true).mean() / max(true.var(), 1e-9)
+    return ((found - true) ** 2).mean() / max(true.var(), 1e-9)
 
 
 def split_at_onsets(waveform, rate, longest):
@@ -576,7 +576,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
-            raise click.UsageError(f"--out: {path} is a folder, or in none that exists, or would overwrite an input")
+            raise click.UsageError(f"--out: {path} is a folder, would overwrite an input, or its folder does not exist")
     model = Model(folder or SHIPPED[kind], kind, n_slots, bool(vocoder or edits["transpose"]))
     if edits["front"] and model.about["op"] != "alpha":
         raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")

@@ -82,7 +82,7 @@ def test_a_documented_command_is_one_that_would_start(what, arguments, monkeypat
         if option == "--data-root":
             (tmp_path / value).mkdir()
     for value in arguments if what == "recompose.py" else ():
-        if Path(value).suffix in (".png", ".jpg", ".wav", ".flac"):
+        if Path(value).suffix in (".png", ".jpg", *recompose.SOUNDS):
             (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / value).touch()
     with script.main.make_context(what, arguments) as context:

@@ -148,8 +148,8 @@ def test_what_is_not_finite_is_not_written(inputs, tmp_path, broken):
 
 def test_inputs_unlike_what_a_model_has_learnt_are_told(clevr_run, inputs, capsys):
     model = recompose.Model(clevr_run / "export", "mvae-image")
-    for usual, told in (({"misfit": 1.0}, False), ({"misfit": 0.0}, True), ({}, False)):
-        model.about.pop("misfit", None)
+    for usual, told in (({"unlike": 1.0}, False), ({"unlike": 0.0}, True), ({}, False)):
+        model.about.pop("unlike", None)
         model.about |= usual
         recompose.recompose_pictures(model, [inputs / "a.png"], [{0: {}}])
         assert ("a.png: unlike the objects that this model has learnt" in capsys.readouterr().err) == told
