@@ -65,18 +65,20 @@ def load_file(path, read, kinds, error):
 def split_files(root, suffixes, most, skipped=()):
     """Files below `root`, but for folders `skipped` in it: {split: paths relative to it}, at most `most` in each.
 
-    80, 10 and 10 % of all, decided, as is which of too many are used and their order, by a hash of each path, so that
-    no file changes sides when others come or go. Raises click.UsageError where a split would be empty.
+    80, 10, 10 % by a hash of each path: none changes sides when others come. click.UsageError where a split is empty.
     """
-    found = {split: [] for split in SPLITS}
+    found, total = {split: [] for split in SPLITS}, 0
     for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
         place = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if name[0] != "." and (place / name).as_posix() not in skipped]
         for name in (name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
             path = (place / name).as_posix()
             share = int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest()) / 2**64
-            found[SPLITS[(share >= 0.8) + (share >= 0.9)]].append((share, path))
-    kept, total = {split: sorted(files)[:most] for split, files in found.items()}, sum(map(len, found.values()))
+            files, total = found[SPLITS[(share >= 0.8) + (share >= 0.9)]], total + 1
+            files.append((share, path))
+            if len(files) > 2 * most:
+                files[:] = sorted(files)[:most]  # millions of paths would take a gigabyte
+    kept = {split: sorted(files)[:most] for split, files in found.items()}
     for split in (split for split, files in kept.items() if not files):
         there = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
         raise click.UsageError(f"{there} (names decide: 80 % train, 10 % valid, 10 % test); about 30 are mostly enough")
@@ -101,8 +103,8 @@ class Reader:
             return None if file in self.left_out else self.load(file)
         except click.UsageError as fault:
             self.left_out.add(file)
-            name = fault.message.encode(errors="replace").decode()  # the file's may not be UTF-8
-            tqdm.write(f"left out of {self.split}, {len(self.left_out)} so far: {name}")
+            text = f"left out of {self.split}, {len(self.left_out)} so far: {fault.message}"
+            tqdm.write(text.encode(errors="replace").decode())  # a file's name may not be UTF-8
 
     def fetch(self, numbers):
         """Read the files of these examples that are not in memory, together."""
@@ -603,9 +605,9 @@ def build_model(kind, options):
 
 def load_model(folder, kind):
     """The trained model of a run folder; its `config` is config.json, step, last valid scores. Click exceptions."""
-    config, curve = load_config(folder), Path(folder) / "curve.json"
+    config, curve, last = load_config(folder), Path(folder) / "curve.json", lambda path: read_json(path)[-1]
     model = build_model(kind, config["options"])
-    valid = read_json(curve)[-1] if curve.is_file() else {}
+    valid = load_file(curve, last, {}, click.UsageError) if curve.is_file() else {}
     model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"], "valid": valid}
     return model.eval()
 
@@ -622,11 +624,10 @@ def versions():
 class Graph(nn.Module):
     """A function of a model as a module to export; examples of `optional` inputs are defaults in an ONNX file."""
 
-    optional = ()
-
-    def __init__(self, outputs, function, *modules):
+    def __init__(self, outputs, function, *modules, optional=()):
         super().__init__()
         self.outputs, self.function, self.modules_used = outputs, function, nn.ModuleList(modules)
+        self.optional = optional
 
     def forward(self, *inputs):
         return self.function(*inputs)

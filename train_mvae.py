@@ -1033,8 +1033,7 @@ def graphs(model):
         composed = model.compose(layer, background)
         return levels.to_stft_magnitude(composed) if sound else composed
 
-    encoder = Graph(names, encode, model, levels)
-    encoder.optional = ("slots",)
+    encoder = Graph(names, encode, model, levels, optional=("slots",))
     background = {} if sound else {"background": model.encode(image).background.contiguous()}
     layer = {"layer": model.decode(z, cell)} | background
     made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
@@ -1106,6 +1105,7 @@ def check_options(options):
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
+    # 1. Options, device, data.
     settle_options(context, options)
     check_options(options)
     device = start_device(options["device"], options["seed"])
@@ -1114,7 +1114,7 @@ def main(context, **options):
     evaluate, show, n = kinds[options["dataset"] in SOUNDS]
     n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
-    # The model, which starts from the mean of the data.
+    # 2. The model, which starts from the mean of the data.
     model = build(options)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
@@ -1123,7 +1123,7 @@ def main(context, **options):
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # Training; figures and scores of the valid split at every tenth, of the test split at the end.
+    # 3. Training; figures and scores of the valid split at every tenth, of the test split at the end.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
             run.report(evaluate(model, data, "valid", n_valid, sigma))

@@ -433,3 +433,12 @@ def test_a_run_on_ones_own_pictures_needs_a_folder_and_keeps_its_name(tmp_path):
     assert "ari_fg" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
     result = CliRunner().invoke(train_mvae.main, list(map(str, args)))
     assert result.exit_code == 2 and "expected --data-root, a folder of your own" in result.output
+
+
+def test_a_damaged_curve_ends_in_one_clear_line(tmp_path):
+    options = train_mvae.main.make_context("", ["--dataset", "sprites", "--size", "16", "--cells", "4"]).params
+    about = {"script": "train_mvae", "options": options, "data": {}, "history": []}
+    (tmp_path / "config.json").write_text(json.dumps(about, default=str))
+    (tmp_path / "curve.json").write_text("[")
+    with pytest.raises(click.UsageError, match=r"curve\.json: missing, damaged"):
+        train_mvae.load(tmp_path)
