@@ -802,7 +802,7 @@ class MVAE(nn.Module):
         if self.op == "alpha":
             behind = alpha_masks(layer)[:, 0]  # (B, 1, h, w)
             haze = (behind * (1 - behind)).sum((1, 2, 3))
-            if self.compose_at == "data":
+            if self.compose_at == "data" and not detailed:
                 shaded = encoding.background * layer[:, :, 1:2].sum(1).exp()
                 haze = haze + SEEN_THROUGH * (behind * (mean - shaded)).abs().mean(1).sum((1, 2))
         return encoding, mean, haze
@@ -810,8 +810,8 @@ class MVAE(nn.Module):
 
 # ---------------------------------------------------------------- Objective, evaluation
 
-HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and SEEN_THROUGH times m times a change of it
-SEEN_THROUGH = 10.0  # for mean absolute colour: faint masks and strong colours draw the same (docs/mvae-log.md)
+HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and before slots look closer SEEN_THROUGH times
+SEEN_THROUGH = 10.0  # m times a change of the background: faint masks and strong colours draw the same, later halos
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
