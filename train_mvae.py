@@ -485,7 +485,6 @@ BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 k
 MOST_SLOTS = 12  # that an exported encoder can be asked for
 NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks, or the maximum, pass over it
 SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
-LEAK = 0.01  # of colours beyond 0 and 1: else a mask may stay faint, and colours make up for it (docs/mvae-log.md)
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
@@ -586,7 +585,6 @@ class CanvasDecoder(nn.Module):
         canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
         if self.masked:
             colours, logit = canvas.split([len(canvas[0]) - 1, 1], dim=1)
-            colours = torch.lerp(colours.clamp(0, 1), colours, LEAK) if self.shade else colours
             logit = SHARPNESS * logit
             canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
