@@ -547,12 +547,12 @@ def test_a_damaged_picture_is_named_once_and_another_takes_its_place(tmp_path, s
 def test_training_finds_objects(tmp_path, monkeypatch):
     """200 steps on scenes of two sprites already tell the two apart."""
     monkeypatch.setattr(train_mvae, "SCENES", 64)
-    args = ["--dataset", "sprites", "--objects", 2, 2, "--N", 2, "--channels", 24, "--beta", 1, "--steps", 200]
+    args = ["--dataset", "sprites", "--objects", 2, 2, "--N", 2, "--channels", 24, "--beta", 1, "--lr", 4e-3]
     monkeypatch.setattr(train_mvae, "show_pictures", lambda *_: None)
-    train(*args, "--size", 32, "--cells", 8, "--device", "cpu", "--out", tmp_path / "run")
+    train(*args, "--steps", 200, "--size", 32, "--cells", 8, "--device", "cpu", "--out", tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["mse"] < 0.015 < metrics["mse_baseline"]  # black pictures: 0.026
-    assert metrics["ari_fg_slots"] > 0.6  # one slot for all: 0
+    assert metrics["mse"] < 0.02 < metrics["mse_baseline"]  # black pictures; four seeds had 0.007 to 0.015
+    assert metrics["ari_fg"] > 0.4 > metrics["step_0/ari_fg"]  # one slot for all: 0; four seeds had 0.55 to 0.74
 
 
 # ---------------------------------------------------------------- Options
