@@ -11,8 +11,7 @@
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
 every slot alone, the recomposition. A slot of a sound is a soft mask on its input's spectrum, at the input's own rate,
-in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. This file, and a model's folder that
-`export.py` writes, can be taken elsewhere: `uv run recompose.py ...`.
+in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. This file runs alone: `uv run ...`.
 """
 
 import io
@@ -20,7 +19,7 @@ import json
 import os
 import re
 import struct
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,8 +80,7 @@ def square(picture, crop, where):
     if crop == "centre":
         return ImageOps.fit(picture, (min(width, height),) * 2)
     if crop == "fit":
-        mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-        return ImageOps.pad(picture, (max(width, height),) * 2, color=mean)
+        return ImageOps.pad(picture, (max(width, height),) * 2, color=picture.reduce((width, height)).getpixel((0, 0)))
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
         expected = "a square, or for CLEVR's crop a height of at least 0.64 W; recompose.py --crop takes others"
@@ -153,7 +151,7 @@ def save_sound(path, waveform, rate):
 
 FADE = 0.02  # s in which a window goes over into the next
 APART, PROMINENCE = 0.3, 0.3  # s between onsets; of their peaks in the spectral flux, in levels
-STAY = 10.0  # what it counts, in squared spreads, that a slot stays where it was
+COMPARED, WIDTH, STAY = 128, 0.25, 1.0  # windows compared with; of a density's kernel; nats for a cell that stays
 
 
 def stft(waveform, n_fft, hop):
@@ -182,8 +180,8 @@ def soft_masks(magnitude):
 
 def extend(masks, bins, frames):
     """Masks (N, F, T) for a spectrum of other bins, beyond which the highest octave's mean goes on, and frames."""
-    above = masks[:, masks.shape[1] // 2 :].mean(1, keepdims=True).repeat(max(0, bins - masks.shape[1]), 1)
-    masks = np.concatenate([masks, above], axis=1)[:, :bins, :frames]
+    higher, octave = max(0, bins - masks.shape[1]), (masks.shape[1] + 1) // 2
+    masks = np.pad(masks, ((0, 0), (0, higher), (0, 0)), "mean", stat_length=octave)[:, :bins, :frames]
     return np.pad(masks, ((0, 0), (0, 0), (0, frames - masks.shape[2])), mode="edge")
 
 
@@ -219,26 +217,33 @@ def split_at_onsets(waveform, rate, longest):
 def follow(mu, cell, kl):
     """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N).
 
-    Clusters of one slot of every window (constrained k-means, Wagstaff et al. 2001), in order of KL; distances are in
-    units of each latent's spread within clusters, less STAY where the cell is the one of a window before.
+    Clusters of one slot of every window, in order of KL, in which the density of each slot's latents among those of the
+    other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
     """
     from scipy.optimize import linear_sum_assignment
 
-    present, tried = (kl > EMPTY) + 1e-3, []
-    for start in np.unique(np.linspace(0, len(mu) - 1, 10).astype(int)):
-        centre, spread, order = mu[start], mu.var((0, 1)) + 1e-6, np.zeros(kl.shape, int)
-        for _ in range(20):
-            distance, before = (np.square(mu[:, None] - centre[:, None]) / spread).sum(-1), cell[0] + np.inf
-            for w, own in enumerate(distance * present[:, None]):  # (clusters, N)
-                stays = (cell[w] == before[:, None]).all(-1)
-                order[w] = linear_sum_assignment(own - STAY * stays)[1]
-                before = cell[w, order[w]]
-            own, weight = (np.take_along_axis(values, order[..., None], 1) for values in (mu, present[..., None]))
-            centre = (weight * own).sum(0) / weight.sum(0)
-            spread = ((weight * np.square(own - centre)).sum((0, 1)) + 2 * mu.var((0, 1)) + 1e-6) / (weight.sum() + 2)
-        tried.append((np.log(spread).sum(), order))
-    order = min(tried, key=lambda pair: pair[0])[1]
-    return order[:, np.argsort(-np.take_along_axis(kl, order, 1).sum(0), kind="stable")]
+    (windows, n), order, before, tried = kl.shape, [], cell[0] + np.inf, []
+    some = np.unique(np.linspace(0, windows - 1, COMPARED).astype(int))  # not all, which may be thousands
+    scaled = mu / np.sqrt(WIDTH * mu.shape[2] * (mu.var((0, 1)) + 1e-9))
+    squared, inner = np.square(scaled).sum(2), np.tensordot(scaled, scaled[some], (2, 2))  # (W, N, windows `some`, N)
+    near = np.exp(2 * inner - squared[:, :, None, None] - squared[some])
+    near[some, :, np.arange(len(some))] = 0  # a window says nothing of itself
+
+    def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
+        density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
+        fit = np.log(density + 0.01) * ((kl[w] > EMPTY) + 1e-3)
+        chosen = linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
+        return chosen, fit[np.arange(n), chosen].sum()
+
+    for start in np.unique(np.linspace(0, len(some) - 1, 10).astype(int)):
+        placed, fits = np.tile(np.arange(n), (len(some), 1)), np.zeros(len(some))
+        for sweep, (i, w) in product(range(10), enumerate(some)):  # the first compares with window `start` alone
+            placed[i], fits[i] = place(w, placed, slice(None) if sweep else slice(start, start + 1))
+        tried.append((fits.sum(), placed))
+    for w in range(windows):
+        order.append(place(w, max(tried, key=lambda pair: pair[0])[1], stays=(cell[w] == before[:, None]).all(-1))[0])
+        before = cell[w, order[-1]]
+    return np.array(order)[:, np.argsort(-np.take_along_axis(kl, np.array(order), 1).sum(0), kind="stable")]
 
 
 # ---------------------------------------------------------------- Drawing
@@ -442,13 +447,9 @@ def recompose_pictures(model, inputs, kept, crop=None):
         rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
         backgrounds.append(background)
         for k, edits in slots.items():
-            part = layer[:, [k]]
-            if "move" in edits:
-                right, down = edits["move"]
-                part = model.decode(z[:, [k]], cell[:, [k]] + np.float32([2 * down, 2 * right]))
-            if "front" in edits:
-                part[:, :, 0] += 10  # how near it is: others are at most 2
-            parts.append(part)
+            moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
+            parts.append(model.decode(z[:, [k]], moved) if "move" in edits else layer[:, [k]])
+            parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")
 
@@ -461,7 +462,6 @@ def recompose_sounds(model, inputs, kept, vocoder=False):
         rate, channels = form = form or (found, samples.shape[1])
         samples = samples if samples.shape[1] == channels else samples.mean(1, keepdims=True).repeat(channels, 1)
         part = recompose_sound(model, path, resample_sound(samples.T, found, rate), rate, slots, vocoder, rows)
-        del samples
         both = [part] if result is None else [fit(one, max(part.shape[1], result.shape[1])) for one in (part, result)]
         result = sum(both[1:], both[0])
     heard = resample_sound(result.mean(0), rate, own)
