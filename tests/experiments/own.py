@@ -111,7 +111,7 @@ def score(run_dir):
     masks = data.root.with_name(f"{data.root.name}-masks")
     images = data.scenes("test", train_mvae.SCENES)[0]
     files = [file for file in data.files["test"] if (masks / file).with_suffix(".png").is_file()][: len(images)]
-    labels = [torch.from_numpy(read_mask((masks / f).with_suffix(".png"), model.size, data.crop)).long() for f in files]
+    labels = [torch.tensor(read_mask((masks / f).with_suffix(".png"), model.size, data.crop)).long() for f in files]
     click.echo(f"{len(labels)} test pictures of {data.source}\n\n| score | trained | step 0 |\n|-|-|-|")
     columns = []
     for one in (model, load_start(model, data)):
