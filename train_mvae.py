@@ -1,15 +1,13 @@
 """Multi-Entity VAE (Nash et al. 2017): the top-N cells of a posterior map become slots, each decoded alone.
 
     python train_mvae.py --dataset sprites
-    python train_mvae.py --dataset clevr --data-root CLEVR_v1.0
-    python train_mvae.py --dataset clevr --N 4 --op sum
-    python train_mvae.py --dataset nsynth-duo --data-root nsynth
+    python train_mvae.py --dataset clevr --N 4 --op sum --data-root CLEVR_v1.0
+    python train_mvae.py --dataset nsynth-duo --data-root nsynth        # or four notes: --objects 2 4 --N 4
     python train_mvae.py --dataset pictures --data-root my_pictures     # any folder of pictures
     python train_mvae.py --dataset sounds --data-root my_sounds --mix   # any folder of sounds, two at once
 
-For who wants to see pictures, or mixtures of two notes (4 s at 16 kHz), fall apart into entities without labels.
-Without --data-root, CLEVR-like scenes are drawn by a ray caster below, and notes are synthesised. Results:
-docs/mvae.md and docs/mvae-audio.md.
+Pictures, or mixtures of notes (4 s at 16 kHz), fall apart into entities without labels. Without --data-root, CLEVR-like
+scenes are drawn by a ray caster below, and notes are synthesised. Results: docs/mvae.md and docs/mvae-audio.md.
 """
 
 import copy
@@ -36,8 +34,8 @@ from common import (  # isort: skip
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, levels, load_picture, soft_masks, spectrum_tile,
-    square, stft, to_uint8, unexplained,
+    EMPTY, LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, levels, load_picture, soft_masks,
+    spectrum_tile, square, stft, to_uint8, unexplained,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem
@@ -160,7 +158,6 @@ class Sprites(Drawn):
 
     def render(self, scene):
         """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
-        # At twice the size, then averaged: edges are smooth.
         outlines = self.outlines(scene, 2 * self.size if self.library is None else min(2 * self.size, 64))
         number = torch.arange(1, outlines.shape[1] + 1, device=self.device)[:, None, None]
         label = (outlines * number).amax(1)  # the last on top
@@ -317,7 +314,7 @@ SOUNDS = ("nsynth-duo", "sounds")  # data sets
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
-MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note of two may be; that a finished run is judged by
+MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note may be than another; that a finished run is judged by
 
 
 def read_mask(path, size, crop):
@@ -410,32 +407,37 @@ class SoundLevels(nn.Module):
 
 
 class Mixtures:
-    """Mixtures of two notes of different instruments, or, of --dataset sounds without --mix, sounds as they are."""
+    """Mixtures of notes of different instruments, or, of --dataset sounds without --mix, sounds as they are."""
 
     def __init__(self, options, device):
         self.notes, self.source = load_notes(options, windows=options["dataset"] == "sounds")
-        self.parts = 2 if options["dataset"] == "nsynth-duo" or options["mix"] else 1
+        self.fewest, self.parts = options["objects"] if options["dataset"] == "nsynth-duo" or options["mix"] else (1, 1)
         self.seed, self.device, self.levels = options["seed"], device, SoundLevels(options["size"]).to(device)
         for split in SPLITS:
             self.sample(split, 1, random_generator("any"))
 
     def sample(self, split, n, generator, own=slice(None)):
-        """The slice `own` of n mixtures: indices and decibels of their notes, (n, parts) each; or click.UsageError."""
-        notes, drawn, gain = self.notes[split], [], None
+        """The slice `own` of n mixtures: numbers of their notes, their decibels, -inf for none; or click.UsageError."""
+        notes, drawn, decibels = self.notes[split], [], None
+        a, b = torch.triu_indices(self.parts, self.parts, 1)  # all pairs of a mixture's notes
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
             pitch, instrument = notes.pitch[some], notes.instrument[some]
-            # In unison or octaves apart two notes share all harmonics. Of single sounds no differences are left.
-            apart = (pitch.diff(dim=1) % 12 != 0) | (pitch < 0).any(1, keepdim=True)
-            drawn += some[(apart & (instrument.diff(dim=1) != 0)).all(1)].tolist()
+            # In unison or octaves apart two notes share all harmonics. Of single sounds no pairs are left.
+            apart = ((pitch[:, a] - pitch[:, b]) % 12 != 0) | (pitch[:, a] < 0) | (pitch[:, b] < 0)
+            drawn += some[(apart & (instrument[:, a] != instrument[:, b])).all(1)].tolist()
             if len(drawn) < n:
                 continue
-            gain = MAX_GAIN_DB * (torch.rand(n, 1, generator=generator) - 0.5) if gain is None else gain
+            if decibels is None:
+                gain = MAX_GAIN_DB * (torch.rand(n, max(1, self.parts - 1), generator=generator) - 0.5)
+                count = torch.randint(self.fewest, self.parts + 1, (n, 1), generator=generator)
+                decibels = torch.cat([gain, -gain.mean(1, keepdim=True)], dim=1)[:, : self.parts]
+                decibels = decibels.masked_fill(torch.arange(self.parts) >= count, -math.inf)
             notes.fetch(itertools.chain(*drawn[:n][own]))
-            ways = ((pair for pair in drawn[i::n] if notes.usable(pair) == pair) for i in range(n)[own])
+            ways = ((one for one in drawn[i::n] if notes.usable(one) == one) for i in range(n)[own])
             chosen = [next(way, None) for way in ways]
             if None not in chosen:
-                return torch.tensor(chosen), torch.cat([gain, -gain], dim=1)[own, : self.parts]
+                return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
 
     def stems(self, split, pair, decibels):
@@ -490,9 +492,8 @@ SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
 LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
-# What the encoder says of B pictures or sounds, slots in order of falling KL: mu, logvar (B, N, D), cell (B, N, 2), the
-# (y, x) where every slot stands, kl (B, N) of its cell, kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all
-# (B,) of all latents: those of all cells, of the background and of the slots' closer looks.
+# What the encoder says of B pictures or sounds, slots by falling KL: mu, logvar (B, N, D), cell (B, N, 2) as (y, x), kl
+# (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all (B,): of all cells, background, closer looks.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
 OCTAVES = 6  # of the Fourier features of a place along the frequency
 
@@ -540,9 +541,9 @@ def resample(source, scale, offset, side):
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
-    The first `d_cell` latents say how large, so that near and far objects have the same resolution. Drawn are colours,
-    or features, that are `outside` where the canvas ends, with `shaded` before them the logarithm of how far the slot
-    darkens the background, with `masked` first of all how near it is, and last a mask's logit.
+    The first `d_cell` latents say how large: near and far objects have one resolution. Drawn are colours, or features,
+    `outside` where the canvas ends; with `shaded`, before them, by what logarithm the background is darkened; with
+    `masked`, first of all, how near the slot is, and last a mask's logit.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
@@ -681,9 +682,8 @@ class Background(nn.Module):
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
-    compose_at "feature": the slots' feature maps are combined and decoded on together. `detail` of a slot's `d` latents
-    come from a closer look. Of a `dataset` of SOUNDS data are levels (B, FRAMES, size, 1): height is the logarithm of
-    a frequency, colours are times, and layers, logarithms of magnitudes, are combined as magnitudes.
+    compose_at "feature": slots' feature maps are combined and decoded on. `detail` of a slot's `d` latents come from a
+    closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes.
     """
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
@@ -817,8 +817,7 @@ CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene
 
 def gaussian_log_likelihood(x, mean, sigma):
     """log N(x; mean, sigma^2) summed over all but the first axis: (B, ...) -> (B,), in nats."""
-    log_density = -0.5 * ((x - mean) / sigma).square() - math.log(sigma) - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(1).sum(1)
+    return torch.distributions.Normal(mean, sigma).log_prob(x).flatten(1).sum(1)
 
 
 def kl_weight(progress, beta, last, warmup):
@@ -863,8 +862,8 @@ def segmentation_scores(responsibility, label):
     active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
     claimed = owner[most > 0.5 * sizes[active]]
-    # On true object pixels, the background among the predicted (deepmind's segmentation_metrics, EfficientMORL);
-    # or the largest of the slots alone. Of slots whose segment is mostly of one object, all but one are duplicates.
+    # On true object pixels, the background among the predicted; or the largest of the slots alone. Duplicates: all but
+    # one of the slots whose segments are mostly of one object.
     scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
     scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
     scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
@@ -931,9 +930,11 @@ def separate(model, levels, stems):
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
     ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
-    slot = assign(ratio)  # (B, S), of ratio (B, N, S)
+    silent = stems.abs().amax(2) == 0  # (B, S)
+    slot = assign(ratio.masked_fill(silent[:, None], -100.0))  # (B, S), of ratio (B, N, S)
     gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
-    return Separation(level, mean, encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
+    own = layer[b, slot], alone[b, slot], parts[b, slot], gained.masked_fill(silent, math.nan)
+    return Separation(level, mean, encoding, *own)
 
 
 @torch.no_grad()
@@ -949,15 +950,16 @@ def evaluate_sounds(model, data, split, n, sigma):
         score["lsd"] = log_spectral_distance(found.mean, found.level, bins=2)
         score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
-            own = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, (-1, 2))
+            own, silent = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, some.shape[:2]), found.gained.isnan()
             apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
             recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
             remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
-            nearest = apart.argmin(2) == torch.arange(2, device=apart.device)  # both slots to their own stems
-            score |= {"si_sdr_gained": found.gained.mean(1), "own_instrument": nearest.all(1).float()}
+            nearest = apart.diagonal(dim1=1, dim2=2) <= apart.masked_fill(silent[:, None], math.inf).amin(2)  # (B, S)
+            score |= {"si_sdr_gained": found.gained.nanmean(1), "own_instrument": (nearest | silent).all(1).float()}
+            score["slot_count_error"] = ((found.encoding.kl >= EMPTY).sum(1) - (~silent).sum(1)).abs()
             score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
             score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
-            gained += found.gained.flatten().tolist()
+            gained += found.gained[~silent].tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
     return averages(scores) | median | {"mixtures": len(scores)}
@@ -993,8 +995,9 @@ def show_sounds(model, data, run, n=5, heard=2):
     for b in range(len(stems)):
         slots, names = found.alone[b], [f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(found.encoding.kl[b])]
         if known:
-            slots = torch.stack([data.levels.as_loud(stems[b]), slots], dim=1).flatten(0, 1)
-            gains = [(f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b])]
+            sounds = ~found.gained[b].isnan()
+            slots = torch.stack([data.levels.as_loud(stems[b])[sounds], slots[sounds]], dim=1).flatten(0, 1)
+            gains = ((f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b][sounds]))
             names = itertools.chain(*gains)
         level = torch.stack([found.level[b], found.mean[b], *slots])
         magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
@@ -1004,8 +1007,7 @@ def show_sounds(model, data, run, n=5, heard=2):
         heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
         kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
         rows.append([row[0], Tile(kl_tile(heat, kl_map, cell), "KL map"), *row[1:]])
-    below = "under a slot, SI-SDR that its mask gains" if known else "every slot decoded alone"
-    run.figure("separation", contact_sheet(rows, f"Sounds taken apart; {below}"))
+    run.figure("separation", contact_sheet(rows, "Sounds taken apart; above slots, what their masks gain"))
     for b in range(min(heard, len(stems))):
         loudest = 2 * stems[b].sum(0).abs().max().cpu()
         run.sound(f"mixture{b}", stems[b].sum(0).cpu() / loudest)
@@ -1057,27 +1059,28 @@ def describe(model):
 
 PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
            "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
-           "nsynth-duo": {"size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
-                          "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
+           "nsynth-duo": {"objects": (2, 2), "size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "op": "sum",
+                          "channels": 64, "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
 PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
 FOREIGN = {"sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
-           "pictures": ("families", "download", "mix", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
-           "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
+           "pictures": ("families", "download", "mix", "objects"), "nsynth-duo": ("detail", "mix"),
+           "sounds": ("detail", "families", "download")}  # fmt: skip
 build = partial(build_model, MVAE)  # options -> an untrained model
 load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, dataset = (options[name] for name in ("size", "cells", "n_slots", "dataset"))
+    size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "objects"))
     sound, for_pictures = dataset in SOUNDS, options["op"] == "alpha" or options["compose_at"] == "feature"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     rules = {
-        "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
+        "--objects: expected the fewest first": low <= high,
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
+        f"--objects: expected 2 to {n} notes, a slot for each": not sound or 2 <= low <= high <= n,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
         f"--dataset {dataset}: expected --data-root, a folder of your own":
             options["data_root"] or dataset not in ("pictures", "sounds"),
@@ -1089,7 +1092,7 @@ def check_options(options):
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
-@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="In a scene: fewest, and most.")
+@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="Or notes: fewest, and most.")
 @families_option
 @click.option("--mix", is_flag=True, help="Two sounds at once, of different folders or files.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")

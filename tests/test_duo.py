@@ -1,5 +1,7 @@
 """Two notes at once: mixtures, levels, masks, scores by hand and by torchmetrics, the model and its run folder."""
 
+import copy
+import itertools
 import json
 import math
 
@@ -23,7 +25,7 @@ from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, Mixtures, SoundLevels
 def duos():
     options = {
         "dataset": "nsynth-duo", "data_root": None, "download": False, "families": ["bass", "flute", "vocal"],
-        "seed": 0, "size": 64,
+        "seed": 0, "size": 64, "objects": (2, 2),
     }  # fmt: skip
     return Mixtures(options, torch.device("cpu"))
 
@@ -55,6 +57,21 @@ def test_notes_of_a_mixture_are_of_two_instruments_and_share_not_all_harmonics(d
         notes = duos.notes[split].notes
         for a, b in duos.sample(split, 100, random_generator("y"))[0].tolist():
             assert notes[a].instrument != notes[b].instrument and (notes[a].pitch - notes[b].pitch) % 12
+
+
+def test_of_two_to_four_notes_every_pair_is_of_two_instruments_and_those_left_out_are_silent(duos):
+    band = copy.copy(duos)
+    band.fewest, band.parts = 2, 4
+    chosen, decibels = band.sample("train", 200, random_generator("band"))
+    notes, counts = duos.notes["train"].notes, decibels.isfinite().sum(1)
+    assert counts.unique().tolist() == [2, 3, 4] and counts.bincount()[2:].min() > 40
+    assert (decibels.isfinite() == (torch.arange(4) < counts[:, None])).all()
+    for some in chosen.tolist():
+        for a, b in itertools.combinations(some, 2):
+            assert notes[a].instrument != notes[b].instrument and (notes[a].pitch - notes[b].pitch) % 12
+    stems = band.stems("train", chosen[:20], decibels[:20])
+    assert torch.equal(stems.abs().amax(2) == 0, decibels[:20].isinf())
+    torch.testing.assert_close(train_mvae.root_mean_square(stems.sum(1))[:, 0], torch.full((20,), LOUDNESS))
 
 
 def test_few_mixtures_of_a_split_are_the_first_of_many_and_no_instrument_is_in_two_splits(duos):
@@ -92,7 +109,7 @@ def write_tones(root, names, seconds=1):
 
 def own(root, mix=True):
     options = {"dataset": "sounds", "mix": mix, "data_root": root, "download": False, "families": None, "seed": 0}
-    return Mixtures(options | {"size": 64}, torch.device("cpu"))
+    return Mixtures(options | {"size": 64, "objects": (2, 2)}, torch.device("cpu"))
 
 
 def pairs(data, split):
@@ -219,6 +236,16 @@ def test_slots_that_know_their_stems_part_two_tones(duos):
     assert found.gained.mean().item() == pytest.approx(expected, abs=0.5)  # of stems as loud as each other: 0 dB before
 
 
+@torch.no_grad()
+def test_a_stem_that_is_silent_takes_no_slot_from_others_and_has_no_score(duos):
+    tone = LOUDNESS / 0.1 * tones(440.0, 623.0)
+    stems = torch.stack([tone[0], 0 * tone[0], tone[1]])[None]  # (1, 3, SAMPLES)
+    found = train_mvae.separate(Knowing(duos.levels, stems), duos.levels, stems)
+    assert found.gained[0].isnan().tolist() == [False, True, False]
+    assert found.gained[0, [0, 2]].min() > 15
+    torch.testing.assert_close(found.alone[0], duos.levels.as_loud(stems[0]))
+
+
 # ---------------------------------------------------------------- Vocoder
 
 
@@ -296,7 +323,8 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
     [
         (["--op", "alpha"], "--op alpha and --compose feature are for pictures"),
         (["--compose", "feature"], "--op alpha and --compose feature are for pictures"),
-        (["--objects", "1", "2"], "--objects does not belong to"),
+        (["--objects", "1", "2"], "--objects: expected 2 to 2 notes, a slot for each"),
+        (["--objects", "2", "5", "--N", "4"], "--objects: expected 2 to 4 notes, a slot for each"),
         (["--N", "1"], "--N 1: expected 2 to"),
         (["--families", "mallet,bass"], "others need --data-root"),
         (["--data-root", "nowhere"], "no such folder"),
