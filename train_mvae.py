@@ -2,7 +2,7 @@
 
     python train_mvae.py --dataset sprites
     python train_mvae.py --dataset clevr --N 4 --op sum --data-root CLEVR_v1.0
-    python train_mvae.py --dataset nsynth-duo --data-root nsynth        # or four notes: --objects 2 4 --N 4
+    python train_mvae.py --dataset nsynth-duo --data-root nsynth        # or four notes: --voices 2 4 --N 4
     python train_mvae.py --dataset pictures --data-root my_pictures     # any folder of pictures
     python train_mvae.py --dataset sounds --data-root my_sounds --mix   # any folder of sounds, two at once
 
@@ -411,7 +411,7 @@ class Mixtures:
 
     def __init__(self, options, device):
         self.notes, self.source = load_notes(options, windows=options["dataset"] == "sounds")
-        self.fewest, self.parts = options["objects"] if options["dataset"] == "nsynth-duo" or options["mix"] else (1, 1)
+        self.fewest, self.parts = options["voices"] if options["dataset"] == "nsynth-duo" or options["mix"] else (1, 1)
         self.seed, self.device, self.levels = options["seed"], device, SoundLevels(options["size"]).to(device)
         for split in SPLITS:
             self.sample(split, 1, random_generator("any"))
@@ -635,7 +635,7 @@ class Encoder(nn.Module):
 
     def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
-        conv, kernel = (column_conv, 7) if sound else (nn.Conv2d, 3)  # harmonics of one note stand octaves apart
+        conv, kernel = (column_conv, grid[0] // 8 | 1) if sound else (nn.Conv2d, 3)  # an octave: harmonics stand apart
         # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
         layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
@@ -929,12 +929,11 @@ def separate(model, levels, stems):
     parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)
-    ratio, b = si_sdr(parts[:, :, None], stems[:, None]), torch.arange(len(stems), device=stems.device)[:, None]
-    silent = stems.abs().amax(2) == 0  # (B, S)
-    slot = assign(ratio.masked_fill(silent[:, None], -100.0))  # (B, S), of ratio (B, N, S)
-    gained = ratio.mT.gather(2, slot[..., None])[..., 0] - si_sdr(mixture[:, None], stems)
-    own = layer[b, slot], alone[b, slot], parts[b, slot], gained.masked_fill(silent, math.nan)
-    return Separation(level, mean, encoding, *own)
+    ratio = si_sdr(parts[:, :, None], stems[:, None]) - si_sdr(mixture[:, None], stems)[:, None]  # (B, N, S), gained
+    silent, b = stems.abs().amax(2) == 0, torch.arange(len(stems), device=stems.device)[:, None]
+    slot = assign(ratio.masked_fill(silent[:, None], 0.0))  # (B, S)
+    gained = torch.where(silent, math.nan, ratio.mT.gather(2, slot[..., None])[..., 0])
+    return Separation(level, mean, encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
 
 
 @torch.no_grad()
@@ -1059,28 +1058,28 @@ def describe(model):
 
 PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
            "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
-           "nsynth-duo": {"objects": (2, 2), "size": 192, "cells": 48, "n_slots": 2, "d": 24, "detail": 0, "op": "sum",
-                          "channels": 64, "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
+           "nsynth-duo": {"size": 192, "cells": 96, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
+                          "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
 PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
-FOREIGN = {"sprites": ("families", "download", "mix"), "clevr": ("families", "mix"),
-           "pictures": ("families", "download", "mix", "objects"), "nsynth-duo": ("detail", "mix"),
-           "sounds": ("detail", "families", "download")}  # fmt: skip
+FOREIGN = {"sprites": ("families", "download", "mix", "voices"), "clevr": ("families", "mix", "voices"),
+           "pictures": ("families", "download", "mix", "voices", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
+           "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
 build = partial(build_model, MVAE)  # options -> an untrained model
 load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
-    size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "objects"))
+    size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "voices"))
     sound, for_pictures = dataset in SOUNDS, options["op"] == "alpha" or options["compose_at"] == "feature"
     unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
     rules = {
-        "--objects: expected the fewest first": low <= high,
+        "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
-        f"--objects: expected 2 to {n} notes, a slot for each": not sound or 2 <= low <= high <= n,
+        f"--voices: expected the fewest first, and at most {n}, a slot for each": not sound or low <= high <= n,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
         f"--dataset {dataset}: expected --data-root, a folder of your own":
             options["data_root"] or dataset not in ("pictures", "sounds"),
@@ -1092,9 +1091,10 @@ def check_options(options):
 
 @training_command(SCRIPT, PRESETS, FOREIGN)
 @click.option("--size", type=click.IntRange(16), default=64, help="Height and width of pictures; bands of sounds.")
-@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="Or notes: fewest, and most.")
+@click.option("--objects", type=click.IntRange(1, 10), nargs=2, default=(3, 6), help="In a scene: fewest, and most.")
 @families_option
 @click.option("--mix", is_flag=True, help="Two sounds at once, of different folders or files.")
+@click.option("--voices", type=click.IntRange(2, 10), nargs=2, default=(2, 2), help="Notes at once: fewest, and most.")
 @click.option("--N", "n_slots", type=click.IntRange(1), default=4, help="Slots.")
 @click.option("--D", "d", type=click.IntRange(1), default=20, help="Latents of a slot.")
 @click.option("--detail", type=click.IntRange(0), default=10, help="Those of them that come from a closer look.")

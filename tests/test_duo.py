@@ -25,7 +25,7 @@ from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, Mixtures, SoundLevels
 def duos():
     options = {
         "dataset": "nsynth-duo", "data_root": None, "download": False, "families": ["bass", "flute", "vocal"],
-        "seed": 0, "size": 64, "objects": (2, 2),
+        "seed": 0, "size": 64, "voices": (2, 2),
     }  # fmt: skip
     return Mixtures(options, torch.device("cpu"))
 
@@ -109,7 +109,7 @@ def write_tones(root, names, seconds=1):
 
 def own(root, mix=True):
     options = {"dataset": "sounds", "mix": mix, "data_root": root, "download": False, "families": None, "seed": 0}
-    return Mixtures(options | {"size": 64, "objects": (2, 2)}, torch.device("cpu"))
+    return Mixtures(options | {"size": 64, "voices": (2, 2)}, torch.device("cpu"))
 
 
 def pairs(data, split):
@@ -323,8 +323,10 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
     [
         (["--op", "alpha"], "--op alpha and --compose feature are for pictures"),
         (["--compose", "feature"], "--op alpha and --compose feature are for pictures"),
-        (["--objects", "1", "2"], "--objects: expected 2 to 2 notes, a slot for each"),
-        (["--objects", "2", "5", "--N", "4"], "--objects: expected 2 to 4 notes, a slot for each"),
+        (["--objects", "1", "2"], "--objects does not belong to"),
+        (["--voices", "1", "2"], "1 is not in the range"),
+        (["--voices", "3", "2", "--N", "4"], "--voices: expected the fewest first"),
+        (["--voices", "2", "5", "--N", "4"], "at most 4, a slot for each"),
         (["--N", "1"], "--N 1: expected 2 to"),
         (["--families", "mallet,bass"], "others need --data-root"),
         (["--data-root", "nowhere"], "no such folder"),

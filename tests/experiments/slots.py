@@ -31,7 +31,8 @@ def load_run(folder, data_root=None):
     Raises click.UsageError where those are not the data that the run was trained on.
     """
     model = train_mvae.load(folder)
-    options = model.config["options"]
+    defaults = train_mvae.main.make_context("", ["--dataset", model.config["options"]["dataset"]]).params
+    options = defaults | model.config["options"]  # of earlier commits some may be missing
     root = data_root or options["data_root"]
     data = train_mvae.load_data(options | {"data_root": root and Path(root), "download": False}, torch.device("cpu"))
     if data.source != model.config["data"]["source"]:
