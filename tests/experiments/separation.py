@@ -5,8 +5,11 @@
     python -m tests.experiments.separation --data-root nsynth --run runs/mvae-nsynth-duo-sum-N2-seed0
 
 Prints the SI-SDR gained, in dB: that of the mixture itself, which nothing is done to, is 0 by definition. With --run
-also the run's own, before and after training, and whether a classifier hears the families of the notes in its slots.
+also the run's own, before and after training, on all mixtures and on kinds of them, how many of them leave a slot all
+but empty, and whether a classifier hears the families of the notes in its slots. The data may be others than the run's.
 """
+
+from pathlib import Path
 
 import click
 import numpy as np
@@ -18,7 +21,7 @@ import train_mvae
 from common import FOLDER, griffin_lim, random_generator
 from recompose import inverse_stft, soft_masks, stft
 from tests.experiments.judges import train_classifier
-from tests.experiments.slots import load_run, load_start
+from tests.experiments.slots import load_start
 from train_mvae import SOUND_FFT, assign, root_mean_square, separate, si_sdr
 
 CHUNK = 20  # mixtures at a time
@@ -89,6 +92,28 @@ def compare(data, n, models):
     return {name: torch.cat(parts) for name, parts in gained.items()}
 
 
+def pairs_of(data, n):
+    """The notes of the first n test mixtures: (n, 2)."""
+    return data.sample("test", max(n, train_mvae.MIXTURES), random_generator("held out"))[0][:n]
+
+
+def kinds(data, families, n):
+    """{kind of mixture: which of the first n test mixtures are of it, (n,) bool}."""
+    notes, pair = data.notes["test"], pairs_of(data, n)
+    apart, bass = notes.pitch[pair].diff(dim=1)[:, 0].abs(), torch.zeros(n, dtype=torch.bool)
+    if "bass" in families:
+        bass = (notes.family[pair] == families.index("bass")).any(1)
+    fifths, near = apart % 12 == 7, apart <= 2
+    return {"a bass among them": bass, "no bass": ~bass, "fifths, twelfths": fifths, "one or two semitones": near}
+
+
+@torch.no_grad()
+def nearly_empty(model, data, n):
+    """The share of the first n test mixtures whose weaker slot has less than 10 nats."""
+    least = [model.encode(data.levels(some.sum(1))).kl.amin(1) for some in data.mixtures("test", n).split(CHUNK)]
+    return (torch.cat(least) < 10).double().mean().item()
+
+
 @torch.no_grad()
 def family_agreement(classifier, model, data, n):
     """How often a classifier hears the family of a stem: in its slot alone, its mask, the mixture, the stem itself.
@@ -98,7 +123,7 @@ def family_agreement(classifier, model, data, n):
     family: "ceiling".
     """
     notes, stems, right = data.notes["test"], data.mixtures("test", n), {}
-    pair = data.sample("test", max(n, train_mvae.MIXTURES), random_generator("held out"))[0][:n]  # those of `mixtures`
+    pair = pairs_of(data, n)
     family = notes.family[pair]
     for i in range(0, n, CHUNK):
         some, own = stems[i : i + CHUNK], pair[i : i + CHUNK].flatten()
@@ -117,25 +142,36 @@ def family_agreement(classifier, model, data, n):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data-root", type=FOLDER, help="NSynth's folders; without, those of the run, or the built-in notes.")
+@click.option("--data-root", type=FOLDER, help="NSynth's folders; without, those of the run, or built-in notes.")
 @click.option("--run", "run_dir", type=FOLDER, help="Run folder of train_mvae.py --dataset nsynth-duo.")
 @click.option("--mixtures", type=click.IntRange(1), default=train_mvae.MIXTURES, help="Of the test split.")
 def main(data_root, run_dir, mixtures):
     """Print the SI-SDR gained, in dB, by every way to take two notes apart."""
     models = {}
+    options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params
     if run_dir:
-        model, data = load_run(run_dir, data_root)
-        if not model.sound or data.parts == 1:
-            raise click.UsageError(f"--run {run_dir}: expected a run on nsynth-duo, or on sounds with --mix")
+        model = train_mvae.load(run_dir)
+        options |= model.config["options"]
+    root = data_root or options["data_root"]
+    data = train_mvae.load_data(options | {"data_root": root and Path(root), "download": False}, torch.device("cpu"))
+    click.echo(f"{mixtures} mixtures of the test split; data: {data.source}")
+    if run_dir:
+        if not model.sound or data.parts != 2:
+            raise click.UsageError(f"--run {run_dir}: expected a run on two notes at once, not of other --voices")
         models = {"the run at step 0": load_start(model, data), f"the run, step {model.config['step']}": model}
-    else:
-        options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params
-        data = train_mvae.load_data(options | {"data_root": data_root}, torch.device("cpu"))
-    click.echo(f"{mixtures} mixtures of the test split; data: {data.source}\n")
-    click.echo("| SI-SDR gained, dB | mean | median |\n|-|-|-|\n| the mixture itself (baseline) | 0 | 0 |")
-    for name, values in compare(data, mixtures, models).items():
+        click.echo(f"the run was trained on: {model.config['data']['source']}")
+    click.echo("\n| SI-SDR gained, dB | mean | median |\n|-|-|-|\n| the mixture itself (baseline) | 0 | 0 |")
+    gained = compare(data, mixtures, models)
+    for name, values in gained.items():
         click.echo(f"| {name} | {values.mean():.1f} | {values.flatten().quantile(0.5):.1f} |")
+    click.echo("\n| SI-SDR gained, dB, by kind | mixtures | NMF, n_fft 512 | ideal masks, model's resolution | the run |")
+    click.echo("|-|-|-|-|-|")
+    shown = *list(gained)[:1], "ideal masks at the model's resolution", *list(models)[1:]
+    for kind, chosen in kinds(data, options["families"], mixtures).items():
+        means = [f"{gained[name][chosen].mean():.1f}" if chosen.any() else "" for name in shown]
+        click.echo(f"| {kind} | {int(chosen.sum())} | {' | '.join(means)} |")
     if run_dir:
+        click.echo(f"\nmixtures whose weaker slot has less than 10 nats: {nearly_empty(model, data, mixtures):.1%}")
         click.echo("\n| share of families heard by a classifier | trained | step 0 |\n|-|-|-|")
         classifier = train_classifier(data.notes["train"], len(model.config["options"]["families"]))
         start, trained = (family_agreement(classifier, m, data, mixtures) for m in models.values())
