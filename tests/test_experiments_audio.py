@@ -6,10 +6,11 @@ import librosa
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import write_nsynth
 
 import common
-from common import RATE, built_in_notes, synthesise
-from tests.experiments import conditional, griffin_lim, judges
+from common import RATE, SPLITS, built_in_notes, load_notes, random_generator, synthesise
+from tests.experiments import conditional, griffin_lim, judges, rough
 from tests.experiments.judges import FamilyClassifier, detect_pitch
 
 
@@ -75,3 +76,39 @@ def test_the_griffin_lim_study_prints_its_tables():
 @pytest.mark.parametrize("command", [conditional.main, griffin_lim.main])
 def test_the_experiments_have_a_help(command):
     assert "--data-root" in CliRunner().invoke(command, ["--help"]).output
+
+
+# ---------------------------------------------------------------- Roughened and made-up notes
+
+
+def test_made_up_notes_have_the_pitch_asked_for_and_no_two_are_alike():
+    pitch = torch.tensor([40, 52, 60, 60, 67, 76])
+    notes = rough.make_up(pitch, random_generator("made"))
+    assert notes.isfinite().all() and notes[:, -800:].abs().max() < 0.2 * notes.abs().max()
+    found = detect_pitch(notes)
+    assert (((found - pitch) + 6) % 12 - 6).abs().median() < 0.2  # in some the octave is louder
+    assert torch.nn.functional.cosine_similarity(notes[2], notes[3], dim=0).abs() < 0.9
+
+
+def test_roughened_notes_keep_their_pitch_and_differ_from_what_they_were():
+    notes = torch.stack([tone(midi, partials=6, samples=4 * RATE) for midi in (48, 57, 64, 71)])
+    changed = rough.roughen(notes, random_generator("rough"))
+    assert torch.equal(changed, rough.roughen(notes, random_generator("rough"))) and changed.isfinite().all()
+    assert (detect_pitch(changed) - detect_pitch(notes)).abs().median() < 0.2
+    alike = torch.nn.functional.cosine_similarity(changed, notes).abs()
+    assert alike.min() < 0.99 and alike.max() > 0.3
+
+
+def test_a_roughened_folder_is_read_as_nsynths_and_has_clean_notes_to_train_on_alone(tmp_path):
+    root = write_nsynth(tmp_path / "nsynth", [("bass", 40), ("flute", 74)])
+    args = ["--data-root", str(root), "--out", str(tmp_path / "out"), "--variants", "2"]
+    for _ in range(2):  # again, over what is there
+        printed = CliRunner().invoke(rough.main, args, catch_exceptions=False).output
+    assert f"{tmp_path / 'out'}: 8 train, 2 valid, 2 test" in printed
+    options = {"data_root": tmp_path / "out", "families": ["bass", "flute"], "download": False}
+    notes = load_notes(options)[0]
+    assert [len(notes[split].notes) for split in SPLITS] == [8, 2, 2]
+    names = {note.name for note in notes["train"].notes}
+    assert {"bass_acoustic_000-040-100", "bass_acoustic_000-040-100-1", "flute_acoustic_001-074-100-made"} <= names
+    assert len({note.instrument for note in notes["train"].notes}) == 4  # two, and a made-up one for each note
+    assert notes["train"].waveform(torch.arange(8)).isfinite().all()

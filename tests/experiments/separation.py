@@ -164,7 +164,9 @@ def main(data_root, run_dir, mixtures):
     gained = compare(data, mixtures, models)
     for name, values in gained.items():
         click.echo(f"| {name} | {values.mean():.1f} | {values.flatten().quantile(0.5):.1f} |")
-    click.echo("\n| SI-SDR gained, dB, by kind | mixtures | NMF, n_fft 512 | ideal masks, model's resolution | the run |")
+    click.echo(
+        "\n| SI-SDR gained, dB, by kind | mixtures | NMF, n_fft 512 | ideal masks, model's resolution | the run |"
+    )
     click.echo("|-|-|-|-|-|")
     shown = *list(gained)[:1], "ideal masks at the model's resolution", *list(models)[1:]
     for kind, chosen in kinds(data, options["families"], mixtures).items():
