@@ -9,8 +9,9 @@ import torch
 from click.testing import CliRunner
 from test_data import write_clevr
 
+from common import RATE, griffin_lim
 from recompose import load_picture
-from tests.experiments import curves, grid, mixed, properties, separation, slots, transfer
+from tests.experiments import curves, exchange, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
 from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, Encoding, PictureFolder, separate
 
@@ -266,3 +267,30 @@ def test_a_run_is_scored_on_scenes_it_was_not_trained_on(clevr_run, sprites_run,
     printed = invoke(transfer.main, clevr_run, "--data-root", tmp_path / "few", "--objects", 1, 10)
     assert "CLEVR folder few" in printed and "2 scenes | " in printed
     assert CliRunner().invoke(transfer.main, [str(sprites_run)]).exit_code == 2
+
+
+@torch.no_grad()
+def test_slots_exchange_their_cells_and_stay_with_their_stems(duo_run):
+    model, data = slots.load_run(duo_run)
+    stems = data.mixtures("test", 2)
+    stay, move = exchange.heard(model, data, stems)
+    found = separate(model, data.levels, stems)
+    alone = griffin_lim(data.levels.to_stft_magnitude(found.alone[1]))
+    torch.testing.assert_close(stay[1], alone[:, : stems.shape[2]], atol=1e-4, rtol=0)
+    assert stay.shape == move.shape == stems.shape and not torch.allclose(stay, move)
+
+
+def test_how_often_an_exchange_is_heard_is_printed(duo_run, monkeypatch):
+    monkeypatch.setattr(FamilyClassifier, "STEPS", 3)
+    printed = invoke(exchange.main, duo_run, "--mixtures", 2)
+    assert "| pitch, exchanged | " in printed and "| family of the other stem (baseline) | " in printed
+
+
+def test_what_is_asked_for_is_what_a_perfect_exchange_gives():
+    t = torch.arange(4 * RATE) / RATE
+    stems = torch.stack([torch.sin(2 * torch.pi * f * t) for f in (220.0, 330.0)])[None]
+    first = lambda waveform: (waveform[:, :10].abs().amax(1) * 0).long()  # noqa: E731  # hears one family in all
+    hits = exchange.judge(stems, stems, stems.flip(1), torch.ones(1, 2, 1), first)
+    assert all(hit.all() for hit in hits.values())
+    hits = exchange.judge(stems, stems, stems, torch.ones(1, 2, 1), first)
+    assert hits["pitch, where it is"].all() and not hits["pitch, exchanged"].any()

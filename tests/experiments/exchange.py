@@ -1,0 +1,80 @@
+"""The pitch of one note with the timbre of the other: two slots of a mixture exchange their cells.
+
+    python -m tests.experiments.exchange runs/mvae-nsynth-duo-sum-N2-seed0 --data-root nsynth
+
+Slots of test mixtures are decoded at each other's cells and heard through Griffin-Lim. Pitches are YIN's, and families
+those that the classifier of tests/experiments/judges.py hears: both held against what is heard in the stems, beside
+slots that stay where they are. DisMix (Luo et al. 2024), which learns from pitch labels, reports 93.4 % of pitches and
+100 % of instruments on a set of its own.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+import train_mvae
+from common import FOLDER, griffin_lim, random_generator
+from tests.experiments.judges import detect_pitch, train_classifier
+from train_mvae import root_mean_square, separate
+
+TOGETHER, NEAR = 10, 0.5  # mixtures; semitones that a pitch may be away
+
+
+@torch.no_grad()
+def heard(model, data, stems):
+    """Stems (B, 2, samples) -> each one's slot where it is, and where the other stem's is: (B, 2, samples) each."""
+    found = separate(model, data.levels, stems)
+    layer, b = model.decode(found.encoding.mu, found.encoding.cell), torch.arange(len(stems))[:, None]
+    slot = (layer[:, None] == found.layer[:, :, None]).flatten(3).all(3).int().argmax(2)  # (B, S), of each stem
+    mu, cell = found.encoding.mu[b, slot], found.encoding.cell[b, slot]
+    alone = [model.alone(model.decode(mu, where)).flatten(0, 1) for where in (cell, cell.flip(1))]
+    sounds = [griffin_lim(data.levels.to_stft_magnitude(levels))[:, : stems.shape[2]] for levels in alone]
+    return [sound.unflatten(0, stems.shape[:2]) for sound in sounds]
+
+
+def judge(stems, stay, move, loudness, classifier):
+    """{what: hits of every slot, (B * 2,) bool}; loudness (B, 2, 1) is what notes had before they were mixed."""
+    sounds = {"stem": stems, "stay": stay, "move": move}
+    pitch = {name: detect_pitch(sound.flatten(0, 1)).unflatten(0, stems.shape[:2]) for name, sound in sounds.items()}
+    family = {
+        name: classifier((sound * loudness / root_mean_square(sound)).flatten(0, 1)).unflatten(0, stems.shape[:2])
+        for name, sound in sounds.items()
+    }
+    hits = {
+        "pitch, where it is": (pitch["stay"] - pitch["stem"]).abs() < NEAR,
+        "pitch, exchanged": (pitch["move"] - pitch["stem"].flip(1)).abs() < NEAR,
+        "family, where it is": family["stay"] == family["stem"],
+        "family, exchanged": family["move"] == family["stem"],
+        "family of the other stem (baseline)": family["stem"].flip(1) == family["stem"],
+    }
+    return {name: hit.flatten() for name, hit in hits.items()}
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("run_dir", type=FOLDER)
+@click.option("--data-root", type=FOLDER, help="NSynth's folders; without, built-in notes.")
+@click.option("--mixtures", type=click.IntRange(1), default=100, help="Of the test split.")
+def main(run_dir, data_root, mixtures):
+    """Print how often pitch and family are heard where they were put."""
+    model = train_mvae.load(run_dir)
+    options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params | model.config["options"]
+    root = data_root and Path(data_root)
+    data = train_mvae.load_data(options | {"data_root": root, "download": False}, torch.device("cpu"))
+    if not model.sound or data.parts != 2:
+        raise click.UsageError(f"{run_dir}: expected a run of train_mvae.py on two notes at once")
+    classifier = train_classifier(data.notes["train"], len(options["families"]))
+    pair = data.sample("test", max(mixtures, train_mvae.MIXTURES), random_generator("held out"))[0]
+    hits = []
+    parts = data.mixtures("test", mixtures).split(TOGETHER), pair[:mixtures].split(TOGETHER)
+    for stems, own in tqdm(zip(*parts, strict=True), total=len(parts[0]), disable=None):
+        loudness = root_mean_square(data.notes["test"].waveform(own.flatten())).unflatten(0, own.shape)
+        hits.append(judge(stems, *heard(model, data, stems), loudness, classifier))
+    click.echo(f"{mixtures} mixtures of the test split; data: {data.source}\n\n| heard as in the stem | |\n|-|-|")
+    for name in hits[0]:
+        click.echo(f"| {name} | {torch.cat([one[name] for one in hits]).double().mean():.1%} |")
+
+
+if __name__ == "__main__":
+    main()
