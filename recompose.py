@@ -417,8 +417,8 @@ def explain(model, rows, result, what):
     """Say what inputs hold, and draw the figure; rows: path, tile, KL tile, slots' tiles and KL, slots kept, misfit."""
     sheet, caption = [], ["of the framed slots"]
     for i, (path, tile, heat, slots, kl, kept, misfit) in enumerate(rows):
-        held = int((kl >= EMPTY).sum())
-        click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {len(kl) - held} empty slots")
+        held, empty = (int(some.sum()) for some in (kl >= EMPTY, kl < EMPTY))
+        click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {empty} empty slot{'s' * (empty != 1)}")
         if misfit > model.about.get("unlike", np.inf):
             click.echo(f"{path}: unlike the {what}s that this model has learnt; expect nonsense", err=True)
         sheet.append([Tile(tile, "input"), Tile(heat, "KL map")])
