@@ -996,8 +996,7 @@ def show_sounds(model, data, run, n=5, heard=2):
         if known:
             sounds = ~found.gained[b].isnan()
             slots = torch.stack([data.levels.as_loud(stems[b])[sounds], slots[sounds]], dim=1).flatten(0, 1)
-            gains = ((f"stem {k}", f"its slot: {gain:+.1f} dB") for k, gain in enumerate(found.gained[b][sounds]))
-            names = itertools.chain(*gains)
+            names = sum(((f"stem {k}", f"its slot: {db:+.1f} dB") for k, db in enumerate(found.gained[b][sounds])), ())
         level = torch.stack([found.level[b], found.mean[b], *slots])
         magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
@@ -1080,6 +1079,7 @@ def check_options(options):
             size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
         f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
         f"--voices: expected the fewest first, and at most {n}, a slot for each": not sound or low <= high <= n,
+        "--voices is for --mix": dataset != "sounds" or options["mix"] or high == 2,
         f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
         f"--dataset {dataset}: expected --data-root, a folder of your own":
             options["data_root"] or dataset not in ("pictures", "sounds"),

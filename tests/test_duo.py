@@ -330,6 +330,7 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
         (["--N", "1"], "--N 1: expected 2 to"),
         (["--families", "mallet,bass"], "others need --data-root"),
         (["--data-root", "nowhere"], "no such folder"),
+        (["--dataset", "sounds", "--data-root", ".", "--voices", "2", "3", "--N", "3"], "--voices is for --mix"),
         (["--dataset", "sounds"], "--dataset sounds: expected --data-root, a folder of your own"),
         (["--mix"], "--mix does not belong to --dataset nsynth-duo"),
     ],

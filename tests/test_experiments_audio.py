@@ -112,3 +112,4 @@ def test_a_roughened_folder_is_read_as_nsynths_and_has_clean_notes_to_train_on_a
     assert {"bass_acoustic_000-040-100", "bass_acoustic_000-040-100-1", "flute_acoustic_001-074-100-made"} <= names
     assert len({note.instrument for note in notes["train"].notes}) == 4  # two, and a made-up one for each note
     assert notes["train"].waveform(torch.arange(8)).isfinite().all()
+    assert CliRunner().invoke(rough.main, ["--data-root", str(root), "--out", str(root)]).exit_code == 2

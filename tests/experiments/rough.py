@@ -9,7 +9,6 @@ bends; tremolo, unsteady loudness, other attacks and decays; saturation; smooth 
 clicks and drift below hearing; each in some notes alone, and as strong as it comes.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import FOLDER, RATE, SAMPLES, SPLITS, TIMBRES, load_notes, random_generator
+from common import FOLDER, RATE, SAMPLES, SPLITS, TIMBRES, NoteSplit, nsynth_notes, random_generator, write_json
 
 TIME = torch.arange(SAMPLES) / RATE
 PADDED = 72_000  # samples of transforms: what a room adds at the end does not come back at the start
@@ -155,14 +154,17 @@ def about(note, name, instrument):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data-root", type=FOLDER, required=True, help="NSynth's folders, or one's own notes.")
+@click.option("--data-root", type=FOLDER, required=True, help="NSynth's folders.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--variants", type=click.IntRange(0), default=3, help="Roughened, of every note to train on.")
 @click.option("--families", default=",".join(TIMBRES), help="Of instruments.")
 def main(data_root, out, variants, families):
     """Write the notes of --data-root, roughened, and made-up ones, in NSynth's layout."""
-    options = {"data_root": data_root, "families": families.split(","), "download": False}
-    for split, notes in load_notes(options)[0].items():
+    if out.resolve() == data_root.resolve():
+        raise click.UsageError(f"--out {out}: expected another folder than --data-root")
+    families = families.split(",")
+    for split in SPLITS:
+        notes = NoteSplit(nsynth_notes(data_root, split, families, False), families, split)
         folder, listed, train = out / f"nsynth-{split}", {}, split == "train"
         (folder / "audio").mkdir(parents=True, exist_ok=True)
         plan = [(i, way) for way in range(variants if train else 1) for i in range(len(notes.notes))]
@@ -181,7 +183,7 @@ def main(data_root, out, variants, families):
             if not link.exists():
                 link.symlink_to(note.path.resolve())
             listed[note.name] = about(note, note.name, note.instrument)
-        (folder / "examples.json").write_text(json.dumps(listed))
+        write_json(folder / "examples.json", listed)
     counts = ", ".join(f"{len(list((out / f'nsynth-{split}' / 'audio').iterdir()))} {split}" for split in SPLITS)
     click.echo(f"{out}: {counts}")
 
