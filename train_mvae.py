@@ -49,8 +49,7 @@ def position_grid(height, width):
 
 # ---------------------------------------------------------------- Data: pools of pictures, and built-in sprites
 
-BLOCK = 64  # scenes drawn, or files read, at a time
-POOL, SCENES = 10_000, 320  # drawn for training; that a finished run is judged by, as in the literature
+BLOCK, POOL, SCENES = 64, 10_000, 320  # drawn, or read, at a time; for training; to judge by, as in the literature
 
 
 class Pool:
@@ -382,14 +381,16 @@ class SoundLevels(nn.Module):
     def __init__(self, bands):
         super().__init__()
         self.magnitude = torchaudio.transforms.Spectrogram(SOUND_FFT, hop_length=HOP, power=1)
-        # Triangles at equal steps of pitch from LOWEST to half the rate, at least two bins wide.
         step = math.log2(RATE / 2 / LOWEST) / bands  # octaves
-        middle = LOWEST * 2 ** (step * torch.arange(bands, dtype=torch.float64)[:, None])
-        frequency = torch.arange(SOUND_FFT // 2 + 1, dtype=torch.float64) * RATE / SOUND_FFT
-        bank = (1 - (frequency - middle).abs() / (middle * (2**step - 1)).clamp(min=RATE / SOUND_FFT)).clamp(min=0)
-        bank = (bank / bank.sum(1, keepdim=True)).float()  # (bands, F), rows that sum to one
-        self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("inverse", (bank / bank.sum(0).clamp(min=1e-9)).T.contiguous(), persistent=False)
+        middle = LOWEST * 2 ** (step * torch.arange(bands, dtype=torch.float64)[:, None])  # (bands, 1), in Hz
+        triangles = torch.stack([middle, (middle * (2**step - 1)).clamp(min=RATE / SOUND_FFT)]).float()
+        self.register_buffer("triangles", triangles, persistent=False)
+
+    def bank(self):
+        """Triangles at equal steps of pitch, at least two bins wide: (bands, F). No buffer: exports would store it."""
+        frequency, (middle, width) = torch.arange(SOUND_FFT // 2 + 1) * (RATE / SOUND_FFT), self.triangles
+        bank = (1 - (frequency.to(middle) - middle).abs() / width).clamp(min=0)
+        return bank / bank.sum(1, keepdim=True)
 
     def forward(self, waveform):
         return self.as_loud(waveform * (LOUDNESS / root_mean_square(waveform)))
@@ -397,13 +398,14 @@ class SoundLevels(nn.Module):
     def as_loud(self, waveform):
         """Levels (B, FRAMES, bands, 1) of waveforms (B, SAMPLES) as loud as they are."""
         magnitude = self.magnitude(F.pad(waveform, (0, -waveform.shape[1] % HOP)))  # (B, F, FRAMES * SPAN)
-        spans = (self.bank @ magnitude).unflatten(2, (FRAMES, SPAN))  # (B, bands, FRAMES, SPAN)
-        return log_compress(spans.mean(3)).transpose(1, 2)[..., None]
+        bands = self.bank() @ F.avg_pool1d(magnitude, SPAN)  # (B, bands, FRAMES)
+        return log_compress(bands).transpose(1, 2)[..., None]
 
     def to_stft_magnitude(self, level):
         """Levels (B, FRAMES, bands, 1) -> STFT magnitudes (B, F, T), interpolated between bands and times."""
         bands = log_expand(level[..., 0].transpose(1, 2))  # (B, bands, FRAMES)
-        return self.inverse @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
+        bank = self.bank()
+        return (bank / bank.sum(0).clamp(min=1e-9)).T @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
 class Mixtures:
@@ -489,13 +491,12 @@ NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks,
 SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
-LOUDEST = 8.0  # logarithm of a magnitude, that no sound of LOUDNESS has
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 # What the encoder says of B pictures or sounds, slots by falling KL: mu, logvar (B, N, D), cell (B, N, 2) as (y, x), kl
 # (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all (B,): of all cells, background, closer looks.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
-OCTAVES = 6  # of the Fourier features of a place along the frequency
+OCTAVES = 7  # of the Fourier features of a place along the frequency
 
 
 def fourier_features(position):
@@ -510,7 +511,7 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, d, channels, parts, height):
         super().__init__()
         self.register_buffer("grid", position_grid(height, 1), persistent=False)
-        self.from_latent = nn.Linear(d, channels)
+        self.from_latent = nn.Linear(d, 2 * channels)
         self.from_offset, self.from_place = (nn.Conv2d(2 + 4 * OCTAVES, channels, 1) for _ in range(2))
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
         self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
@@ -523,7 +524,8 @@ class BroadcastDecoder(nn.Module):
     def forward(self, z, cell):
         # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
         offset, place = (fourier_features(grid) for grid in (self.grid - cell[..., None, None], self.grid[None]))
-        h = self.from_latent(z)[:, :, None, None] + self.from_offset(offset) + self.from_place(place)
+        scale, shift = self.from_latent(z)[:, :, None, None].chunk(2, dim=1)  # FiLM (Perez et al. 2018)
+        h = (1 + scale) * self.from_offset(offset) + shift + self.from_place(place)
         return self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)  # of sub-pixels
 
 
@@ -719,16 +721,16 @@ class MVAE(nn.Module):
             self.background.picture.copy_(mean)
             self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
 
-    def encode(self, image, noise=None, slots=None, detailed=True):
+    def encode(self, image, noise=None, slots=None, detailed=True, again=True):
         """image (B, C, H, W), noise (B, BACKGROUND_D) -> Encoding of N slots, or choices `slots` (n,) < MOST_SLOTS."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         background, kl_all = (None, 0.0) if self.background is None else self.background(features, noise)
         kl_all = kl_all + kl_map.sum((1, 2))
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
-        index = self.select(kl_map, place, half, self.n_slots if slots is None else self.most_slots)
+        kl, n = kl_map.flatten(1), self.n_slots if slots is None else self.most_slots
+        index = kl.topk(n).indices if self.sound else self.select(kl, place, half, n)
         index = index if slots is None else index.gather(1, slots.expand(index.shape[0], -1))  # (B, n)
-        kl = kl_map.flatten(1)
         index = index.gather(1, kl.gather(1, index).argsort(dim=1, descending=True))
         mu, logvar, place = (gather_cells(values, index) for values in (mu, logvar, place))
         if self.closer is not None:
@@ -737,16 +739,16 @@ class MVAE(nn.Module):
             detail = [values.unflatten(0, index.shape) for values in self.closer(cut, mu.flatten(0, 1))]
             kl_all = kl_all + detailed * gaussian_kl(*detail).sum((1, 2))
             mu, logvar = (torch.cat(pair, dim=2) for pair in zip((mu, logvar), detail, strict=True))
+        if self.sound and again:  # what slots' masks leave, shares of the power, is encoded alone: (B, n, FRAMES, ...)
+            masked = log_compress((2 * self.decode(mu, place)).softmax(1) * log_expand(image)[:, None]).flatten(0, 1)
+            found = (gather_cells(values, index.flatten()[:, None]) for values in self.encoder(masked)[:2])
+            mu, logvar = (values[:, 0].unflatten(0, index.shape) for values in found)
         return Encoding(mu, logvar, place, kl.gather(1, index), kl_map, background, kl_all)
 
     @torch.no_grad()
-    def select(self, kl_map, place, half, n):
-        """The n cells that become slots, in the order of choice: -> index (B, n) into the flattened map."""
-        kl = kl_map.flatten(1)  # (B, H_l * W_l)
-        if half is None:  # of sounds all but the highest of three cells are discounted
-            highest = F.max_pool2d(kl_map[:, None], 3, stride=1, padding=1).flatten(1)
-            return torch.where(kl >= highest, kl, NEIGHBOUR_WEIGHT * kl).topk(n).indices
-        place, middles, width, chosen = place.flatten(2), self.encoder.middles.flatten(1), 2 / kl_map.shape[1], []
+    def select(self, kl, place, half, n):
+        """Cells of pictures, kl (B, H_l * W_l), that become slots, in the order of choice: -> index (B, n)."""
+        width, place, middles, chosen = 2 / place.shape[2], place.flatten(2), self.encoder.middles.flatten(1), []
         # Cells far from their slots count less: else all slots may settle at the end of one common shift.
         score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
         # After each choice cells around it are discounted, and those that are, or whose slots are, within its canvas.
@@ -786,13 +788,13 @@ class MVAE(nn.Module):
             near, shade, drawn = layer.split([1, 1, layer.shape[2] - 2], dim=2)
             layer, background = torch.cat([near, drawn], dim=2), background * shade.sum(1).exp()
         if self.sound:
-            return log_compress(compose(layer.clamp(max=LOUDEST).exp(), background, self.op))
+            return log_compress(compose(layer.clamp(max=8).exp(), background, self.op))  # none is as loud as exp(8)
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
-        encoding = self.encode(image, of_background, detailed=detailed)
+        encoding = self.encode(image, of_background, detailed=detailed, again=False)
         z = reparameterize(encoding.mu, encoding.logvar, of_slots.unflatten(1, (self.n_slots, self.d)))
         z = z if detailed else F.pad(z[..., : self.d - self.detail], (0, self.detail))  # no closer look
         layer, haze = self.decode(z, encoding.cell), torch.zeros_like(encoding.kl_all)
@@ -968,7 +970,6 @@ def evaluate_sounds(model, data, split, n, sigma):
 
 SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), (253, 216, 53), (142, 36, 170),
                      (0, 172, 193), (244, 143, 177), (121, 85, 72), (158, 157, 36), (236, 239, 241)])  # fmt: skip
-UNLIKE = 3.0  # times what 95 % of valid examples leave unexplained at most
 
 
 @torch.no_grad()
@@ -1044,8 +1045,7 @@ def graphs(model):
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
-    scores = model.config["valid"]  # those of runs of earlier commits lack this one
-    unlike = {"unlike": UNLIKE * scores["unexplained_95"]} if "unexplained_95" in scores else {}
+    unlike = {"unlike": 3 * model.config["valid"]["unexplained_95"]}  # thrice what 95 % of examples leave at most
     if not model.sound:
         return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
@@ -1057,8 +1057,8 @@ def describe(model):
 
 PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
            "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
-           "nsynth-duo": {"size": 192, "cells": 96, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
-                          "sigma": 0.15, "beta": 4.0, "last_beta": 4.0, "minutes": 15.0}}  # fmt: skip
+           "nsynth-duo": {"size": 384, "cells": 96, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
+                          "sigma": 0.15, "beta": 12.0, "last_beta": 12.0, "minutes": 20.0}}  # fmt: skip
 PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
 FOREIGN = {"sprites": ("families", "download", "mix", "voices"), "clevr": ("families", "mix", "voices"),
            "pictures": ("families", "download", "mix", "voices", "objects"), "nsynth-duo": ("objects", "detail", "mix"),

@@ -18,7 +18,7 @@ from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 import train_mvae
 from common import random_generator
 from export import GriffinLim
-from train_mvae import FRAMES, LOUDNESS, SAMPLES, SPLITS, Mixtures, SoundLevels
+from train_mvae import FRAMES, LOUDNESS, MVAE, SAMPLES, SPLITS, Mixtures, SoundLevels
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def test_a_run_on_own_sounds_as_they_are_has_no_stems_to_be_scored_by(tmp_path, 
 
 def test_bands_average_stand_at_equal_steps_of_pitch_and_are_undone_where_they_are_flat():
     levels = SoundLevels(192)
-    torch.testing.assert_close(levels.bank.sum(1), torch.ones(192))
-    heaviest = levels.bank.argmax(1) * 16000 / 4096
+    torch.testing.assert_close(levels.bank().sum(1), torch.ones(192))
+    heaviest = levels.bank().argmax(1) * 16000 / 4096
     ratio = heaviest[150:].diff() / heaviest[150:-1]
     assert (ratio - (2 ** (math.log2(8000 / 32.7) / 192) - 1)).abs().max() < 0.01
     flat = levels.to_stft_magnitude(torch.full((1, FRAMES, 192, 1), math.log(1 + 100 * 3.0)))
@@ -182,6 +182,25 @@ def test_levels_have_one_loudness_and_show_a_tone_in_its_band():
     band = int(one[0, 10, :, 0].argmax())
     assert abs(32.7 * 2 ** (band * math.log2(8000 / 32.7) / 192) / 440 - 1) < 0.03
     assert levels.to_stft_magnitude(one).shape == (1, 2049, 64)
+
+
+@torch.no_grad()
+def test_slots_of_sounds_are_encoded_again_from_what_their_masks_leave():
+    torch.manual_seed(0)
+    about = {"cells": 16, "d": 4, "channels": 8, "op": "sum", "compose_at": "data", "detail": 0}
+    model = MVAE(size=64, n_slots=2, dataset="nsynth-duo", **about)
+    level = torch.rand(3, FRAMES, 64, 1, generator=random_generator("levels"))
+    first, again = model.encode(level, again=False), model.encode(level)
+    assert torch.equal(first.cell, again.cell) and torch.equal(first.kl, again.kl)
+    power = model.decode(first.mu, first.cell).exp().square()
+    for k in range(2):
+        share = power[:, k] / power.sum(1)
+        mu, logvar = model.encoder((1 + level.expm1() * share).log())[:2]  # level is log(1 + 100 m)
+        cell = ((first.cell[:, k, 0] + 1) * 8).long()
+        for found, wanted in ((again.mu, mu), (again.logvar, logvar)):
+            torch.testing.assert_close(found[:, k], wanted[torch.arange(3), :, cell, 0], atol=1e-4, rtol=1e-3)
+    alone = model.encode(level, slots=torch.arange(1)).mu  # one slot owns all there is
+    torch.testing.assert_close(alone, model.encode(level, slots=torch.arange(1), again=False).mu)
 
 
 def test_si_sdr_is_that_of_torchmetrics():

@@ -92,16 +92,17 @@ def test_made_up_notes_have_the_pitch_asked_for_and_no_two_are_alike():
 
 def test_roughened_notes_keep_their_pitch_and_differ_from_what_they_were():
     notes = torch.stack([tone(midi, partials=6, samples=4 * RATE) for midi in (48, 57, 64, 71)])
-    changed = rough.roughen(notes, random_generator("rough"))
-    assert torch.equal(changed, rough.roughen(notes, random_generator("rough"))) and changed.isfinite().all()
+    changed, same, higher = (rough.roughen(notes, torch.full((4,), k), random_generator("rough")) for k in (0, 0, 3))
+    assert torch.equal(changed, same) and changed.isfinite().all()
     assert (detect_pitch(changed) - detect_pitch(notes)).abs().median() < 0.2
+    assert (detect_pitch(higher) - detect_pitch(notes) - 3).abs().median() < 0.2
     alike = torch.nn.functional.cosine_similarity(changed, notes).abs()
     assert alike.min() < 0.99 and alike.max() > 0.3
 
 
 def test_a_roughened_folder_is_read_as_nsynths_and_has_clean_notes_to_train_on_alone(tmp_path):
     root = write_nsynth(tmp_path / "nsynth", [("bass", 40), ("flute", 74)])
-    args = ["--data-root", str(root), "--out", str(tmp_path / "out"), "--variants", "2"]
+    args = ["--data-root", str(root), "--out", str(tmp_path / "out"), "--variants", "2", "--made", "1"]
     for _ in range(2):  # again, over what is there
         printed = CliRunner().invoke(rough.main, args, catch_exceptions=False).output
     assert f"{tmp_path / 'out'}: 8 train, 2 valid, 2 test" in printed
@@ -109,7 +110,8 @@ def test_a_roughened_folder_is_read_as_nsynths_and_has_clean_notes_to_train_on_a
     notes = load_notes(options)[0]
     assert [len(notes[split].notes) for split in SPLITS] == [8, 2, 2]
     names = {note.name for note in notes["train"].notes}
-    assert {"bass_acoustic_000-040-100", "bass_acoustic_000-040-100-1", "flute_acoustic_001-074-100-made"} <= names
+    assert {"bass_acoustic_000-040-100", "bass_acoustic_000-040-100-1", "flute_acoustic_001-074-100-made0"} <= names
+    assert all(note.pitch == 40 for note in notes["test"].notes if note.family == "bass")
     assert len({note.instrument for note in notes["train"].notes}) == 4  # two, and a made-up one for each note
     assert notes["train"].waveform(torch.arange(8)).isfinite().all()
     assert CliRunner().invoke(rough.main, ["--data-root", str(root), "--out", str(root)]).exit_code == 2

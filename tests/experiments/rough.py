@@ -3,9 +3,10 @@
     python -m tests.experiments.rough --data-root nsynth --out nsynth_rough
     python train_mvae.py --dataset nsynth-duo --data-root nsynth_rough
 
-nsynth-train: all notes as they are, three times roughened, and as many made up. nsynth-valid and nsynth-test: all
-notes roughened once, so that scores of a run on this folder are of roughened notes. Roughened: vibrato, drift and
-bends; tremolo, unsteady loudness, other attacks and decays; saturation; smooth filters and a room; noise, hum, thumps,
+nsynth-train: all notes as they are, four times roughened and transposed, and three times as many made up. nsynth-valid
+and nsynth-test: all notes roughened once, so that scores of a run on this folder are of roughened notes. Transposed: up
+to five semitones, played faster or slower, which makes other instruments of them. Roughened: vibrato, drift and bends;
+tremolo, unsteady loudness, other attacks and decays; saturation; smooth filters and a room; noise, hum, thumps,
 clicks and drift below hearing; each in some notes alone, and as strong as it comes.
 """
 
@@ -25,6 +26,7 @@ PADDED = 72_000  # samples of transforms: what a room adds at the end does not c
 HZ = torch.arange(PADDED // 2 + 1) * RATE / PADDED
 HARMONICS, TABLE = 200, 1024  # of a made-up note; samples of one of its periods
 TOGETHER = 32  # notes at a time
+FAR = 5  # semitones that notes are transposed at most
 
 
 class Dice:
@@ -77,8 +79,8 @@ def coloured_noise(dice):
     return normalize(torch.fft.irfft(spectrum, PADDED)[:, :SAMPLES])
 
 
-def roughen(waveform, generator):
-    """Notes (n, SAMPLES) -> the same as a recording may have them."""
+def roughen(waveform, semitones, generator):
+    """Notes (n, SAMPLES) -> the same as a recording may have them, `semitones` (n,) higher."""
     dice, x = Dice(len(waveform), generator), normalize(waveform)
     onset = (x.abs() > 0.05 * x.abs().amax(1, keepdim=True)).float().argmax(1, keepdim=True) / RATE
     since = (TIME - onset).clamp(min=0)
@@ -86,7 +88,7 @@ def roughen(waveform, generator):
     cents = dice.some(0.3) * dice.scaled(3, 40) * dice.wave(4, 7) * (TIME / 0.6).clamp(max=1)
     cents = cents + dice.some(0.4) * dice.scaled(1, 15) * dice.curve(6, SAMPLES)
     cents = cents + dice.some(0.15) * dice.uniform(-80, 80) * torch.exp(-since / 0.06)
-    speed = 2 ** (cents.double() / 1200)
+    speed = 2 ** (cents.double() / 1200 + semitones[:, None].double() / 12)
     x = interpolate(x, (speed.cumsum(1) - speed[:, :1]).clamp(max=SAMPLES - 1.1))
     # 2. Loudness: tremolo, unsteadiness, decay, in dB; attack.
     louder = dice.some(0.2) * dice.scaled(0.3, 4) * dice.wave(3, 8)
@@ -147,18 +149,19 @@ def make_up(pitch, generator):
     return note * envelope * torch.exp(-(TIME - 3).clamp(min=0) / dice.uniform(0.05, 0.3))
 
 
-def about(note, name, instrument):
+def about(note, name, instrument, pitch):
     """What examples.json says of a note, as far as it is read."""
     keys = {"instrument_family_str": note.family, "instrument_str": instrument}
-    return {"note_str": name, "pitch": note.pitch, "velocity": note.velocity, "sample_rate": RATE} | keys
+    return {"note_str": name, "pitch": pitch, "velocity": note.velocity, "sample_rate": RATE} | keys
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data-root", type=FOLDER, required=True, help="NSynth's folders.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--variants", type=click.IntRange(0), default=3, help="Roughened, of every note to train on.")
+@click.option("--variants", type=click.IntRange(0), default=4, help="Roughened, of every note to train on.")
+@click.option("--made", type=click.IntRange(0), default=3, help="Made up, for every note to train on.")
 @click.option("--families", default=",".join(TIMBRES), help="Of instruments.")
-def main(data_root, out, variants, families):
+def main(data_root, out, variants, made, families):
     """Write the notes of --data-root, roughened, and made-up ones, in NSynth's layout."""
     if out.resolve() == data_root.resolve():
         raise click.UsageError(f"--out {out}: expected another folder than --data-root")
@@ -167,22 +170,24 @@ def main(data_root, out, variants, families):
         notes = NoteSplit(nsynth_notes(data_root, split, families, False), families, split)
         folder, listed, train = out / f"nsynth-{split}", {}, split == "train"
         (folder / "audio").mkdir(parents=True, exist_ok=True)
-        plan = [(i, way) for way in range(variants if train else 1) for i in range(len(notes.notes))]
-        plan += [(i, "made") for i in range(len(notes.notes)) if train]
+        ways = [*range(variants), *(f"made{k}" for k in range(made))] if train else [0]
+        plan = [(i, way) for way in ways for i in range(len(notes.notes))]
         generator = random_generator("rough", split)
         for first in tqdm(range(0, len(plan), TOGETHER), disable=None, desc=split):
             some = plan[first : first + TOGETHER]
-            index, made = torch.tensor([i for i, _ in some]), torch.tensor([[way == "made"] for _, way in some])
-            sound = torch.where(made, make_up(notes.pitch[index], generator), notes.waveform(index))
-            for (i, way), waveform in zip(some, roughen(sound, generator), strict=True):
+            index, new = torch.tensor([i for i, _ in some]), torch.tensor([["made" in str(way)] for _, way in some])
+            pitch = notes.pitch[index]
+            sound = torch.where(new, make_up(pitch, generator), notes.waveform(index))
+            higher = (torch.randint(-FAR, FAR + 1, (len(some),), generator=generator) if train else 0) * ~new[:, 0]
+            for (i, way), waveform, own in zip(some, roughen(sound, higher, generator), pitch + higher, strict=True):
                 note, name = notes.notes[i], f"{notes.notes[i].name}-{way}"
                 soundfile.write(folder / "audio" / f"{name}.flac", 0.9 * waveform / waveform.abs().max(), RATE)
-                listed[name] = about(note, name, name if way == "made" else note.instrument)
+                listed[name] = about(note, name, name if "made" in str(way) else note.instrument, int(own))
         for note in notes.notes if train else ():
             link = folder / "audio" / f"{note.name}{note.path.suffix}"
             if not link.exists():
                 link.symlink_to(note.path.resolve())
-            listed[note.name] = about(note, note.name, note.instrument)
+            listed[note.name] = about(note, note.name, note.instrument, note.pitch)
         write_json(folder / "examples.json", listed)
     counts = ", ".join(f"{len(list((out / f'nsynth-{split}' / 'audio').iterdir()))} {split}" for split in SPLITS)
     click.echo(f"{out}: {counts}")
