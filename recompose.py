@@ -172,9 +172,12 @@ def inverse_stft(spectrum, n_fft, hop, samples):
     return (waveform / np.maximum(squares, 1e-8))[..., n_fft // 2 :][..., :samples]
 
 
-def soft_masks(magnitude):
-    """Magnitudes of slots (N, F, T) -> the share of each in their power; they sum to one (Wiener 1949)."""
+def soft_masks(magnitude, mixture):
+    """Magnitudes of slots (N, F, T), of their mixture (F, T) -> the share of each in the power (Wiener 1949)."""
     power = magnitude.astype(np.float64) ** 2 + 1e-12
+    # Slots are smooth: each gets a gain for every bin first, by one step of NMF (Itakura-Saito, Févotte et al. 2009).
+    share, excess = power / power.sum(0), mixture**2 / power.sum(0) + 1e-12
+    power *= (share * excess).mean(2, keepdims=True) / share.mean(2, keepdims=True)
     return power / power.sum(0)
 
 
@@ -291,10 +294,7 @@ def with_scales(picture, top, unit, x=("", ""), y=("", "")):
 
 
 def kl_tile(picture, kl_map, cell, chosen=None):
-    """The KL map (H_l, W_l) over its picture (H, W, 3), rings and numbers at the slots' cells, a colour bar in nats.
-
-    cell: (N, 2) as (y, x) in [-1, 1]; chosen: numbers of the slots that are marked, or all.
-    """
+    """KL map (H_l, W_l) over its picture (H, W, 3), slots' numbers at cells (N, 2), the `chosen` (or all) in colour."""
     side, top = 4 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
     heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8))
@@ -490,8 +490,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
         n, layer = last - first, model.decode(mu[[w]], cell[[w]])
         spectrum = stft(fit(samples[:, first:last], max(n, longest)), 4 * hop, hop)
-        alone = model.compose(layer[0][:, None])  # (N, F, T)
-        masks = extend(soft_masks(alone), *spectrum.shape[1:])
+        alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
+        masks = extend(soft_masks(alone, mixture), *spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
         for k, edits in kept.items():
@@ -503,7 +503,6 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
                 sung = ramp * fit(sung, n)  # for Griffin-Lim begins with a click: its mirrored signal has no phases
                 part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
             result[:, first:last] += 10 ** (edits.get("gain", [0])[0] / 20) * fade * part
-        mixture = np.abs(stft(pieces[w], n_fft, frame))
         whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
         misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
         frames = np.arange(0, whole, max(1, len(pieces) // 2))

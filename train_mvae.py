@@ -175,8 +175,7 @@ COLOURS = ((87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),  # gray, r
            (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))  # fmt: skip  # brown, purple, cyan, yellow
 CAMERA, CAMERA_JITTER, FOCAL = (7.45, -6.50, 5.38), 0.5, 35 / 32  # looks at the origin; focal length in picture widths
 LAMPS, LAMP_JITTER = ((6.45, -2.91, 4.26), (-4.67, -4.01, 3.01), (-1.17, 2.65, 5.82)), 1.0  # key, fill, back
-POWER = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2))  # of every lamp, RGB
-AMBIENT, LAMP_WIDTH = 0.118, 1.2
+POWER, AMBIENT, LAMP_WIDTH = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2)), 0.118, 1.2  # POWER: RGB of each
 
 
 def crop_rays(side, camera):
@@ -927,7 +926,8 @@ def separate(model, levels, stems):
     encoding, layer, mean = reconstruct(model, level)
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
-    masked = np.stack([soft_masks(m) for m in magnitude]) * stft(mixture.cpu().numpy(), SOUND_FFT, HOP)[:, None]
+    spectrum = stft(mixture.cpu().numpy(), SOUND_FFT, HOP)
+    masked = np.stack([soft_masks(slots, np.abs(one)) * one for slots, one in zip(magnitude, spectrum, strict=True)])
     parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
     if stems.shape[1] == 1:
         return Separation(level, mean, encoding, layer, alone, parts, None)

@@ -84,8 +84,21 @@ def test_stft_and_its_inverse_are_those_of_torch():
     whole = torch.nn.functional.pad(torch.from_numpy(waveform), (0, -SAMPLES % 1024))
     np.testing.assert_allclose(mine, torch.stft(whole, 4096, 1024, window=window, return_complex=True), atol=1e-6)
     np.testing.assert_allclose(recompose.inverse_stft(mine, 4096, 1024, SAMPLES), waveform, atol=1e-6)
-    masks = recompose.soft_masks(np.random.default_rng(0).random((3, 20, 5)))
-    np.testing.assert_allclose(masks.sum(0), 1)
+
+
+def test_masks_are_shares_of_power_after_a_gain_for_every_bin_that_the_mixture_asks_for():
+    slots = np.random.default_rng(0).random((3, 20, 5))
+    mixture, shares = np.sqrt(np.square(slots).sum(0)), np.square(slots) / np.square(slots).sum(0)
+    np.testing.assert_allclose(recompose.soft_masks(slots, mixture), shares, atol=1e-9)  # as it is: no gain
+    for other in (7 * mixture, 1e-3 * mixture, 0 * mixture):  # nor for another loudness, or for silence
+        np.testing.assert_allclose(recompose.soft_masks(slots, other), shares, atol=1e-5)
+    some = recompose.soft_masks(slots, np.random.default_rng(1).random((20, 5)))
+    np.testing.assert_allclose(some.sum(0), 1)
+    # Two slots say the same of two bins, one of them early, one late; but the second bin sounds late alone.
+    slots = np.array([[[1.0, 1, 0.2, 0.2]] * 2, [[0.2, 0.2, 1, 1]] * 2])
+    mixture = np.array([[1.02, 1.02, 1.02, 1.02], [0.0, 0.0, 1.02, 1.02]])
+    masks = recompose.soft_masks(slots, mixture)
+    assert masks[0, :, 2].tolist() == pytest.approx([0.04 / 1.04, 0.04**2 / (1 + 0.04**2)], rel=1e-3)
 
 
 def golden_numbers():
@@ -331,7 +344,7 @@ def test_slots_stay_where_they_are_where_timbre_hardly_tells_them_apart():
 
 
 def test_masks_share_all_and_go_on_beyond_their_highest_bin():
-    masks = recompose.soft_masks(np.random.default_rng(0).random((3, 9, 4)))
+    masks = recompose.soft_masks(*(np.random.default_rng(0).random(shape) for shape in ((3, 9, 4), (9, 4))))
     np.testing.assert_allclose(masks.sum(0), 1)
     wide = recompose.extend(masks, 14, 6)
     assert wide.shape == (3, 14, 6)

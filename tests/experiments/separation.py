@@ -51,13 +51,14 @@ def stft_magnitude(waveform, n_fft):
 
 
 def apply_masks(waveform, magnitude):
-    """Sounds (B, samples) through the masks that a model's slots get, each one's share of the power: (B, M, samples).
+    """Sounds (B, samples) through the masks that a model's slots get, as `soft_masks` says: (B, M, samples).
 
     magnitude (B, M, F, T), not yet squared.
     """
     n_fft, parts = 2 * (magnitude.shape[2] - 1), []
     for sound, slots in zip(waveform.numpy(), magnitude.numpy(), strict=True):
-        masked = soft_masks(slots) * stft(sound, n_fft, n_fft // 4)  # (M, F, T)
+        spectrum = stft(sound, n_fft, n_fft // 4)
+        masked = soft_masks(slots, np.abs(spectrum)) * spectrum  # (M, F, T)
         parts.append([inverse_stft(part, n_fft, n_fft // 4, len(sound)) for part in masked])
     return torch.from_numpy(np.array(parts, np.float32))
 
