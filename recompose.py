@@ -33,7 +33,7 @@ WRITTEN = (".wav", ".flac", ".ogg", ".mp3")  # sounds
 SOUNDS = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # all else is taken for a picture
 LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
-EMPTY = 4.0  # nats: a slot of less holds nothing
+EMPTY = {"mvae-image": 4.0, "mvae-sound": 14.0}  # nats: a slot of less holds nothing
 
 # ---------------------------------------------------------------- Files
 
@@ -234,7 +234,7 @@ def follow(mu, cell, kl):
 
     def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
         density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
-        fit = np.log(density + 0.01) * ((kl[w] > EMPTY) + 1e-3)
+        fit = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
         chosen = linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
         return chosen, fit[np.arange(n), chosen].sum()
 
@@ -415,16 +415,16 @@ class Model:
 
 def explain(model, rows, result, what):
     """Say what inputs hold, and draw the figure; rows: path, tile, KL tile, slots' tiles and KL, slots kept, misfit."""
-    sheet, caption = [], ["of the framed slots"]
+    sheet, caption, least = [], ["of the framed slots"], EMPTY[model.about["kind"]]
     for i, (path, tile, heat, slots, kl, kept, misfit) in enumerate(rows):
-        held, empty = (int(some.sum()) for some in (kl >= EMPTY, kl < EMPTY))
+        held, empty = (int(some.sum()) for some in (kl >= least, kl < least))
         click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {empty} empty slot{'s' * (empty != 1)}")
         if misfit > model.about.get("unlike", np.inf):
             click.echo(f"{path}: unlike the {what}s that this model has learnt; expect nonsense", err=True)
         sheet.append([Tile(tile, "input"), Tile(heat, "KL map")])
         for k, (slot, nats) in enumerate(zip(slots, kl, strict=True)):
-            holds = f"{nats:.0f} nats" if nats >= EMPTY else "empty"
-            sheet[-1].append(Tile(slot, f"slot {k}: {holds}", k in kept, nats < EMPTY))
+            holds = f"{nats:.0f} nats" if nats >= least else "empty"
+            sheet[-1].append(Tile(slot, f"slot {k}: {holds}", k in kept, nats < least))
         for k, (name, numbers) in ((k, edit) for k, edits in kept.items() for edit in edits.items()):
             caption.append(f"slot {f'{i}.{k}' if len(rows) > 1 else k} {EDITS[name].format(*numbers)}")
     sheet.append([Tile(result, "; ".join(caption), True)])

@@ -957,7 +957,7 @@ def evaluate_sounds(model, data, split, n, sigma):
             remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
             nearest = apart.diagonal(dim1=1, dim2=2) <= apart.masked_fill(silent[:, None], math.inf).amin(2)  # (B, S)
             score |= {"si_sdr_gained": found.gained.nanmean(1), "own_instrument": (nearest | silent).all(1).float()}
-            score["slot_count_error"] = ((found.encoding.kl >= EMPTY).sum(1) - (~silent).sum(1)).abs()
+            score["slot_count_error"] = ((found.encoding.kl >= EMPTY["mvae-sound"]).sum(1) - (~silent).sum(1)).abs()
             score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
             score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
             gained += found.gained[~silent].tolist()

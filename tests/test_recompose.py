@@ -115,7 +115,9 @@ def test_the_figure_stands_beside_and_frames_the_chosen_slots(inputs, tmp_path, 
     for row, name in zip(rows, ("a.png", "b.png"), strict=False):
         held = [not tile.pale for tile in row[2:]]
         assert [tile.caption.split(": ")[1] != "empty" for tile in row[2:]] == held == sorted(held, reverse=True)
-        assert all(float(tile.caption.split()[2]) >= recompose.EMPTY - 0.5 for tile in row[2:] if not tile.pale)
+        assert all(
+            float(tile.caption.split()[2]) >= recompose.EMPTY["mvae-image"] - 0.5 for tile in row[2:] if not tile.pale
+        )
         assert f"{name}: {sum(held)} objects, {len(held) - sum(held)} empty slots\n" in result.output
     assert [[tile.caption.split(":")[0] for tile in row if tile.framed] for row in rows] == [
         ["slot 1"], ["slot 1"], ["of the framed slots"]
@@ -201,7 +203,7 @@ def places(shipped):
     """Where the slots of a.png stand: (N, 2) as (y, x) in [-1, 1]; the first three hold objects, the last none."""
     picture = recompose.load_picture(SHIPPED / "a.png", ABOUT["size"], ABOUT["crop"])
     said = shipped.run("encoder", image=picture.transpose(2, 0, 1)[None].astype(np.float32) / 255)
-    assert said["kl"][0, -1] < recompose.EMPTY < said["kl"][0, 2]
+    assert said["kl"][0, -1] < recompose.EMPTY["mvae-image"] < said["kl"][0, 2]
     return said["cell"][0]
 
 
