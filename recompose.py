@@ -33,7 +33,7 @@ WRITTEN = (".wav", ".flac", ".ogg", ".mp3")  # sounds
 SOUNDS = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # all else is taken for a picture
 LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
-EMPTY = {"mvae-image": 4.0, "mvae-sound": 14.0}  # nats: a slot of less holds nothing
+EMPTY = {"mvae-image": 4.0, "mvae-sound": 14.0}  # nats: a slot of less holds nothing; docs/mvae-audio.md
 
 # ---------------------------------------------------------------- Files
 
@@ -177,7 +177,8 @@ def soft_masks(magnitude, mixture):
     power = magnitude.astype(np.float64) ** 2 + 1e-12
     # Slots are smooth: each gets a gain for every bin first, by one step of NMF (Itakura-Saito, Févotte et al. 2009).
     share, excess = power / power.sum(0), mixture**2 / power.sum(0) + 1e-12
-    power *= (share * excess).mean(2, keepdims=True) / share.mean(2, keepdims=True)
+    heard = mixture.any(0) + 1e-12  # frames of zero-padding say nothing
+    power *= (heard * share * excess).mean(2, keepdims=True) / (heard * share).mean(2, keepdims=True)
     return power / power.sum(0)
 
 

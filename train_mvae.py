@@ -494,6 +494,7 @@ LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means somethin
 
 # What the encoder says of B pictures or sounds, slots by falling KL: mu, logvar (B, N, D), cell (B, N, 2) as (y, x), kl
 # (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all (B,): of all cells, background, closer looks.
+# Of sounds that are encoded again, mu and logvar say what masks leave, among the slots asked for; KL is as before.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
 OCTAVES = 7  # of the Fourier features of a place along the frequency
 
@@ -910,8 +911,7 @@ def si_sdr(estimate, target):
 
 def assign(ratio):
     """The slot that fits every stem best, one to one: scores (B, N, S) -> (B, S)."""
-    best = [linear_sum_assignment(one.T.cpu().numpy(), maximize=True)[1] for one in ratio]
-    return torch.tensor(np.stack(best), device=ratio.device)
+    return torch.tensor([linear_sum_assignment(one.T.cpu(), True)[1].tolist() for one in ratio], device=ratio.device)
 
 
 # Levels (B, FRAMES, bands, 1) of mixtures, of their reconstruction, Encoding; of the slot that fits each of S stems, or

@@ -92,8 +92,11 @@ def test_masks_are_shares_of_power_after_a_gain_for_every_bin_that_the_mixture_a
     np.testing.assert_allclose(recompose.soft_masks(slots, mixture), shares, atol=1e-9)  # as it is: no gain
     for other in (7 * mixture, 1e-3 * mixture, 0 * mixture):  # nor for another loudness, or for silence
         np.testing.assert_allclose(recompose.soft_masks(slots, other), shares, atol=1e-5)
-    some = recompose.soft_masks(slots, np.random.default_rng(1).random((20, 5)))
+    other = np.random.default_rng(1).random((20, 5))
+    some = recompose.soft_masks(slots, other)
     np.testing.assert_allclose(some.sum(0), 1)
+    padded = recompose.soft_masks(np.pad(slots, ((0, 0), (0, 0), (0, 3)), "edge"), np.pad(other, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(padded[:, :, :5], some, atol=1e-9)  # zero-padding says nothing
     # Two slots say the same of two bins, one of them early, one late; but the second bin sounds late alone.
     slots = np.array([[[1.0, 1, 0.2, 0.2]] * 2, [[0.2, 0.2, 1, 1]] * 2])
     mixture = np.array([[1.02, 1.02, 1.02, 1.02], [0.0, 0.0, 1.02, 1.02]])

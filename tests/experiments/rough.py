@@ -83,7 +83,7 @@ def roughen(waveform, semitones, generator):
     """Notes (n, SAMPLES) -> the same as a recording may have them, `semitones` (n,) higher."""
     dice, x = Dice(len(waveform), generator), normalize(waveform)
     onset = (x.abs() > 0.05 * x.abs().amax(1, keepdim=True)).float().argmax(1, keepdim=True) / RATE
-    since = (TIME - onset).clamp(min=0)
+    since = (TIME - onset).clamp(min=0)  # of the note as it was: transposed, one that begins late begins elsewhere
     # 1. Pitch, in cents: vibrato that sets in, drift, bends at the start.
     cents = dice.some(0.3) * dice.scaled(3, 40) * dice.wave(4, 7) * (TIME / 0.6).clamp(max=1)
     cents = cents + dice.some(0.4) * dice.scaled(1, 15) * dice.curve(6, SAMPLES)
