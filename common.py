@@ -591,7 +591,7 @@ def load_checkpoint(folder, device, **modules):
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise click.ClickException(f"{folder}/checkpoint.pt does not fit: {str(fault).splitlines()[0]}") from fault
+        raise click.ClickException(f"{folder}/checkpoint.pt does not fit; config.json names its commit") from fault
     return state
 
 

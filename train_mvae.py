@@ -175,7 +175,7 @@ COLOURS = ((87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),  # gray, r
            (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))  # fmt: skip  # brown, purple, cyan, yellow
 CAMERA, CAMERA_JITTER, FOCAL = (7.45, -6.50, 5.38), 0.5, 35 / 32  # looks at the origin; focal length in picture widths
 LAMPS, LAMP_JITTER = ((6.45, -2.91, 4.26), (-4.67, -4.01, 3.01), (-1.17, 2.65, 5.82)), 1.0  # key, fill, back
-POWER, AMBIENT, LAMP_WIDTH = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2)), 0.118, 1.2  # POWER: RGB of each
+POWER, AMBIENT, LAMP_WIDTH = ((5.5, 5.15, 4.6), (0.95, 1.03, 1.25), (2.2, 2.2, 2.2)), 0.118, 1.2  # RGB of every lamp
 
 
 def crop_rays(side, camera):
@@ -1044,8 +1044,8 @@ def graphs(model):
 
 
 def describe(model):
-    """What a program needs to know of the model beside its options and graphs, for model.json."""
-    unlike = {"unlike": 3 * model.config["valid"]["unexplained_95"]}  # thrice what 95 % of examples leave at most
+    """What a program needs beside options and graphs, for model.json; unlike: thrice what 95 % leave unexplained."""
+    unlike = {"unlike": 3 * valid["unexplained_95"]} if "unexplained_95" in (valid := model.config["valid"]) else {}
     if not model.sound:
         return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"

@@ -159,6 +159,8 @@ def test_a_run_on_own_sounds_as_they_are_has_no_stems_to_be_scored_by(tmp_path, 
     config, model = json.loads((tmp_path / "run" / "config.json").read_text()), train_mvae.load(tmp_path / "run")
     assert (config["data"]["name"], config["data"]["source"]) == ("sounds", "own sounds, folder mine")
     assert model.sound and train_mvae.describe(model)["kind"] == "mvae-sound"
+    model.config["valid"] = {}  # as where curve.json is gone
+    assert "unlike" not in train_mvae.describe(model)
 
 
 # ---------------------------------------------------------------- Levels, masks, scores

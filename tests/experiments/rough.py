@@ -170,19 +170,19 @@ def main(data_root, out, variants, made, families):
         notes = NoteSplit(nsynth_notes(data_root, split, families, False), families, split)
         folder, listed, train = out / f"nsynth-{split}", {}, split == "train"
         (folder / "audio").mkdir(parents=True, exist_ok=True)
-        ways = [*range(variants), *(f"made{k}" for k in range(made))] if train else [0]
+        ways = [*map(str, range(variants)), *(f"made{k}" for k in range(made))] if train else ["0"]
         plan = [(i, way) for way in ways for i in range(len(notes.notes))]
         generator = random_generator("rough", split)
         for first in tqdm(range(0, len(plan), TOGETHER), disable=None, desc=split):
             some = plan[first : first + TOGETHER]
-            index, new = torch.tensor([i for i, _ in some]), torch.tensor([["made" in str(way)] for _, way in some])
+            index, new = torch.tensor([i for i, _ in some]), torch.tensor([["made" in way] for _, way in some])
             pitch = notes.pitch[index]
             sound = torch.where(new, make_up(pitch, generator), notes.waveform(index))
             higher = (torch.randint(-FAR, FAR + 1, (len(some),), generator=generator) if train else 0) * ~new[:, 0]
             for (i, way), waveform, own in zip(some, roughen(sound, higher, generator), pitch + higher, strict=True):
                 note, name = notes.notes[i], f"{notes.notes[i].name}-{way}"
                 soundfile.write(folder / "audio" / f"{name}.flac", 0.9 * waveform / waveform.abs().max(), RATE)
-                listed[name] = about(note, name, name if "made" in str(way) else note.instrument, int(own))
+                listed[name] = about(note, name, name if "made" in way else note.instrument, int(own))
         for note in notes.notes if train else ():
             link = folder / "audio" / f"{note.name}{note.path.suffix}"
             if not link.exists():
