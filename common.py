@@ -176,10 +176,10 @@ def alpha_masks(layer):
 
     The first channel is how near they are, the nearest on top ("over" of Porter & Duff 1984), the last a mask logit.
     """
-    logit = layer[:, :, -1:]
-    order = layer[:, :, :1, :1, :1].argsort(dim=1, descending=True).expand_as(logit)
+    logit, near = layer[:, :, -1:], layer[:, :, 0, 0, 0]  # (B, M)
     opacity = F.softplus(logit)  # minus the logarithm of what a mask lets through
-    in_front = opacity.scatter(1, order, opacity.gather(1, order).cumsum(1)) - opacity
+    nearer = (near[:, None] > near[:, :, None]) | (near[:, None] == near[:, :, None]).tril(-1)  # (B, M, M): than rows
+    in_front = (nearer.to(opacity) @ opacity.flatten(2)).view_as(opacity)
     return torch.cat([(-opacity.sum(1, keepdim=True)).exp(), logit.sigmoid() * (-in_front).exp()], dim=1)
 
 

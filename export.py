@@ -1,38 +1,22 @@
 """A run folder -> ONNX and TorchScript graphs, each compared with the trained model before it counts as written.
 
     python export.py runs/mvae-clevr-alpha-N6-seed0              # writes runs/.../export/
-    python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript
+    python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript --static --fp16
 
-| graph    | inputs                                              | outputs                                            |
-|----------|-----------------------------------------------------|----------------------------------------------------|
-| a run of train_vae_mnist                                                                                            |
-| encoder  | image (B, 1, 28, 28) in [0, 1]                      | mu, logvar (B, D), kl (B,)                         |
-| decoder  | z (B, D)                                            | image (B, 1, 28, 28): the pixels' probabilities    |
-| a run of train_vae_audio; pitch and family (B,) where the model is conditional                                      |
-| encoder  | waveform (B, 64000), pitch, family                  | mu, logvar (B, D), kl (B,)                         |
-| prior    | noise (B, D) of N(0, I), pitch, family              | z (B, D), a sample of the fitted prior             |
-| decoder  | z (B, D), pitch, family                             | spectrogram (B, bins, T): magnitudes or mel bands  |
-| vocoder  | spectrogram (B, bins, T), any T of at least 8       | waveform (B, (T - 1) hop): Griffin-Lim             |
-| a run of train_mvae; on sounds the last line too                                                                    |
-| encoder  | image (B, 3, H, W) in [0, 1] or waveform (B, 64000) | mu, logvar (B, N, D), cell (B, N, 2), kl (B, N),   |
-|          | of any loudness; in ONNX, if other than the N that  | kl_map (B, H_l, W_l), background if there is one   |
-|          | the model has are wanted, slots (N,): 0, 1, ... 11  |                                                    |
-| decoder  | z (B, N, D), cell (B, N, 2)                         | layer (B, N, ...)                                  |
-| composer | layer (B, M, ...), background if there is one       | image (B, 3, H, W) or spectrogram (B, 2049, 64)    |
-| vocoder  | spectrogram (B, 2049, T), any T of at least 8       | waveform (B, (T - 1) 1024): Griffin-Lim            |
-
-B, N, M and T are dynamic axes; pitch is a MIDI number, family an index into the `families` of model.json. A graph that
-differs from the model by more than its tolerance, at other sizes than it was traced with, on zeros, silence, full scale
-or noise, or gives NaN or infinity, is reported, the exit code is 1, and an export folder of before is left as it was.
+A run of train_vae_mnist gives encoder and decoder; of train_vae_audio these, prior and vocoder (Griffin-Lim); of
+train_mvae encoder, decoder (of slots on their own), composer (of any slots), and of sounds vocoder. What tensors mean,
+docs/contract.json, stands in model.json and in every file; docs/embedding.md has programs. A graph that differs from
+the model by more than its tolerance, at other sizes than it was traced with, on zeros, silence, full scale or noise, or
+gives NaN or infinity, is reported, the exit code is 1, and an export folder of before is left as it was.
 """
 
 import importlib
 import json
 import logging
 import math
-import shutil
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import click
@@ -43,17 +27,20 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 import torchaudio
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 from torch._higher_order_ops.scan import scan
-from torch.export import Dim
 
 from common import RUN_OPTIONS, Graph, Vocoder, load_config, random_generator, versions, write_json
 
 OPSET = 18
 TOLERANCE = 1e-4  # relative to the largest value of an output, where that exceeds 1
+ROUNDED = 0.05  # the same of weights of fewer bits: a graph that differs more is left out
 DECIBELS = 0.1  # of a vocoder, in spectral convergence: its iterations multiply rounding
-SCRIPTS = ("train_vae_mnist", "train_vae_audio", "train_mvae")
+PRIME = 1009  # of the hash that scatters phases
 OF_SLOTS = ("mu", "logvar", "cell", "kl")  # outputs that a tie of two cells' KL may exchange, and so what is near them
+CONTRACT = json.loads((Path(__file__).parent / "docs" / "contract.json").read_text(encoding="utf-8"))
 BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are traced with 2 and 3
 
 # ---------------------------------------------------------------- Inputs
@@ -61,18 +48,16 @@ BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are 
 
 def dynamic_axes(inputs):
     """{input: {axis: name}}: the batch, the slots of slots' latents, cells and layers, a spectrogram's frames."""
-    axes = {name: {0: "slots" if name == "slots" else "batch"} for name in inputs}
-    for name, value in inputs.items():
-        if name in ("z", "cell", "layer") and value.ndim > 2:
-            axes[name][1] = "slots"
-        if name == "spectrogram":
-            axes[name][2] = "frames"
-    return axes
+    known = {"slots": {0: "slots"}, "spectrogram": {0: "batch", 2: "frames"}}
+    slots = {
+        name: {0: "batch", 1: "slots"} for name in ("z", "cell", "layer") if name in inputs and inputs[name].ndim > 2
+    }
+    return {name: (known | slots).get(name, {0: "batch"}) for name in inputs}
 
 
-def resized(inputs, batch, slots, generator):
-    """The example inputs at another batch and number of slots (of frames, a multiple), each entry somewhat changed."""
-    sizes, axes, other = {"batch": batch, "slots": slots, "frames": 8 + 8 * slots}, dynamic_axes(inputs), {}
+def resized(inputs, batch, slots, generator, frames=None):
+    """The example inputs at another batch, number of slots and of frames, each entry somewhat changed."""
+    sizes, axes, other = {"batch": batch, "slots": slots, "frames": frames or 8 + 8 * slots}, dynamic_axes(inputs), {}
     for name, value in inputs.items():
         for axis, kind in axes[name].items():
             repeated = torch.arange(sizes[kind])
@@ -100,114 +85,107 @@ def extremes(inputs, generator):
 # ---------------------------------------------------------------- STFT and Griffin-Lim in real arithmetic
 
 
-class BlockSTFT(nn.Module):
-    """The STFT and its inverse in products of real matrices, which export to ONNX: magnitudes (B, F, T) of waveforms.
+class RealSTFT(nn.Module):
+    """`torch.stft` with a Hann window, hop = n_fft / 4, and its inverse, in products of small real matrices, for ONNX.
 
-    As `torch.stft` with a Hann window, centred frames, hop = n_fft / 4: a frame is four blocks a, b, c, d of one hop.
-    One decimation in frequency by four, as in an FFT, leaves products with n_fft / 4 samples: bins 4 m see only
-    a + b + c + d, bins 4 m + 2 a - b + c - d, odd bins a - c and b - d. Signals are held in blocks (B, T + 3, hop),
-    spectra in the order of `bins`, real and imaginary part (B, T, F) each.
+    A frame of N = R * C samples, in R rows, is transformed in steps (Bailey 1990): down its columns, by twiddle
+    factors, along its rows. That gives bins r + R c; rows 0 to R / 2 hold all that a real signal has. Spectra are
+    (B, T, R / 2 + 1, 2 C), real parts before imaginary ones. N = 4096 takes 0.8 million multiplications a frame.
     """
 
     def __init__(self, n_fft):
         super().__init__()
-        self.n_fft, self.hop = n_fft, n_fft // 4
-        groups = [torch.arange(start, n_fft // 2 + 1, 4) for start in (0, 2, 1, 3)]
-        bins = torch.cat(groups)
-        self.sizes = [len(group) for group in groups]
-        self.register_buffer("window", torch.hann_window(n_fft).view(4, 1, self.hop), persistent=False)
-        self.register_buffer("bins", bins, persistent=False)
-        self.register_buffer("places", bins.argsort(), persistent=False)
-        self.register_buffer("weight", torch.where(bins % (n_fft // 2) == 0, 1.0, 2.0) / n_fft, persistent=False)
+        self.n_fft, self.hop, self.rows = n_fft, n_fft // 4, 2 ** math.ceil(math.log2(n_fft) / 2)
+        r, c, kept = torch.arange(self.rows), torch.arange(n_fft // self.rows), torch.arange(self.rows // 2 + 1)
 
-    def matrices(self):
-        """Cosines and sines (hop, F) of all bins, computed when needed: a graph would store megabytes of them."""
-        turns = torch.arange(self.hop, device=self.bins.device)[:, None] * self.bins % self.n_fft
-        angle = turns.to(self.weight.dtype) * (2 * math.pi / self.n_fft)
-        return angle.cos(), angle.sin()
+        def turn(i, k, n):  # exp(-2 pi i k / n), of integers i (I,) and k (K,): cosines and sines (I, K)
+            angle = (i[:, None] * k % n).double() * (2 * math.pi / n)
+            return angle.cos().float(), -angle.sin().float()
 
-    def transform(self, blocks, matrices):
-        """Blocks (B, T + 3, hop), `matrices()` -> the spectrum, real and imaginary."""
-        frames = blocks.shape[1] - 3
-        a, b, c, d = (blocks.narrow(1, j, frames) * self.window[j] for j in range(4))
-        even, odd, across = a + c, a - c, b - d
-        (c0, c2, c1, c3), (s0, s2, s1, s3) = (matrix.split(self.sizes, dim=1) for matrix in matrices)
-        first, second = even + (b + d), even - (b + d)
-        re = [first @ c0, second @ c2, odd @ c1 - across @ s1, odd @ c3 + across @ s3]
-        im = [first @ s0, second @ s2, odd @ s1 + across @ c1, odd @ s3 - across @ c3]
-        return torch.cat(re, dim=2), -torch.cat(im, dim=2)
+        (re, im), twiddle, bins = turn(c, c, len(c)), turn(kept, c, n_fft), kept[:, None] + self.rows * c
+        nearest = torch.minimum(bins, n_fft - bins).flatten()  # a bin k above N / 2 is the conjugate of N - k
+        for name, value in {
+            "window": torch.hann_window(n_fft),
+            "down": torch.cat(turn(kept, r, self.rows)),  # (R + 2, R)
+            "along": torch.cat([torch.cat([re, im], dim=1), torch.cat([-im, re], dim=1)]),  # (2 C, 2 C)
+            "cos": twiddle[0], "sin": twiddle[1],  # (R / 2 + 1, C)
+            "bins": nearest, "sign": (bins <= n_fft // 2).float() * 2 - 1,  # (R / 2 + 1, C), flat and not
+            "places": torch.zeros(n_fft // 2 + 1, dtype=torch.long).scatter(0, nearest, torch.arange(len(nearest))),
+            "weight": torch.where(kept % (self.rows // 2) == 0, 1.0, 2.0)[:, None] / n_fft,  # conjugates left out
+        }.items():  # fmt: skip
+            self.register_buffer(name, value, persistent=False)
 
-    def inverse(self, re, im, matrices):
-        """A spectrum -> its windowed frames added up, in blocks (B, T + 3, hop): to be divided by `overlap`."""
-        parts = ((value * self.weight).split(self.sizes, dim=2) for value in (re, im))
-        (re0, re2, re1, re3), (im0, im2, im1, im3) = parts
-        (c0, c2, c1, c3), (s0, s2, s1, s3) = (matrix.mT.split(self.sizes, dim=0) for matrix in matrices)
-        first, second = re0 @ c0 - im0 @ s0, re2 @ c2 - im2 @ s2
-        odd = re1 @ c1 - im1 @ s1 + re3 @ c3 - im3 @ s3
-        across = re3 @ s3 + im3 @ c3 - re1 @ s1 - im1 @ c1
-        even, mixed = first + second, first - second
-        quarters = (even + odd, mixed + across, even - odd, mixed - across)
-        return sum(F.pad(quarter * self.window[j], (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))
+    def transform(self, waveform):
+        """Waveforms (B, (T - 1) hop), of at least three hops -> the spectrum (B, T, R / 2 + 1, 2 C)."""
+        ends = F.pad(waveform[:, None], (self.n_fft // 2, self.n_fft // 2), mode="reflect")[:, 0]
+        blocks = ends.unflatten(1, (-1, self.hop))  # (B, T + 3, hop)
+        frames = torch.cat([blocks[:, j : blocks.shape[1] - 3 + j] for j in range(4)], dim=2) * self.window  # (B, T, N)
+        re, im = (self.down @ frames.unflatten(2, (self.rows, -1))).chunk(2, dim=2)  # (B, T, R / 2 + 1, C) each
+        return torch.cat([re * self.cos - im * self.sin, re * self.sin + im * self.cos], dim=3) @ self.along
 
-    def overlap(self, like):
-        """What the squared windows of T frames add up to: (1, T + 3, hop); `like` is of shape (1, T)."""
-        ones = torch.ones_like(like)[:, :, None]
-        return sum(F.pad(ones * w.square(), (0, 0, j, 3 - j)) for j, w in enumerate(self.window)).clamp(min=1e-8)
+    def inverse(self, spectrum):
+        """A spectrum -> its windowed frames added up, (B, (T - 1) hop): to be divided by that of a constant's."""
+        re, im = (self.weight * (spectrum @ self.along.mT)).chunk(2, dim=3)  # the transposes of the steps, backwards
+        turned = torch.cat([re * self.cos + im * self.sin, im * self.cos - re * self.sin], dim=2)  # (B, T, R + 2, C)
+        quarters = ((self.down.mT @ turned).flatten(2) * self.window).chunk(4, dim=2)  # (B, T, hop) each
+        blocks = sum(F.pad(quarter, (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))  # (B, T + 3, hop)
+        return blocks[:, 2:-2].flatten(1)
 
-    def reflect(self, blocks):
-        """Replace the two blocks beyond either end by the signal's mirror image, as `torch.stft` pads a signal."""
-        n, length = blocks.shape[1], 2 * self.hop
-        first = blocks.narrow(1, 2, 3).flatten(1).narrow(1, 1, length)
-        last = blocks.narrow(1, n - 5, 3).flatten(1).narrow(1, self.hop - 1, length)
-        left, right = (end.flip(1).unflatten(1, (2, self.hop)) for end in (first, last))
-        return torch.cat([left, blocks.narrow(1, 2, n - 4), right], dim=1)
+    def magnitude(self, spectrum):
+        """A spectrum (B, T, R / 2 + 1, 2 C) -> (B, T, R / 2 + 1, C)."""
+        re, im = spectrum.chunk(2, dim=3)
+        return (re.square() + im.square()).sqrt()
 
     def forward(self, waveform):
-        """(B, samples), at least three hops, of which what is beyond a whole hop is dropped -> magnitudes (B, F, T)."""
-        whole = waveform[:, : waveform.shape[1] // self.hop * self.hop].unflatten(1, (-1, self.hop))
-        re, im = self.transform(self.reflect(F.pad(whole, (0, 0, 2, 2))), self.matrices())
-        return (re.square() + im.square()).sqrt().transpose(1, 2).index_select(1, self.places)
+        """(B, samples), of which what is beyond a whole hop is dropped -> magnitudes (B, F, T)."""
+        spectrum = self.transform(waveform[:, : waveform.shape[1] // self.hop * self.hop])
+        return self.magnitude(spectrum).flatten(2).index_select(2, self.places).transpose(1, 2)
 
 
 class GriffinLim(nn.Module):
-    """The fast Griffin-Lim algorithm (Perraudin et al. 2013) from zero phases, in real arithmetic.
-
-    It agrees with torchaudio's in spectral convergence.
-    """
+    """Fast Griffin-Lim (Perraudin et al. 2013) from zero phases, as torchaudio's, or scattered ones: the better."""
 
     def __init__(self, n_fft, iterations=32, momentum=0.99):
         super().__init__()
-        self.stft, self.iterations, self.momentum = BlockSTFT(n_fft), iterations, momentum / (1 + momentum)
-
-    def iterate(self, carry, magnitude, norm, matrices):
-        """(blocks, the spectrum before) -> the same, one step nearer to `magnitude`."""
-        blocks, *before = carry
-        spectrum = self.stft.transform(self.stft.reflect(blocks), matrices)
-        re, im = (now - self.momentum * then for now, then in zip(spectrum, before, strict=True))
-        # A floor, not a tiny summand: exporters fold "+ 1e-20" away, and silence becomes 0 / 0.
-        scale = magnitude / (re * re + im * im).sqrt().clamp(min=1e-10)
-        return self.stft.inverse(re * scale, im * scale, matrices) * norm, *spectrum
+        self.stft, self.iterations, self.momentum = RealSTFT(n_fft), iterations, momentum / (1 + momentum)
 
     def forward(self, magnitude):
         """STFT magnitudes (B, F, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
-        frames = magnitude.shape[2]
-        magnitude = magnitude.index_select(1, self.stft.bins).transpose(1, 2).contiguous()  # (B, T, F)
-        norm, zero = 1 / self.stft.overlap(magnitude[:1, :, 0]), torch.zeros_like(magnitude)
-        settings = {"magnitude": magnitude, "norm": norm, "matrices": self.stft.matrices()}
-        carry = (self.stft.inverse(magnitude, zero, settings["matrices"]) * norm, zero, zero.clone())
-        if torch.compiler.is_exporting():  # one Scan node, whose body is written once
-            steps = torch.zeros(self.iterations)
-            carry, _ = scan(lambda carry, i: (self.iterate(carry, **settings), i.clone()), carry, steps)
-        for _ in range(0 if torch.compiler.is_exporting() else self.iterations):
-            carry = self.iterate(carry, **settings)
-        return carry[0].narrow(1, 2, frames - 1).flatten(1)
+        stft, steps = self.stft, torch.arange(self.iterations)
+        target = magnitude.index_select(1, stft.bins).transpose(1, 2).contiguous()  # (B, T, (R / 2 + 1) C)
+        target = target.unflatten(2, stft.sign.shape)
+        k, t = stft.bins.view_as(stft.sign), torch.arange(target.shape[1])[:, None, None].to(stft.bins)
+        a, b = (2 * math.pi / PRIME * (3 * i * i * i % PRIME) for i in (k, t))  # phases a + b have no pattern
+        re, im = target * a.cos(), target * a.sin()
+        re, im = re * b.cos() - im * b.sin(), stft.sign * (re * b.sin() + im * b.cos())
+        zero = torch.cat([target, torch.zeros_like(target)], dim=3)
+        start, target = torch.cat([zero, torch.cat([re, im], dim=3)]), torch.cat([target, target])
+        waveform = stft.inverse(start)  # (2 B, (T - 1) hop)
+        norm = 1 / stft.inverse(stft.transform(torch.ones_like(waveform[:1]))).clamp(min=1e-8)
+
+        def step(carry, i):  # waveforms and the spectrum before -> the same, one step nearer
+            spectrum = stft.transform(carry[0])
+            ahead = spectrum - self.momentum * carry[1]
+            # A floor, not a tiny summand: exporters fold "+ 1e-20" away, and silence becomes 0 / 0.
+            scale = target / stft.magnitude(ahead).clamp(min=1e-10)
+            return (stft.inverse(ahead * torch.cat([scale, scale], dim=3)) * norm, spectrum), i.clone()
+
+        carry = waveform * norm, torch.zeros_like(start)
+        if torch.compiler.is_exporting():  # one Scan node, which `unroll` copies out: tracing all takes a minute
+            carry, _ = scan(step, carry, steps)
+        else:
+            for i in steps:
+                carry, _ = step(carry, i)
+        error = (stft.weight * (stft.magnitude(carry[1]) - target).square()).sum((1, 2, 3))
+        first, second = error.view(2, -1, 1)
+        return torch.where(first <= second, *carry[0].unflatten(0, (2, -1)))
 
 
 def in_real_arithmetic(graph):
     """Replace, in place, torchaudio's STFTs (`magnitude`) and Griffin-Lims (`inverse`), whose numbers are complex."""
     for module in list(graph.modules()):
-        if hasattr(module, "magnitude"):
-            module.magnitude = BlockSTFT(module.magnitude.n_fft)
+        if hasattr(module, "magnitude") and not isinstance(module, RealSTFT):
+            module.magnitude = RealSTFT(module.magnitude.n_fft)
         if isinstance(module, Vocoder):
             module.inverse = GriffinLim(module.inverse.n_fft, module.inverse.n_iter)
 
@@ -215,21 +193,60 @@ def in_real_arithmetic(graph):
 # ---------------------------------------------------------------- Writing and running
 
 
-def write_onnx(graph, inputs, path, info):
-    """One file without side data, opset OPSET, its batch, slots and frames dynamic; `info` is in its metadata."""
-    dims = {"batch": Dim("batch"), "slots": Dim("slots"), "frames": Dim("frames", min=8)}
-    axes = {name: {axis: dims[kind] for axis, kind in kinds.items()} for name, kinds in dynamic_axes(inputs).items()}
+def unroll(graph, steps):
+    """Copy the body of an ONNX graph's Scan, which few runtimes know, out for every step, in place."""
+    loop = next(node for node in graph if node.op_type == "Scan")
+    body, carried = loop.attributes["body"].value, loop.inputs[:-1]
+    for _ in range(steps):
+        now = dict(zip(body.inputs, carried, strict=False))
+        for node in (node for node in body if body.inputs[-1] not in node.inputs):  # the steps' number is not used
+            inputs = [now.get(value, value) for value in node.inputs]
+            copied = onnx_ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+            graph.insert_before(loop, copied)
+            now |= zip(node.outputs, copied.outputs, strict=True)
+        carried = [now[value] for value in body.outputs[: len(carried)]]
+    for old, new in zip(loop.outputs, carried, strict=False):
+        old.replace_all_uses_with(new)
+    graph.remove(loop, safe=True)
+
+
+def write_onnx(graph, inputs, path, info, static=False):
+    """One file without side data, opset OPSET, `info` in its metadata; some axes dynamic, if not `static`."""
+    axes = None if static else tuple(dynamic_axes(inputs).values())
     program = torch.onnx.export(
         graph, tuple(inputs.values()), input_names=list(inputs), output_names=list(graph.outputs), opset_version=OPSET,
-        dynamic_shapes=(tuple(axes.values()),) if isinstance(graph, Graph) else tuple(axes.values()), dynamo=True,
-        external_data=False, verbose=False,
+        dynamic_shapes=(axes,) if axes and isinstance(graph, Graph) else axes, dynamo=True, verbose=False,
     )  # fmt: skip
-    for value in (value for value in program.model.graph.inputs if value.name in getattr(graph, "optional", ())):
+    written = program.model.graph
+    for value in (value for value in written.inputs if value.name in getattr(graph, "optional", ())):
         value.const_value = onnx_ir.tensor(inputs[value.name].numpy(), name=value.name)
-        program.model.graph.register_initializer(value)  # of an input: its default
+        written.register_initializer(value)  # of an input: its default
+    if isinstance(graph, Vocoder):
+        unroll(written, graph.inverse.iterations)
+    for node in written:  # what some runtimes refuse, or cannot unify; and no traces of our code
+        node.attributes.pop("allowzero", None)
+        node.metadata_props.clear()
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in (*written.inputs, *written.outputs):
+        value.doc_string = meaning(info["kind"], [value.name])[value.name]
     program.model.metadata_props["model"] = json.dumps(info)
     program.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
+
+
+def write_small(source, path, form):
+    """`source` in half precision, inputs and outputs but for, or with weights of eight bits."""
+    if form == "fp16":
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
+    else:
+        quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def meaning(kind, names):
+    """{tensor: shape, unit and meaning}, as docs/contract.json has them of a kind of model."""
+    return {name: CONTRACT["tensors"].get(f"{name} ({kind})") or CONTRACT["tensors"][name] for name in names}
 
 
 def run_onnx(path, inputs):
@@ -249,6 +266,10 @@ def run_torchscript(path, inputs):
     return [output.numpy() for output in as_tuple(torch.jit.load(path)(*inputs.values()))]
 
 
+def answers(graph, cases):
+    return {what: as_tuple(graph(*inputs.values())) for what, inputs in cases.items()}
+
+
 def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -259,9 +280,8 @@ def as_tuple(outputs):
 def largest_difference(names, expected, actual):
     """The largest difference over all outputs; infinity where shapes differ, or an output is not finite.
 
-    Absolute for outputs within [-1, 1], as pictures are, and relative to the largest value for wider ones: mask logits
-    and KLs run to tens, where the rounding of single precision alone is larger than TOLERANCE. Where slots stand in
-    other cells, which is right only when the cells' KLs tie, all but what belongs to the slots is compared.
+    Absolute for outputs within [-1, 1], relative to the largest value for wider ones, as logits and KLs, which run to
+    tens. Where slots stand in other cells, right only when their KLs tie, what belongs to slots is not compared.
     """
     cells = [(e.numpy(), a) for name, e, a in zip(names, expected, actual, strict=True) if name == "cell"]
     tied = any(e.shape == a.shape and not np.allclose(e, a, atol=1e-3) for e, a in cells)
@@ -276,34 +296,56 @@ def largest_difference(names, expected, actual):
 
 
 def convergence_difference(graph, inputs, expected, actual):
-    """By how many dB waveforms differ in spectral convergence, on average; infinity where they are not finite."""
-    target, scores = graph.to_stft_magnitude(inputs["spectrogram"]), []
-    n_fft = 2 * (target.shape[1] - 1)
+    """How many dB waveforms are worse in spectral convergence, on average; infinity where they are not finite."""
+    if largest_difference(graph.outputs, expected, actual) == float("inf"):
+        return float("inf")
+    target = graph.to_stft_magnitude(inputs["spectrogram"])
+    n_fft, scores = 2 * (target.shape[1] - 1), []
     magnitude = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=1)
     for waveform in (expected[0], torch.from_numpy(actual[0])):
-        if waveform.shape != expected[0].shape or not torch.isfinite(waveform).all():
-            return float("inf")
         error = (magnitude(waveform) - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1).clamp(min=1e-12)
         scores.append(20 * torch.log10(error.clamp(min=1e-6)))
-    return float((scores[0] - scores[1]).abs().mean())
+    return float((scores[1] - scores[0]).mean())
 
 
-def check(graph, path, run, cases, trained):
+def check(graph, path, run, cases, trained, tolerance=TOLERANCE):
     """Compare one written graph with what the trained model gave, {case: outputs}; say and return if it agrees."""
-    worst, where, vocoder = 0.0, "", graph.outputs == ("waveform",)
+    (worst, where), vocoder = (0.0, ""), graph.outputs == ("waveform",)
     for what, inputs in cases.items():
-        expected, actual = trained[what], run(path, inputs)
-        if vocoder and what == "noise":  # no sound has such magnitudes: only that the result is finite
-            difference = 0.0 if np.isfinite(actual[0]).all() else float("inf")
-        elif vocoder:
-            difference = convergence_difference(graph, inputs, expected, actual)
-        else:
-            difference = largest_difference(graph.outputs, expected, actual)
-        worst, where = max((worst, where), (difference, what))
-    agrees, unit = worst <= (DECIBELS if vocoder else TOLERANCE), " dB of spectral convergence" if vocoder else ""
-    difference = f"{'agrees' if agrees else 'DIFFERS'}: largest difference {worst:.1e}{unit} ({where})"
-    click.echo(f"{path.name:14} {difference} over {len(cases)} other inputs")
+        compare = (
+            partial(convergence_difference, graph, inputs) if vocoder else partial(largest_difference, graph.outputs)
+        )
+        worst, where = max((worst, where), (compare(trained[what], run(path, inputs)), what))
+    agrees, unit = (worst <= DECIBELS, " dB of spectral convergence") if vocoder else (worst <= tolerance, "")
+    verdict = "agrees" if agrees else "DIFFERS" if tolerance == TOLERANCE else "DIFFERS, left out"
+    click.echo(f"{path.name:20} {verdict}: {worst:.1e}{unit} at most ({where}), over {len(cases)} other inputs")
     return agrees
+
+
+def write_graph(stem, graph, inputs, info, forms):
+    """Write STEM.onnx and other `forms`, each compared with what the trained model gives: do those promised agree?"""
+    generator, path = random_generator("export", stem.name), stem.with_suffix(".onnx")
+    cases = {f"batch {b}": resized(inputs, b, slots, generator) for b, slots in BATCHES}
+    cases |= extremes(resized(inputs, *BATCHES[0], generator), generator)
+    one = {name: value for name, value in inputs.items() if name not in getattr(graph, "optional", ())}
+    one = resized(one, 1, info.get("N", 1), generator, info.get("frames"))
+    fixed = extremes(one, generator) if "static" in forms else {}
+    trained, trained_fixed = answers(graph, cases), answers(graph, fixed)
+    in_real_arithmetic(graph)
+    write_onnx(graph, inputs, path, info)
+    agreed = check(graph, path, run_onnx, cases, trained)
+    if "static" in forms:
+        write_onnx(graph, one, stem.with_suffix(".static.onnx"), info, static=True)
+        agreed &= check(graph, stem.with_suffix(".static.onnx"), run_onnx, fixed, trained_fixed)
+    if "torchscript" in forms:
+        write_torchscript(graph, inputs, stem.with_suffix(".pt"), info)
+        agreed &= check(graph, stem.with_suffix(".pt"), run_torchscript, cases, trained)
+    for form in [form for form in ("fp16", "int8") if form in forms and list(graph.parameters())]:
+        small = stem.with_suffix(f".{form}.onnx")
+        write_small(path, small, form)
+        if not check(graph, small, run_onnx, cases, trained, ROUNDED):  # other cells win, say
+            small.unlink()
+    return agreed
 
 
 # ---------------------------------------------------------------- Command line
@@ -313,52 +355,43 @@ def check(graph, path, run, cases, trained):
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), show_default="RUN_DIR/export", help="Folder to write.")
 @click.option("--torchscript/--no-torchscript", default=True, help="Write .pt files beside the .onnx files.")
+@click.option("--static", is_flag=True, help="Write NAME.static.onnx too: one example, the model's slots and length.")
+@click.option("--fp16", is_flag=True, help="Write NAME.fp16.onnx too: half the size.")
+@click.option("--int8", is_flag=True, help="Write NAME.int8.onnx too: a quarter of the size.")
 @torch.no_grad()
-def main(run_dir, out, torchscript):
+def main(run_dir, out, **forms):
     """Export the model of RUN_DIR and compare every graph with it."""
     # 1. The model, by the script that trained it.
     warnings.simplefilter("ignore")  # TorchScript is deprecated in PyTorch; here it is a promised artefact
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # of what exporters fold and leave
+    onnxruntime.set_default_logger_severity(3)  # errors alone
     name = load_config(run_dir)["script"]
-    if name not in SCRIPTS:
-        raise click.UsageError(f"{run_dir} was written by {name}.py; expected a run of {' or '.join(SCRIPTS)}")
+    if name not in (scripts := ("train_vae_mnist", "train_vae_audio", "train_mvae")):
+        raise click.UsageError(f"{run_dir} was written by {name}.py; expected a run of {' or '.join(scripts)}")
     script = importlib.import_module(name)
-    model, out, agreed = script.load(run_dir), out or run_dir / "export", True
+    model, out, forms = script.load(run_dir), out or run_dir / "export", [form for form in forms if forms[form]]
     config, options = model.config, model.config["options"]
     hidden = {"resume", *script.main.foreign.get(options["dataset"], ()), *(p.name for p in RUN_OPTIONS)}
     info = {p.opts[0][2:]: options[p.name] for p in script.main.params if p.name in options.keys() - hidden}
     info |= script.describe(model) | {"dataset": config["data"]["name"], "data_source": config["data"]["source"]}
-    info |= {"steps": config["step"], "trained": config["history"], "exported": versions()}
+    info |= {"steps": config["step"], "trained": config["history"], "exported": versions(), "axes": CONTRACT["axes"]}
+    graphs, said, info = script.graphs(model), partial(meaning, info["kind"]), info | CONTRACT["kinds"][info["kind"]]
+    info["graphs"] = {k: {"inputs": said(given), "outputs": said(g.outputs)} for k, (g, given) in graphs.items()}
 
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:
         out.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".partial", dir=out))
+        with tempfile.TemporaryDirectory(prefix=".partial", dir=out) as folder:
+            agreed = [write_graph(Path(folder) / name, *pair, info, forms) for name, pair in graphs.items()]
+            if not all(agreed):
+                raise click.ClickException("an exported graph differs from the trained model; nothing was written")
+            write_json(Path(folder) / "model.json", info)
+            for stale in (*out.glob("*.pt"), *out.glob("*.*.onnx")):
+                stale.unlink()  # of an export before
+            for file in sorted(Path(folder).iterdir()):
+                file.replace(out / file.name)
     except OSError as error:
         raise click.UsageError(f"--out {out} cannot be written: {error.strerror}") from error
-    try:
-        for name, (graph, inputs) in script.graphs(model).items():
-            generator = random_generator("export", name)
-            cases = {f"batch {b}": resized(inputs, b, slots, generator) for b, slots in BATCHES}
-            cases |= extremes(resized(inputs, *BATCHES[0], generator), generator)
-            trained = {what: as_tuple(graph(*case.values())) for what, case in cases.items()}
-            in_real_arithmetic(graph)
-            write_onnx(graph, inputs, made / f"{name}.onnx", info)
-            agreed &= check(graph, made / f"{name}.onnx", run_onnx, cases, trained)
-            if torchscript:
-                write_torchscript(graph, inputs, made / f"{name}.pt", info)
-                agreed &= check(graph, made / f"{name}.pt", run_torchscript, cases, trained)
-        if not agreed:
-            raise click.ClickException("an exported graph differs from the trained model; nothing was written")
-        write_json(made / "model.json", info)
-        for stale in out.glob("*.pt"):  # of an export before, when this one has none
-            stale.unlink()
-        for file in sorted(made.iterdir()):
-            file.replace(out / file.name)
-    except OSError as error:
-        raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     click.echo(f"written: {out}")
 
 

@@ -311,7 +311,7 @@ LISTED, CACHE = 200_000, 2e9  # pictures of a split that are used; bytes of them
 SOUNDS = ("nsynth-duo", "sounds")  # data sets
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
-LOUDNESS = 1 / 1024  # root mean square every sound is brought to, for log(1 + 100 m) to span its upper 40 dB
+LOUDNESS, HEARD = 1 / 1024, 1 / 16  # root mean squares: inside, for log(1 + 100 m) to span 40 dB, and of exports
 MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note may be than another; that a finished run is judged by
 
 
@@ -671,14 +671,15 @@ class Background(nn.Module):
         self.posterior = nn.Linear(features, 2 * BACKGROUND_D)
         self.shade = nn.Linear(BACKGROUND_D, shape[0] * BACKGROUND_GRID**2, bias=False)
         nn.init.normal_(self.shade.weight, std=0.03)
+        up = F.interpolate(torch.eye(BACKGROUND_GRID)[None], size=shape[1], mode="linear")[0].T.contiguous()
+        self.register_buffer("up", up, persistent=False)  # (h, BACKGROUND_GRID)
 
     def forward(self, features, noise):
         mu, logvar = self.posterior(features).to(features.dtype).chunk(2, dim=1)  # the KL in full precision
         logvar = logvar + LOGVAR_START
         z = mu if noise is None else reparameterize(mu, logvar, noise)
         knots = self.shade(z).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
-        shade = F.interpolate(knots, size=self.shape[1:], mode="bilinear", align_corners=False)
-        return self.picture + shade, gaussian_kl(mu, logvar).sum(1)
+        return self.picture + self.up @ knots @ self.up.mT, gaussian_kl(mu, logvar).sum(1)
 
 
 class MVAE(nn.Module):
@@ -1022,19 +1023,18 @@ def graphs(model):
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
     levels, inputs = (SoundLevels(model.size), {"waveform": waveform}) if sound else (nn.Identity(), {"image": image})
-    names = ("mu", "logvar", "cell", "kl", "kl_map") + ("background",) * (model.background is not None)
+    names = "mu", "logvar", "cell", "kl", "kl_map", "gain" if sound else "background"
 
     def encode(data, slots=None):
-        encoding = model.encode(levels(data), slots=slots)
-        return tuple(getattr(encoding, name) for name in names)
+        *of_cells, background, _ = model.encode(levels(data), slots=slots)
+        return *of_cells, root_mean_square(data)[:, 0] / HEARD if sound else background
 
     def compose(layer, background=None):
         composed = model.compose(layer, background)
-        return levels.to_stft_magnitude(composed) if sound else composed
+        return HEARD / LOUDNESS * levels.to_stft_magnitude(composed) if sound else composed
 
     encoder = Graph(names, encode, model, levels, optional=("slots",))
-    background = {} if sound else {"background": model.encode(image).background.contiguous()}
-    layer = {"layer": model.decode(z, cell)} | background
+    layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-1].contiguous()})
     made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
@@ -1046,11 +1046,11 @@ def graphs(model):
 def describe(model):
     """What a program needs beside options and graphs, for model.json; unlike: thrice what 95 % leave unexplained."""
     unlike = {"unlike": 3 * valid["unexplained_95"]} if "unexplained_95" in (valid := model.config["valid"]) else {}
+    about = unlike | {"kind": (kind := "mvae-sound" if model.sound else "mvae-image"), "empty": EMPTY[kind]}
     if not model.sound:
-        return unlike | {"kind": "mvae-image", "crop": model.config["data"]["crop"], "scaling": "colours / 255"}
-    scaling = f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude); inside the graphs"
-    sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP}
-    return unlike | {"kind": "mvae-sound", "scaling": scaling} | sizes
+        return about | {"crop": model.config["data"]["crop"], "scaling": "colours / 255"}
+    sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP, "frames": SPAN * FRAMES}
+    return about | sizes | {"scaling": f"root mean square {LOUDNESS:g}, log(1 + {COMPRESSION:g} magnitude), inside"}
 
 
 # ---------------------------------------------------------------- Command line

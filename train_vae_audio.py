@@ -199,6 +199,13 @@ def with_label(x, label):
     return x if label is None else torch.cat([x, label], dim=1)
 
 
+class ColumnNorm(nn.GroupNorm):
+    """Of (B, C, T), as of pictures one pixel wide: some runtimes know no other."""
+
+    def forward(self, x):
+        return super().forward(x[..., None])[..., 0]
+
+
 class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around a decoded spectrogram, q(z | x, y) a Gaussian of diagonal covariance.
 
@@ -240,6 +247,7 @@ class NoteVAE(nn.Module):
         """Residual blocks that start as the identity."""
         blocks = nn.Sequential(*[ResBlock(channels, norm=True, conv=nn.Conv1d) for _ in range(n)])
         for block in blocks:
+            block.norm1, block.norm2 = (ColumnNorm(*norm) for norm in 2 * [(block.norm1.num_groups, channels)])
             nn.init.zeros_(block.conv2.weight)
             nn.init.zeros_(block.conv2.bias)
         return blocks
@@ -566,7 +574,7 @@ def graphs(model):
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
-    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.spectrogram.hop}
+    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.spectrogram.hop, "frames": model.frames}
     return {"kind": "vae-sound", "scaling": scaling} | sizes
 
 

@@ -95,7 +95,7 @@ def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
         assert path.stat().st_size < 5e6, "matrices of the Fourier transform are computed in the graph, not stored"
         names[name] = names_of(onnxruntime.InferenceSession(path))
     assert names == {
-        "encoder": (["waveform"], ["mu", "logvar", "cell", "kl", "kl_map"]),
+        "encoder": (["waveform"], ["mu", "logvar", "cell", "kl", "kl_map", "gain"]),
         "decoder": (["z", "cell"], ["layer"]),
         "composer": (["layer"], ["spectrogram"]),
         "vocoder": (["spectrogram"], ["waveform"]),
@@ -110,9 +110,25 @@ def test_the_encoder_of_sounds_hears_what_training_saw_at_any_loudness(duo_run):
     waveform = graphs_of(duo_run)["encoder"][1]["waveform"]
     expected = train_mvae.load(duo_run).encode(train_mvae.SoundLevels(64)(waveform))
     for factor in (1, 0.01):
-        mu, *_, kl_map = export.run_onnx(duo_run / "export" / "encoder.onnx", {"waveform": factor * waveform})
+        *outputs, gain = export.run_onnx(duo_run / "export" / "encoder.onnx", {"waveform": factor * waveform})
+        mu, *_, kl_map = outputs
         np.testing.assert_allclose(kl_map, expected.kl_map.numpy(), atol=1e-3)
         np.testing.assert_allclose(mu, expected.mu.numpy(), atol=1e-3)
+        np.testing.assert_allclose(gain / 16, factor * waveform.square().mean(1).sqrt(), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sounds_that_are_decoded_times_the_gain_are_as_loud_as_the_input(duo_run):
+    """The chain of the contract, whose loudness is that of the mean power of all magnitudes."""
+    folder, waveform = duo_run / "export", 0.05 * graphs_of(duo_run)["encoder"][1]["waveform"][:1]
+    level = train_mvae.SoundLevels(64)
+    same = level.to_stft_magnitude(level(waveform))  # what a perfect model would decode
+    layer = train_mvae.log_expand(level(waveform)).clamp(min=1e-9).log()[:, None]
+    (spectrogram,) = export.run_onnx(folder / "composer.onnx", {"layer": layer})
+    np.testing.assert_allclose(spectrogram, same.numpy() * 64, rtol=1e-3, atol=1e-3)
+    *_, gain = export.run_onnx(folder / "encoder.onnx", {"waveform": waveform})
+    loudness = np.sqrt(np.square(gain * spectrogram).mean()) / level.magnitude(waveform).square().mean().sqrt()
+    assert loudness == pytest.approx(1, abs=0.25), "bands and pairs of frames are averages, which lose some power"
 
 
 def test_the_exported_vocoder_gives_numbers_for_silence_noise_and_full_scale(duo_run):
@@ -167,8 +183,8 @@ def test_a_graph_whose_stft_is_not_torchaudios_differs(duo_run, capsys):
     graph, example = graphs_of(duo_run)["encoder"]
     assert verdict(graph, example)
     trained, _ = graphs_of(duo_run)["encoder"]
-    stft = next(module for module in graph.modules() if isinstance(module, export.BlockSTFT))
-    stft.window.copy_(torch.hann_window(4096, periodic=False).view_as(stft.window).roll(1, 0))
+    stft = next(module for module in graph.modules() if isinstance(module, export.RealSTFT))
+    stft.window.copy_(torch.hann_window(4096, periodic=False).roll(1024))
     assert not verdict(trained, example, graph)
     assert "DIFFERS" in capsys.readouterr().out
 

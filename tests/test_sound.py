@@ -9,7 +9,7 @@ import torch
 import torchaudio
 
 from common import RATE, griffin_lim, log_compress, log_expand, log_spectral_distance, random_generator
-from export import BlockSTFT, GriffinLim
+from export import GriffinLim, RealSTFT
 from train_vae_audio import Spectrogram, spectral_convergence, stft_magnitude
 
 
@@ -22,33 +22,22 @@ def chord(samples=16000):
     return torch.stack([sum(torch.sin(2 * math.pi * f * h * t) / h for h in range(1, 6)) for f in (110, 330)]) * 0.2
 
 
-def framed(stft, waveform):
-    """A waveform of whole hops as mirrored blocks."""
-    return stft.reflect(torch.nn.functional.pad(waveform.unflatten(1, (-1, stft.hop)), (0, 0, 2, 2)))
-
-
-@pytest.mark.parametrize("n_fft", [64, 1024, 4096])
-def test_the_block_stft_is_that_of_torch(n_fft):
+@pytest.mark.parametrize("n_fft", [64, 128, 1024, 4096])
+def test_the_stft_in_real_arithmetic_is_that_of_torch(n_fft):
     x = noise(2, 8 * n_fft)
     expected = torch.stft(x, n_fft, n_fft // 4, window=torch.hann_window(n_fft), return_complex=True)
-    stft = BlockSTFT(n_fft)
+    stft = RealSTFT(n_fft)
     torch.testing.assert_close(stft(x), expected.abs(), atol=1e-3, rtol=1e-3)
-    re, im = stft.transform(framed(stft, x), stft.matrices())
-    value = torch.complex(re, im).transpose(1, 2)
+    re, im = stft.transform(x).chunk(2, dim=3)
+    value = torch.complex(re, stft.sign * im).flatten(2).transpose(1, 2)  # bins above n_fft / 2 are conjugates
     torch.testing.assert_close(value, expected[:, stft.bins], atol=1e-3, rtol=1e-3)
+    assert set(stft.bins.tolist()) == set(range(n_fft // 2 + 1))
 
 
-def test_the_inverse_of_the_block_stft_gives_the_signal_back():
-    stft, x = BlockSTFT(256), noise(3, 64 * 20)
-    matrices = stft.matrices()
-    back = stft.inverse(*stft.transform(framed(stft, x), matrices), matrices) / stft.overlap(torch.zeros(1, 21))
-    torch.testing.assert_close(back[:, 2:-2].flatten(1), x, atol=1e-4, rtol=1e-4)
-
-
-def test_blocks_are_mirrored_as_torch_mirrors_a_signal():
-    stft, x = BlockSTFT(64), noise(2, 16 * 7)
-    mirrored = torch.nn.functional.pad(x[:, None], (32, 32), mode="reflect")[:, 0]
-    torch.testing.assert_close(framed(stft, x).flatten(1), mirrored)
+def test_its_inverse_gives_the_signal_back():
+    stft, x = RealSTFT(256), noise(3, 64 * 20)
+    back, ones = (stft.inverse(stft.transform(signal)) for signal in (x, torch.ones(1, 64 * 20)))
+    torch.testing.assert_close(back / ones, x, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -57,7 +46,7 @@ def test_all_forms_of_griffin_lim_converge_alike_and_well():
     theirs = librosa.griffinlim(magnitude.numpy(), n_iter=32, hop_length=256, momentum=0.99, init=None)
     waveforms = griffin_lim(magnitude), GriffinLim(1024)(magnitude), torch.from_numpy(theirs)
     scores = [spectral_convergence(stft_magnitude(waveform), magnitude) for waveform in waveforms]
-    torch.testing.assert_close(scores[0], scores[1], atol=0.1, rtol=0)
+    assert (scores[1] < scores[0] + 0.1).all(), "the better of two starts, of which the first is torchaudio's"
     assert (scores[0] - scores[2]).max() < 1, "librosa's padding differs, and its last dB with it"
     assert scores[0].max() < -12
     one, few = (spectral_convergence(stft_magnitude(GriffinLim(1024, n)(magnitude)), magnitude) for n in (1, 8))

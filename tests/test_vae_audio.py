@@ -388,7 +388,7 @@ def test_graphs_agree_with_the_trained_model_on_silence_noise_and_full_scale(rep
     export.in_real_arithmetic(graph)
     heard = [audio.stft_magnitude(waveform) for waveform in (graph(**inputs), trained)]
     scores = [spectral_convergence(h, magnitude[:, :, : h.shape[2]]) for h in heard]
-    torch.testing.assert_close(*scores, atol=0.1, rtol=0)
+    assert (scores[0] < scores[1] + 0.1).all()
 
 
 def session_of(notes_run, graph):
@@ -424,4 +424,4 @@ def test_the_exported_vocoder_sounds_other_lengths_and_batches(notes_run):
         assert waveform.shape == (batch, 256 * (magnitude.shape[2] - 1))
         heard = [audio.stft_magnitude(w) for w in (torch.from_numpy(waveform), graph(magnitude))]
         scores = [spectral_convergence(h, magnitude) for h in heard]
-        torch.testing.assert_close(*scores, atol=0.1, rtol=0)
+        assert (scores[0] < scores[1] + 0.1).all(), "the better of two starts, of which the second is torchaudio's"
