@@ -124,7 +124,7 @@ function readWav(bytes, seconds, fileSize) {
 
 /** Rate in Hz and samples, where known, of a compressed sound, so that the browser decodes it at its own rate. */
 function compressedForm(bytes) {
-  const view = new DataView(bytes), head = String.fromCharCode(...new Uint8Array(bytes, 0, Math.min(200, bytes.byteLength)));
+  const view = new DataView(bytes), head = String.fromCharCode(...new Uint8Array(bytes.slice(0, 200)));
   if (head.startsWith("fLaC")) {
     return { rate: view.getUint32(18) >>> 12, length: (view.getUint8(21) & 15) * 2 ** 32 + view.getUint32(22) };
   }
@@ -134,8 +134,8 @@ function compressedForm(bytes) {
   const size = (i) => view.getUint8(i) & 127, tag = head.startsWith("ID3"); // whose size has 7 bits a byte
   let at = tag ? 10 + size(6) * 2 ** 21 + size(7) * 2 ** 14 + size(8) * 2 ** 7 + size(9) : 0;
   for (const end = Math.min(at + 65536, bytes.byteLength - 3); at < end; at++) {
-    const bits = view.getUint16(at), version = (bits >> 3) & 3, layer = (bits >> 1) & 3, index = view.getUint8(at + 2) >> 2 & 3;
-    if (bits >= 0xffe0 && version !== 1 && layer && index < 3) {
+    const bits = view.getUint16(at), version = (bits >> 3) & 3, index = (view.getUint8(at + 2) >> 2) & 3;
+    if (bits >= 0xffe0 && version !== 1 && (bits >> 1) & 3 && index < 3) {
       return { rate: [44100, 48000, 32000][index] / { 3: 1, 2: 2, 0: 4 }[version] };
     }
   }
@@ -174,8 +174,17 @@ async function decodeSound(file, longest) {
 
 // ---------------------------------------------------------------- What is open
 
-let kind, inputs = [], result, chosen; // "picture" or "sound"; what is in each; their recomposition; the slot to edit
+let kind, model; // "picture" or "sound", and its model.json
+let inputs = [], result, chosen; // what is in each; their recomposition; the slot to edit
 let turn = 0; // counts what was opened: answers to an earlier one are dropped
+
+const modelOf = (sort) => new URL(MODELS[sort], HERE).href;
+
+/** Have a model loaded, and what its model.json says. */
+async function ready(sort) {
+  await start();
+  return ask("about", modelOf(sort));
+}
 
 async function open(files) {
   const mine = ++turn;
@@ -184,15 +193,18 @@ async function open(files) {
   try {
     const wanted = await one(files);
     say("Loading the model …");
-    const [about] = await Promise.all([ask("about", new URL(MODELS[wanted], HERE).href), start()]);
+    const about = await ready(wanted);
     say(`Taking ${files.map((file) => file.name).join(" and ")} apart …`);
     const seconds = about.samples / about.sample_rate, given = [];
     for (const file of files) given.push(wanted === "sound" ? await readSound(file, seconds) : file);
-    const found = await ask("open", new URL(MODELS[wanted], HERE).href, given);
+    const found = await ask("open", modelOf(wanted), given);
     if (mine !== turn) return;
     stop();
-    [kind, result, chosen] = [wanted, null, null];
-    inputs = found.map((input, i) => ({ ...input, i, about, name: files[i].name, notes: [...given[i].notes ?? [], ...input.notes] }));
+    [kind, model, result, chosen] = [wanted, about, null, null];
+    inputs = found.map((input, i) => {
+      const notes = [...(given[i].notes ?? []), ...input.notes];
+      return { ...input, i, name: files[i].name, notes };
+    });
     inputs.forEach(prepare);
     build();
     await update();
@@ -219,7 +231,7 @@ async function one(files) {
 /** At first: the whole first input, and the strongest slot of the second. */
 function prepare(input) {
   input.slots.forEach((slot, k) => {
-    const empty = slot.nats < (input.about.empty ?? 0);
+    const empty = slot.nats < (model.empty ?? 0);
     Object.assign(slot, { input, k, empty, kept: !empty && (input.i === 0 || k === 0) });
     putBack(slot);
   });
@@ -238,7 +250,11 @@ let stale = false, updating; // whether something changed since the recompositio
 function update() {
   stale = true;
   place();
-  updating ??= recompose().finally(() => (updating = null));
+  $("stage").classList.add("busy");
+  updating ??= recompose().finally(() => {
+    updating = null;
+    $("stage").classList.remove("busy");
+  });
   return updating;
 }
 
@@ -246,16 +262,18 @@ async function recompose() {
   while (stale) {
     stale = false;
     const mine = turn, started = performance.now(), kept = allSlots().filter((slot) => slot.kept);
-    const wanted = kept.map(({ input: { i }, k, move, front, semitones }) => ({ input: i, slot: k, move, front, semitones }));
+    const wanted = kept.map(({ input, k, ...edits }) => {
+      const { move, front, semitones } = edits;
+      return { input: input.i, slot: k, move, front, semitones };
+    });
     try {
-      const sung = kept.some((slot) => slot.semitones);
-      if (sung) say("Singing …");
+      if (kept.some((slot) => slot.semitones)) say("Singing …");
       const found = await ask("recompose", wanted);
       if (mine !== turn) continue;
       complain("");
       draw(found);
       const seconds = ((performance.now() - started) / 1000).toFixed(2);
-      if (!stale) say(`Recomposed of ${kept.length} of ${allSlots().length} slots, in ${seconds} s.`);
+      if (!stale) say(`Recomposed from ${kept.length} of ${allSlots().length} slots in ${seconds} s.`);
     } catch (error) {
       complain(error.message);
     }
@@ -273,12 +291,15 @@ const PALETTE = Array.from({ length: 256 }, (_, i) => heat(i / 255));
 
 /** Fill a canvas of these sides with colour(i) -> [r, g, b, opaque]. */
 function paint(canvas, width, height, colour) {
-  const context = Object.assign(canvas, { width, height }).getContext("2d"), image = context.createImageData(width, height);
+  const brush = Object.assign(canvas, { width, height }).getContext("2d"), image = brush.createImageData(width, height);
   for (let i = 0; i < width * height; i++) {
     const [r, g, b, opaque = 255] = colour(i);
-    image.data.set([r, g, b, opaque], 4 * i);
+    image.data[4 * i] = r;
+    image.data[4 * i + 1] = g;
+    image.data[4 * i + 2] = b;
+    image.data[4 * i + 3] = opaque;
   }
-  context.putImageData(image, 0, 0);
+  brush.putImageData(image, 0, 0);
   return canvas;
 }
 
@@ -294,15 +315,18 @@ const paintSlot = (slot) => (slot.alone ? paintPixels(slot.canvas, slot.alone) :
 /** A KL map over its input, in grey: from half of the highest on all is heat. */
 function paintMap(canvas, input) {
   const { values, rows, columns } = input.map, top = Math.max(...values, 1e-9), side = 384;
-  const row = (i) => (kind === "sound" ? rows - 1 - Math.floor(i / columns) : Math.floor(i / columns)); // low notes below
-  const colour = (i, value = values[row(i) * columns + (i % columns)] / top) => [...heat(value), 255 * Math.min(1, 2 * value)];
-  const map = paint(element("canvas"), columns, rows, colour), behind = paintInput(element("canvas"), input);
-  const context = Object.assign(canvas, { width: side, height: side }).getContext("2d");
-  context.filter = "grayscale(1) brightness(0.6)";
-  context.drawImage(behind, 0, 0, side, side);
-  context.filter = "none";
-  context.imageSmoothingEnabled = false;
-  context.drawImage(map, 0, 0, side, side);
+  const map = paint(element("canvas"), columns, rows, (i) => {
+    const row = Math.floor(i / columns), up = kind === "sound" ? rows - 1 - row : row; // low notes are below
+    const value = values[up * columns + (i % columns)] / top;
+    return [...heat(value), 255 * Math.min(1, 2 * value)];
+  });
+  const behind = paintInput(element("canvas"), input);
+  const brush = Object.assign(canvas, { width: side, height: side }).getContext("2d");
+  brush.filter = "grayscale(1) brightness(0.6)";
+  brush.drawImage(behind, 0, 0, side, side);
+  brush.filter = "none";
+  brush.imageSmoothingEnabled = false;
+  brush.drawImage(map, 0, 0, side, side);
 }
 
 /** Where a cell is, in shares of the width from the left, and of the height from the top. */
@@ -310,9 +334,9 @@ function spot([y, x]) {
   return [(x + 1) / 2, kind === "sound" ? (1 - y) / 2 : (y + 1) / 2];
 }
 
-function put(node, [x, y]) {
-  node.style.left = `${100 * x}%`;
-  node.style.top = `${100 * y}%`;
+/** Place a node there, but within the picture by `edge`. */
+function put(node, place, edge = 0.05) {
+  [node.style.left, node.style.top] = place.map((share) => `${100 * Math.min(1 - edge, Math.max(edge, share))}%`);
 }
 
 /** The cards of the inputs, and a handle for every slot. */
@@ -329,9 +353,9 @@ function build() {
 
 function axes() {
   const seconds = Math.max(...inputs.map(({ channels, rate }) => channels[0].length / rate));
-  const label = (text, style) => Object.assign(element("span", { className: "axis", ariaHidden: "true" }, text), { style });
+  const label = (text, style) => element("span", { className: "axis", ariaHidden: "true", style }, text);
   return [
-    label(`${inputs[0].about.sample_rate / 2000} kHz`, "left: 0; top: 0"),
+    label(`${model.sample_rate / 2000} kHz`, "left: 0; top: 0"),
     label(`${Math.round(LOWEST)} Hz`, "left: 0; bottom: 0"),
     label(`${Number(seconds.toPrecision(3))} s`, "right: 0; bottom: 0"),
   ];
@@ -340,27 +364,27 @@ function axes() {
 function card(input) {
   const held = input.slots.filter((slot) => !slot.empty).length, empty = input.slots.length - held;
   const what = `${held} ${kind === "sound" ? "note" : "object"}${held === 1 ? "" : "s"}`;
-  const spare = `${empty} empty slot${empty === 1 ? "" : "s"}`, letter = "AB"[input.i];
+  const spare = empty ? `, ${empty} empty slot${empty === 1 ? "" : "s"}` : "", letter = "AB"[input.i];
   const picture = element("canvas", { role: "img", ariaLabel: `${input.name}, as the model sees it` });
   const map = element("canvas", { role: "img", ariaLabel: "KL map: where the model finds something" });
   paintInput(picture, input);
   paintMap(map, input);
-  input.marks = input.slots.map((slot) => element("span", { className: "mark", ariaHidden: "true" }, `${slot.k}`));
+  input.marks = input.slots.map(({ k }) => element("span", { ariaHidden: "true" }, element("span", {}, `${k}`)));
   input.marks.forEach((mark, k) => put(mark, spot(input.slots[k].cell)));
   const heard = kind === "sound" ? [player(`Play ${input.name}`, async () => input)] : [];
   return element("section", { className: `card tone-${input.i}`, ariaLabel: input.name },
     element("div", { className: "head" },
       ...(inputs.length > 1 ? [element("span", { className: "letter", ariaHidden: "true" }, letter)] : []),
-      element("h2", {}, input.name), element("p", {}, `${what}, ${spare}`),
+      element("h2", {}, input.name), element("p", {}, what + spare),
       ...input.notes.map((note) => element("p", { className: "note" }, note))),
     element("div", { className: "tiles" },
-      tile(element("div", { className: "frame" }, picture), "Input", ...heard),
-      tile(element("div", { className: "frame" }, map, ...input.marks.toReversed()), "KL map"),
+      tile("large", element("div", { className: "frame" }, picture), "Input", ...heard),
+      tile("large", element("div", { className: "frame" }, map, ...input.marks.toReversed()), "KL map"),
       ...input.slots.map(slotTile)));
 }
 
-function tile(frame, ...caption) {
-  return element("div", { className: "tile" }, frame, element("p", {}, ...caption));
+function tile(size, frame, ...caption) {
+  return element("div", { className: `tile ${size}` }, frame, element("p", {}, ...caption));
 }
 
 function slotTile(slot) {
@@ -368,7 +392,8 @@ function slotTile(slot) {
   slot.canvas = element("canvas");
   paintSlot(slot);
   const label = `Slot ${nameOf(slot)} of ${slot.input.name}, ${nats}`;
-  slot.button = element("button", { className: `frame slot ${slot.empty ? "empty" : ""}`, ariaLabel: label, title: label },
+  const className = `frame slot ${slot.empty ? "empty" : ""}`;
+  slot.button = element("button", { className, ariaLabel: label, title: label },
     slot.canvas, element("span", { className: "tick", ariaHidden: "true" }, "✓"));
   slot.button.onclick = () => {
     slot.kept = !slot.kept;
@@ -377,7 +402,7 @@ function slotTile(slot) {
   };
   const heard = kind === "sound" ? [player(`Play slot ${nameOf(slot)}`, () => hear(slot))] : [];
   slot.caption = element("span");
-  return tile(slot.button, element("b", {}, nameOf(slot)), slot.caption, ...heard);
+  return tile("", slot.button, element("b", {}, nameOf(slot)), slot.caption, ...heard);
 }
 
 /** Everything that says which slots are kept, and where they are. */
@@ -386,8 +411,9 @@ function place() {
     const { kept, empty, input, k } = slot, [x, y] = position(slot);
     slot.button.ariaPressed = kept;
     slot.caption.textContent = caption(slot);
-    input.marks[k].className = `mark ${kept ? "kept" : ""} ${empty ? "empty" : ""}`;
-    put(slot.handle, kind === "sound" ? [0.88 - 0.14 * (k + 2 * input.i) % 0.7, y] : [x, y]);
+    const edge = spot(slot.cell)[0] > 0.85; // where the number stands to the left
+    input.marks[k].className = `mark ${kept ? "kept" : ""} ${empty ? "empty" : ""} ${edge ? "edge" : ""}`;
+    put(slot.handle, kind === "sound" ? [0.86 - 0.17 * ((k + 2 * input.i) % 5), y] : [x, y]);
     slot.handle.hidden = !kept;
     slot.handle.classList.toggle("chosen", slot === chosen);
     slot.handle.ariaLabel = handleLabel(slot);
@@ -405,18 +431,19 @@ function position(slot) {
   return kind === "sound" ? [x, y - slot.semitones / span()] : [x + slot.move[0], y + slot.move[1]];
 }
 
-const span = () => 12 * Math.log2(inputs[0].about.sample_rate / 2 / LOWEST); // semitones from the lowest to the highest
-const interval = ({ semitones }) => `${semitones > 0 ? "+" : ""}${semitones} semitone${Math.abs(semitones) === 1 ? "" : "s"}`;
+const span = () => 12 * Math.log2(model.sample_rate / 2 / LOWEST); // semitones from the lowest to the highest
+const signed = (number) => `${number > 0 ? "+" : ""}${number}`.replace("-", "−");
+const interval = ({ semitones }) => `${signed(semitones)} semitone${Math.abs(semitones) === 1 ? "" : "s"}`;
 
 function noteName(slot) {
-  const key = Math.round((1 - position(slot)[1]) * span()); // above C1
-  return `${["C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B"][((key % 12) + 12) % 12]}${1 + Math.floor(key / 12)}`;
+  const key = Math.round((1 - position(slot)[1]) * span()), octave = 1 + Math.floor(key / 12); // above C1
+  return ["C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B"].at(key % 12) + octave;
 }
 
 function caption(slot) {
-  if (slot.empty) return "empty";
-  const nats = `${Math.round(slot.nats)} nats`;
-  return kind === "sound" ? `${noteName(slot)}${slot.semitones ? ` (${slot.semitones > 0 ? "+" : ""}${slot.semitones})` : ""} · ${nats}` : nats;
+  const nats = slot.empty ? "empty" : `${Math.round(slot.nats)} nats`;
+  if (kind === "picture" || slot.empty) return nats;
+  return `${noteName(slot)} · ${slot.semitones ? signed(slot.semitones) : nats}`;
 }
 
 function handleLabel(slot) {
@@ -427,32 +454,29 @@ function handleLabel(slot) {
 
 /** Below the stage: what can be done with the chosen slot, or how to choose one. */
 function hint() {
-  if (!chosen) {
-    const sound = "Drag a note up or down, or use the arrow keys: it is sung anew at another pitch.";
-    $("hint").textContent = kind === "sound" ? sound : "Drag an object, or use the arrow keys. Click slots to take them in or out.";
-    return;
-  }
-  const edited = chosen.front || chosen.semitones || chosen.move.some(Boolean), buttons = [];
-  const button = (text, act, properties = {}) => buttons.push(element("button", { onclick: act, ...properties }, text));
-  if (kind === "picture" && inputs[0].about.op === "alpha") {
-    button("In front", () => bringToFront(chosen), { ariaPressed: chosen.front, className: chosen.front ? "primary" : "" });
-  }
-  button("Put back", () => (putBack(chosen), update()), { disabled: !edited });
-  const about = kind === "sound" ? `${noteName(chosen)}, ${interval(chosen)}` : "";
-  $("hint").replaceChildren(element("div", { className: "row" }, element("b", {}, `Slot ${nameOf(chosen)}`), about, ...buttons));
+  const what = { picture: "an object to another place", sound: "a note to another pitch, where it is sung anew" }[kind];
+  $("how").textContent = `Drag ${what}, or use the arrow keys. Click a slot to take it in or out.`;
+  $("how").hidden = Boolean(chosen);
+  $("edit").hidden = !chosen;
+  if (!chosen) return;
+  $("which").textContent = `Slot ${nameOf(chosen)}`;
+  $("where").textContent = kind === "sound" ? `${noteName(chosen)}, ${interval(chosen)}` : "";
+  $("front").hidden = kind === "sound" || model.op !== "alpha"; // other layers have no order
+  $("front").ariaPressed = chosen.front;
+  $("back").disabled = !chosen.front && !chosen.semitones && !chosen.move.some(Boolean);
 }
 
 function draw(found) {
   result = found;
   if (kind === "picture") paintPixels($("picture"), found.pixels);
   else paintTile($("picture"), found.tile);
+  const kept = allSlots().filter((slot) => slot.kept).map(nameOf).join(", ");
+  $("picture").ariaLabel = `Recomposition of ${kept ? `slots ${kept}` : "no slots"}`;
   for (const { input, slot, alone, tile: spectrum } of found.moved ?? found.tiles) {
-    const changed = inputs[input].slots[slot];
-    if (changed.tile === spectrum && !alone) continue;
-    Object.assign(changed, alone ? { alone } : { tile: spectrum });
+    const changed = Object.assign(inputs[input].slots[slot], alone ? { alone } : { tile: spectrum });
     paintSlot(changed);
   }
-  if (playing?.button === $("play")) play(result, $("play"), context.currentTime - playing.started); // go on with the new
+  if (playing?.button === $("play")) play(result, $("play"), context.currentTime - playing.started); // go on
 }
 
 // ---------------------------------------------------------------- Dragging
@@ -500,13 +524,14 @@ function sing(slot, semitones) {
   const [least, most] = limits(slot);
   slot.semitones = Math.min(most, Math.max(least, Math.round(semitones)));
   place();
+  $("stage").classList.add("busy");
   clearTimeout(sing.later);
   sing.later = setTimeout(update, 250);
 }
 
 /** The slot seen at a place of the picture: of those that differ there from their background, the one most like it. */
 function slotAt([x, y]) {
-  const { size } = inputs[0].about, at = 3 * (Math.floor(y * size) * size + Math.floor(x * size));
+  const { size } = model, at = 3 * (Math.floor(y * size) * size + Math.floor(x * size));
   const apart = (a, b) => sum([0, 1, 2].map((c) => Math.abs(a[at + c] - b[at + c])));
   const seen = ({ kept, alone, input: { behind } }) => kept && behind && apart(alone, behind) > 40;
   const there = allSlots().filter(seen).map((slot) => [apart(slot.alone, result.pixels), slot]);
@@ -600,7 +625,9 @@ function wav(channels, rate) {
   [align, 16].forEach((value, i) => view.setUint16(32 + 2 * i, value, true));
   text(36, "data");
   view.setUint32(40, n * align, true);
-  channels.forEach((one, c) => one.forEach((x, i) => view.setInt16(44 + i * align + 2 * c, Math.round((x / peak) * 32767), true)));
+  channels.forEach((one, c) => one.forEach((x, i) => {
+    view.setInt16(44 + i * align + 2 * c, Math.round((x / peak) * 32767), true);
+  }));
   return new Blob([view], { type: "audio/wav" });
 }
 
@@ -616,16 +643,21 @@ async function download() {
 // ---------------------------------------------------------------- What the reader does
 
 async function openExample(sort) {
-  const folder = new URL(MODELS[sort], HERE).href;
-  try {
-    open(await Promise.all(EXAMPLES[sort].map(async (name) => {
-      const answer = await fetch(folder + name).catch(() => ({}));
-      if (!answer.ok) throw new Sentence(`${folder + name} could not be fetched; serve the whole repository, with its models/.`);
-      return new File([await answer.blob()], name);
-    })));
-  } catch (error) {
-    complain(error.message);
-  }
+  $("main").ariaBusy = true;
+  const files = await Promise.all(EXAMPLES[sort].map(async (name) => {
+    const answer = await fetch(modelOf(sort) + name).catch(() => ({}));
+    return answer.ok ? new File([await answer.blob()], name) : name;
+  }));
+  const missing = files.find((file) => typeof file === "string");
+  if (!missing) return open(files);
+  $("main").ariaBusy = false;
+  complain(`${modelOf(sort) + missing} could not be fetched; serve the whole repository, with its models/.`);
+}
+
+/** What is being dragged over the page, as far as browsers tell before it is dropped. */
+function kindOver(event) {
+  const type = event.dataTransfer.items[0]?.type ?? "";
+  return { image: "picture", audio: "sound" }[type.split("/")[0]];
 }
 
 function listen() {
@@ -634,10 +666,16 @@ function listen() {
     open([...$("files").files]);
     $("files").value = ""; // so that the same file may be chosen again
   };
-  for (const button of document.querySelectorAll("[data-example]")) button.onclick = () => openExample(button.dataset.example);
+  for (const button of document.querySelectorAll("[data-example]")) {
+    const sort = button.dataset.example;
+    button.onclick = () => openExample(sort);
+    button.onpointerenter = () => ready(sort).catch(() => {}); // which a click would say
+  }
   addEventListener("dragover", (event) => {
     event.preventDefault();
-    document.body.classList.add("dropping");
+    const { classList } = document.body, sort = kindOver(event);
+    if (sort && !classList.contains("dropping")) ready(sort).catch(() => {}); // which the drop would say
+    classList.add("dropping");
   });
   addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("dropping"));
   addEventListener("drop", (event) => {
@@ -649,6 +687,11 @@ function listen() {
   $("stage").onpointerdown = dragStart;
   $("play").onclick = () => (playing?.button === $("play") ? stop() : result && play(result, $("play")));
   $("download").onclick = download;
+  $("front").onclick = () => bringToFront(chosen);
+  $("back").onclick = () => {
+    putBack(chosen);
+    update();
+  };
   $("reset").onclick = () => {
     chosen = null;
     inputs.forEach(prepare);

@@ -463,14 +463,17 @@ function softMasks(magnitude, mixture, bins, frames) {
   return power.map((p, i) => p / total[i % size]);
 }
 
-/** Slot k of masks (N, F, T) -> (T, F) for other bins, where the highest octave's mean goes on, and other frames. */
-function extend(masks, k, from, to) {
+/** The sum of some slots' masks (N, F, T) -> (T, F), for other bins, where the highest octave's mean goes on. */
+function extend(masks, slots, from, to) {
   const out = new Float64Array(to.frames * to.bins), octave = Math.floor((from.bins + 1) / 2);
   for (let t = 0; t < to.frames; t++) {
-    const at = (f) => (k * from.bins + f) * from.frames + Math.min(t, from.frames - 1), row = t * to.bins;
-    let mean = 0;
-    for (let f = from.bins - octave; f < from.bins; f++) mean += masks[at(f)] / octave;
-    for (let f = 0; f < to.bins; f++) out[row + f] = f < from.bins ? masks[at(f)] : mean;
+    const row = t * to.bins, column = Math.min(t, from.frames - 1); // the last one goes on, too
+    for (const k of slots) {
+      const at = (f) => masks[(k * from.bins + f) * from.frames + column];
+      let mean = 0;
+      for (let f = from.bins - octave; f < from.bins; f++) mean += at(f) / octave;
+      for (let f = 0; f < to.bins; f++) out[row + f] += f < from.bins ? at(f) : mean;
+    }
   }
   return out;
 }
@@ -492,35 +495,38 @@ function levels(magnitude, bins, frames, first) {
 
 // ---------------------------------------------------------------- Sounds
 
-const ZEROS = 90, FINE = 512; // zero crossings of the kernel's half, and table entries from one to the next
-let kernel; // a sinc under a Kaiser window, as steep as soxr's "HQ": 0.913 of the band passes, all beyond is -125 dB
+const ZEROS = 90, CUTOFF = 0.9565, BETA = 12.6; // as steep as soxr's "HQ": 0.913 of the band passes, none beyond it
 
-function sincKernel() {
-  const bessel = (x) => { // I0, by its series
-    let sum = 1, term = 1;
-    for (let k = 1; term > 1e-17 * sum; k++) sum += term *= (x / (2 * k)) ** 2;
-    return sum;
-  };
-  const cutoff = 0.9565, beta = 12.6, scale = cutoff / bessel(beta);
-  return Float64Array.from({ length: ZEROS * FINE + 2 }, (_, i) => {
-    const x = i / FINE, window = bessel(beta * Math.sqrt(Math.max(0, 1 - (x / ZEROS) ** 2)));
-    return scale * window * (i ? Math.sin(Math.PI * cutoff * x) / (Math.PI * cutoff * x) : 1);
-  });
+/** I0, by its series. */
+function bessel(x) {
+  let sum = 1, term = 1;
+  for (let k = 1; term > 1e-17 * sum; k++) sum += term *= (x / (2 * k)) ** 2;
+  return sum;
+}
+
+/** A sinc under a Kaiser window, x zero crossings of the band from its middle. */
+function kernel(x) {
+  if (Math.abs(x) >= ZEROS) return 0;
+  const angle = Math.PI * CUTOFF * x, window = bessel(BETA * Math.sqrt(1 - (x / ZEROS) ** 2)) / bessel(BETA);
+  return CUTOFF * window * (x ? Math.sin(angle) / angle : 1);
 }
 
 /** Samples at `rate` Hz -> at `wanted` Hz, as many as begun. */
 function resample(samples, rate, wanted) {
   if (rate === wanted) return samples;
-  kernel ??= sincKernel();
-  const scale = Math.min(1, wanted / rate), reach = ZEROS / scale, step = scale * FINE;
+  const scale = Math.min(1, wanted / rate), half = Math.ceil(ZEROS / scale), weights = new Map();
+  const padded = new Float32Array(samples.length + 2 * half + 1);
+  padded.set(samples, half);
+  const weigh = (phase) => Float64Array.from({ length: 2 * half }, (_, m) => {
+    return scale * kernel((m + 1 - half - phase / wanted) * scale);
+  });
   return Float32Array.from({ length: Math.ceil((samples.length * wanted) / rate) }, (_, i) => {
-    const centre = (i * rate) / wanted, last = Math.min(samples.length - 1, Math.floor(centre + reach));
+    const before = Math.floor((i * rate) / wanted), phase = i * rate - before * wanted; // which come again
+    if (!weights.has(phase)) weights.set(phase, weigh(phase));
+    const taps = weights.get(phase);
     let sum = 0;
-    for (let j = Math.max(0, Math.ceil(centre - reach)); j <= last; j++) {
-      const at = Math.abs(j - centre) * step, k = at | 0;
-      sum += samples[j] * (kernel[k] + (at - k) * (kernel[k + 1] - kernel[k]));
-    }
-    return sum * scale;
+    for (let m = 0, j = before + 1; m < taps.length; m++, j++) sum += taps[m] * padded[j];
+    return sum;
   });
 }
 
@@ -533,12 +539,12 @@ function fit(samples, n) {
 
 const mean = (channels) => channels[0].map((_, i) => channels.reduce((sum, one) => sum + one[i], 0) / channels.length);
 
-/** Magnitudes (F, T) -> uint8 (rows, columns): dB of the 60 below `top`, in equal steps of pitch, highest first. */
-function spectrumTile(magnitude, frames, columns, top, rate, rows = 128) {
+/** Magnitudes (F, T) -> uint8 (rows, columns): dB of the 60 below `top`, from `highest` Hz down, in steps of pitch. */
+function spectrumTile(magnitude, frames, columns, top, highest, rows = 128, nyquist = highest) {
   const bins = magnitude.length / frames, values = new Uint8Array(rows * columns);
   for (let y = 0; y < rows; y++) {
-    const f = Math.round((LOWEST / (rate / 2)) ** (y / (rows - 1)) * (bins - 1));
-    for (let x = 0; x < columns; x++) {
+    const f = Math.round(((highest / nyquist) * (LOWEST / highest) ** (y / (rows - 1))) * (bins - 1));
+    for (let x = 0; x < columns && f < bins; x++) {
       const level = 60 + 20 * Math.log10(Math.max(magnitude[f * frames + x] / Math.max(top, 1e-20), 1e-9));
       values[y * columns + x] = Math.round((255 / 60) * Math.min(60, Math.max(level, 0)));
     }
@@ -562,21 +568,21 @@ async function openSound(model, sound, form) {
   const hop = Math.round((frame * rate) / own), longest = Math.round((length * rate) / own);
   const spectra = channels.map((one) => stft(fit(one, Math.max(n, longest)), 4 * hop, hop));
   const whole = Math.min(frames, Math.max(1, Math.round(mono.length / frame))); // frames that are not zero-padded
-  const tile = (magnitude, top) => spectrumTile(magnitude, frames, whole, top, own), top = largest(alone);
+  const tile = (magnitude, top) => spectrumTile(magnitude, frames, whole, top, own / 2), top = largest(alone);
   input.slots.forEach((slot, k) => {
-    const part = () => spectra.map((one) => inverseStft(one, extend(masks, k, heard, one), hop, n));
     const magnitude = alone.subarray(k * bins * frames, (k + 1) * bins * frames);
-    Object.assign(slot, { part, tile: tile(magnitude, top), heard: {}, top });
+    Object.assign(slot, { tile: tile(magnitude, top), heard: {}, top });
   });
+  const part = (slots) => spectra.map((one) => inverseStft(one, extend(masks, slots, heard, one), hop, n));
   const compared = [found, mixture].map((one) => levels(one, bins, frames, whole));
   const notes = warnings(model, ...compared, "notes");
-  return { ...input, channels, rate, tile: tile(mixture, largest(mixture)), columns: whole, notes };
+  return { ...input, channels, rate, part, tile: tile(mixture, largest(mixture)), columns: whole, notes };
 }
 
 /** What slot k of an input sounds like, transposed by so many semitones: its mask's share, or decoded anew and sung. */
 async function hear(i, k, semitones) {
   const { model, inputs } = open, input = inputs[i], slot = input.slots[k];
-  slot.heard[0] ??= { channels: slot.part(), tile: slot.tile };
+  slot.heard[0] ??= { channels: input.part([k]), tile: slot.tile };
   if (!semitones || slot.heard[semitones]) return slot.heard[semitones];
   const { sample_rate: own } = model.about, { rate, channels: [{ length: n }] } = input;
   const higher = semitones / 6 / Math.log2(own / 2 / LOWEST); // from -1 to 1 are all octaves
@@ -590,7 +596,7 @@ async function hear(i, k, semitones) {
     const gain = Math.sqrt(power(part) / loudness);
     return sung.map((x) => x * gain);
   });
-  const tile = spectrumTile(spectrogram, frames, input.columns, slot.top, own);
+  const tile = spectrumTile(spectrogram, frames, input.columns, slot.top, own / 2);
   slot.heard = { 0: slot.heard[0], [semitones]: { channels, tile } };
   return slot.heard[semitones];
 }
@@ -600,15 +606,22 @@ async function recomposeSounds(kept) {
   const { model, inputs } = open, { sample_rate: own, n_fft: nFft } = model.about, { rate } = inputs[0];
   const n = Math.max(...inputs.map((input) => input.channels[0].length)), tiles = [];
   const channels = inputs[0].channels.map(() => new Float32Array(n));
+  const add = (parts) => parts.forEach((part, c) => part.forEach((x, i) => (channels[c][i] += x)));
   for (const { input, slot, semitones } of kept) {
-    const heard = await hear(input, slot, semitones);
-    heard.channels.forEach((part, c) => part.forEach((x, i) => (channels[c][i] += x)));
-    tiles.push({ input, slot, tile: heard.tile });
+    if (semitones) add((await hear(input, slot, semitones)).channels);
+    const { tile } = inputs[input].slots[slot].heard[semitones] ?? inputs[input].slots[slot];
+    tiles.push({ input, slot, tile });
   }
-  const heard = resample(mean(channels), rate, own);
-  const spectrum = stft(fit(heard, Math.max(heard.length, nFft)), nFft, 256), magnitude = magnitudes(spectrum);
-  const columns = Math.max(1, Math.round(heard.length / 256));
-  const tile = spectrumTile(magnitude, spectrum.frames, columns, largest(magnitude), own, 256);
+  inputs.forEach((input, i) => { // those at their own pitch, at once
+    const slots = kept.filter((one) => one.input === i && !one.semitones).map((one) => one.slot), name = slots.join();
+    if (input.last?.name !== name) input.last = { name, parts: slots.length ? input.part(slots) : [] };
+    add(input.last.parts);
+  });
+  // Of windows as long as the model's, but of a power of two, which is quick at any rate.
+  const size = 2 ** Math.round(Math.log2((nFft * rate) / own)), hop = Math.round(rate / 64);
+  const spectrum = stft(fit(mean(channels), Math.max(n, size)), size, hop), magnitude = magnitudes(spectrum);
+  const columns = Math.max(1, Math.round(n / hop)), top = largest(magnitude);
+  const tile = spectrumTile(magnitude, spectrum.frames, columns, top, own / 2, 256, rate / 2);
   return { channels, rate, tiles, tile };
 }
 
@@ -632,7 +645,7 @@ const calls = {
     for (const file of files) inputs.push(await (sounds ? openSound(model, file, files[0]) : openPicture(model, file)));
     open = { model, inputs };
     const shown = ({ alone, tile, cell, nats }) => ({ alone, tile, cell, nats });
-    return inputs.map(({ slots, background, ...input }) => ({ ...input, slots: slots.map(shown) }));
+    return inputs.map(({ slots, background, part, ...input }) => ({ ...input, slots: slots.map(shown) }));
   },
 
   recompose: (kept) => (open.model.about.kind === "mvae-sound" ? recomposeSounds(kept) : recomposePictures(kept)),
