@@ -6,7 +6,7 @@
 
 const HERE = new URL(".", document.baseURI), MODELS = { picture: "../models/clevr/", sound: "../models/nsynth-duo/" };
 const EXAMPLES = { picture: ["a.png", "b.png"], sound: ["a.flac", "b.flac"] };
-const RUNTIME = new URLSearchParams(location.search).get("ort") // a folder of its own copy
+const RUNTIME = new URLSearchParams(location.search).get("ort")?.replace(/\/?$/, "/") // the folder of a copy
   ?? "https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/";
 const EXPECTED = "one or two pictures (PNG, JPEG, WebP), or one or two sounds (WAV, FLAC, MP3, Ogg)";
 const LOWEST = 32.7; // Hz: where the models' logarithmic frequency axis begins, a C1
@@ -19,12 +19,7 @@ const sum = (numbers) => numbers.reduce((total, x) => total + x, 0);
 
 /** An element of this tag, with these properties and children. */
 function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag), { data, ...own } = properties;
-  for (const [name, value] of Object.entries(own)) {
-    if (name in made) made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  Object.assign(made.dataset, data);
+  const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
 }
@@ -59,6 +54,10 @@ async function startWorker() {
     waiting.delete(id);
     if (error) reject(new Sentence(error));
     else resolve(value);
+  };
+  made.onerror = ({ message }) => { // out of memory, say
+    for (const { reject } of waiting.values()) reject(new Error(message));
+    waiting.clear();
   };
   return made;
 }
@@ -176,7 +175,6 @@ async function decodeSound(file, longest) {
 
 let kind, model; // "picture" or "sound", and its model.json
 let inputs = [], result, chosen; // what is in each; their recomposition; the slot to edit
-let turn = 0; // counts what was opened: answers to an earlier one are dropped
 
 const modelOf = (sort) => new URL(MODELS[sort], HERE).href;
 
@@ -186,39 +184,45 @@ async function ready(sort) {
   return ask("about", modelOf(sort));
 }
 
-async function open(files) {
-  const mine = ++turn;
-  complain("");
-  $("main").ariaBusy = true;
-  try {
-    const wanted = await one(files);
-    say("Loading the model …");
-    const about = await ready(wanted);
-    say(`Taking ${files.map((file) => file.name).join(" and ")} apart …`);
-    const seconds = about.samples / about.sample_rate, given = [];
-    for (const file of files) given.push(wanted === "sound" ? await readSound(file, seconds) : file);
-    const found = await ask("open", modelOf(wanted), given);
-    if (mine !== turn) return;
-    stop();
-    [kind, model, result, chosen] = [wanted, about, null, null];
-    inputs = found.map((input, i) => {
-      const notes = [...(given[i].notes ?? []), ...input.notes];
-      return { ...input, i, name: files[i].name, notes };
-    });
-    inputs.forEach(prepare);
-    build();
-    await update();
-  } catch (error) {
-    if (mine !== turn) return;
-    complain(error instanceof Sentence ? error.message : `This failed: ${error.message}`);
+let opening = Promise.resolve(), opens = 0; // what is opened last, and how many wait: one goes after the other
+
+/** Take files apart, in place of what was open; where that fails, a sentence says why, and what was open stays. */
+function open(files) {
+  busy(++opens);
+  opening = opening.then(() => takeApart(files)).catch((error) => {
     say("");
-  } finally {
-    if (mine === turn) $("main").ariaBusy = false;
-  }
+    complain(error instanceof Sentence ? error.message : `This failed: ${error.message}`);
+  }).finally(() => busy(--opens));
+  return opening;
 }
 
-/** The kind that all files have; what is said of others. */
-async function one(files) {
+function busy(state) {
+  $("main").ariaBusy = $("work").inert = Boolean(state);
+}
+
+async function takeApart(files) {
+  complain("");
+  const wanted = await kindOfAll(files);
+  say("Loading the model …");
+  const about = await ready(wanted), seconds = about.samples / about.sample_rate, given = [];
+  say(`Taking ${files.map((file) => file.name).join(" and ")} apart …`);
+  for (const file of files) given.push(wanted === "sound" ? await readSound(file, seconds) : file);
+  await updating; // which needs what was open
+  clearTimeout(sing.later);
+  const found = await ask("open", modelOf(wanted), given);
+  stop();
+  [kind, model, result, chosen] = [wanted, about, null, null];
+  inputs = found.map((input, i) => {
+    const notes = [...(given[i].notes ?? []), ...input.notes];
+    return { ...input, i, name: files[i].name, notes };
+  });
+  inputs.forEach(prepare);
+  build();
+  await update();
+}
+
+/** The kind that one or two files have, both the same; a sentence about all others. */
+async function kindOfAll(files) {
   if (files.length < 1 || files.length > 2) {
     throw new Sentence(`${files.length} files were given; expected ${EXPECTED}.`);
   }
@@ -261,7 +265,7 @@ function update() {
 async function recompose() {
   while (stale) {
     stale = false;
-    const mine = turn, started = performance.now(), kept = allSlots().filter((slot) => slot.kept);
+    const started = performance.now(), kept = allSlots().filter((slot) => slot.kept);
     const wanted = kept.map(({ input, k, ...edits }) => {
       const { move, front, semitones } = edits;
       return { input: input.i, slot: k, move, front, semitones };
@@ -269,7 +273,6 @@ async function recompose() {
     try {
       if (kept.some((slot) => slot.semitones)) say("Singing …");
       const found = await ask("recompose", wanted);
-      if (mine !== turn) continue;
       complain("");
       draw(found);
       const seconds = ((performance.now() - started) / 1000).toFixed(2);
@@ -303,13 +306,19 @@ function paint(canvas, width, height, colour) {
   return canvas;
 }
 
-function paintPixels(canvas, pixels) {
+function paintPixels(canvas, pixels, change = (colour) => colour) {
   const side = Math.sqrt(pixels.length / 3);
-  return paint(canvas, side, side, (i) => pixels.subarray(3 * i, 3 * i + 3));
+  return paint(canvas, side, side, (i) => change(pixels.subarray(3 * i, 3 * i + 3)));
 }
 
-const paintTile = (canvas, { values, rows, columns }) => paint(canvas, columns, rows, (i) => PALETTE[values[i]]);
-const paintInput = (canvas, { pixels, tile }) => (pixels ? paintPixels(canvas, pixels) : paintTile(canvas, tile));
+function paintTile(canvas, { values, rows, columns }, change = (colour) => colour) {
+  return paint(canvas, columns, rows, (i) => change(PALETTE[values[i]]));
+}
+
+function paintInput(canvas, { pixels, tile: spectrum }, change) {
+  return pixels ? paintPixels(canvas, pixels, change) : paintTile(canvas, spectrum, change);
+}
+
 const paintSlot = (slot) => (slot.alone ? paintPixels(slot.canvas, slot.alone) : paintTile(slot.canvas, slot.tile));
 
 /** A KL map over its input, in grey: from half of the highest on all is heat. */
@@ -320,11 +329,9 @@ function paintMap(canvas, input) {
     const value = values[up * columns + (i % columns)] / top;
     return [...heat(value), 255 * Math.min(1, 2 * value)];
   });
-  const behind = paintInput(element("canvas"), input);
+  const behind = paintInput(element("canvas"), input, (colour) => Array(3).fill(0.2 * sum([...colour])));
   const brush = Object.assign(canvas, { width: side, height: side }).getContext("2d");
-  brush.filter = "grayscale(1) brightness(0.6)";
   brush.drawImage(behind, 0, 0, side, side);
-  brush.filter = "none";
   brush.imageSmoothingEnabled = false;
   brush.drawImage(map, 0, 0, side, side);
 }
@@ -632,6 +639,7 @@ function wav(channels, rate) {
 }
 
 async function download() {
+  await updating; // to have what was asked for last
   const picture = () => new Promise((resolve) => $("picture").toBlob(resolve, "image/png"));
   const sound = kind === "sound", blob = sound ? wav(result.channels, result.rate) : await picture();
   const href = URL.createObjectURL(blob), name = `recomposed.${sound ? "wav" : "png"}`;
@@ -643,15 +651,15 @@ async function download() {
 // ---------------------------------------------------------------- What the reader does
 
 async function openExample(sort) {
-  $("main").ariaBusy = true;
+  busy(++opens);
   const files = await Promise.all(EXAMPLES[sort].map(async (name) => {
     const answer = await fetch(modelOf(sort) + name).catch(() => ({}));
     return answer.ok ? new File([await answer.blob()], name) : name;
   }));
   const missing = files.find((file) => typeof file === "string");
-  if (!missing) return open(files);
-  $("main").ariaBusy = false;
-  complain(`${modelOf(sort) + missing} could not be fetched; serve the whole repository, with its models/.`);
+  if (!missing) open(files);
+  else complain(`${modelOf(sort) + missing} could not be fetched; serve the whole repository, with its models/.`);
+  busy(--opens);
 }
 
 /** What is being dragged over the page, as far as browsers tell before it is dropped. */
@@ -681,7 +689,7 @@ function listen() {
   addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dropping");
-    if (event.dataTransfer.files.length) open([...event.dataTransfer.files]);
+    open([...event.dataTransfer.files]);
   });
   addEventListener("paste", (event) => event.clipboardData.files.length && open([...event.clipboardData.files]));
   $("stage").onpointerdown = dragStart;
