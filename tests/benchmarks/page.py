@@ -46,6 +46,7 @@ def drops(browser, address, paths):
     """A fresh tab, whose runtime is there, and its times."""
     visit = Visit(browser, address).go()
     visit.tab.evaluate("start()")
+    visit.tab.wait_for_timeout(1000)  # in which a hand brings a file, and the browser goes on compiling
     visit.tab.unroute_all()  # what is fetched from now on does not pass through this process
     sources = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in paths]
     times = measure(lambda i: visit.tab.evaluate(DROP, sources))
