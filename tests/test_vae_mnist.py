@@ -30,7 +30,7 @@ def generator(name):
 class LinearGaussian(torch.nn.Module):
     """p(z) = N(0, I), p(x | z) = N(W z, s^2 I), with a posterior that is exact, or made `wider` than that."""
 
-    s = 0.5
+    s, prior = 0.5, None
 
     def __init__(self, wider=1.0):
         super().__init__()
@@ -63,9 +63,9 @@ def gaussian(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def small_vae(d=3, arch="mlp"):
+def small_vae(d=3, arch="mlp", prior="standard"):
     torch.manual_seed(0)
-    return stage.VAE(arch=arch, d=d, hidden=[16, 8], channels=4)
+    return stage.VAE(prior, arch=arch, d=d, hidden=[16, 8], channels=4)
 
 
 # ---------------------------------------------------------------- Likelihood and bounds
