@@ -2,7 +2,6 @@
 
     python train_vae_mnist.py                                        # two tanh layers of 200, D = 50, Burda et al.
     python train_vae_mnist.py --hidden 500 --D 20 --warmup 0         # one layer of 500, Kingma & Welling
-    python train_vae_mnist.py --arch conv --D 32 --batch 100 --lr 2e-3 --minutes 60
     python train_vae_mnist.py --arch conv --D 32 --batch 100 --lr 2e-3 --minutes 60 --prior flow
     python train_vae_mnist.py --objective iwae --k 50 --batch 100 --lr 1e-3
     python train_vae_mnist.py --binarize static --data-root binarized_mnist
@@ -37,7 +36,6 @@ from recompose import Tile, contact_sheet
 
 SCRIPT = Path(__file__).stem
 SIDE, PIXELS = 28, 28 * 28
-LOG_2PI = math.log(2 * math.pi)
 
 # ---------------------------------------------------------------- Data
 
@@ -142,42 +140,34 @@ def conv(d, channels):
 
 
 class FlowPrior(nn.Module):
-    """A density of vectors (..., D) by affine couplings (Dinh et al. 2017), N(0, I) before training.
-
-    A coupling shifts and scales one part of the vector by what a net makes of the other; then the order is reversed.
-    """
+    """N(0, I) through couplings: nets of half a vector shift and scale the other, in turn (Dinh et al. 2017)."""
 
     def __init__(self, d, couplings=6, width=256):
         super().__init__()
-        if d < 2:
-            raise ValueError(f"couplings need two latents, D is {d}")
-        self.parts, self.nets = (d // 2, d - d // 2), nn.ModuleList()  # given, changed
-        for _ in range(couplings):
-            net = nn.Sequential(nn.Linear(d // 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-            net.append(nn.Linear(width, 2 * self.parts[1]))
-            nn.init.zeros_(net[-1].weight)
-            nn.init.zeros_(net[-1].bias)
-            self.nets.append(net)
+        self.halves = given, changed = d // 2, d - d // 2
+        layers = [tuple(map(nn.Linear, (given, width, width), (width, width, 2 * changed))) for _ in range(couplings)]
+        self.nets = nn.ModuleList(nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c) for a, b, c in layers)
+        for parameter in (p for net in self.nets for p in net[-1].parameters()):
+            nn.init.zeros_(parameter)
 
-    def shift_and_scale(self, net, given):
-        shift, scale = net(given).float().chunk(2, dim=-1)
-        return shift, 2 * torch.tanh(scale / 2)  # bounded: a step too far is no overflow
+    def coupling(self, net, z):
+        given, changed = z.split(self.halves, dim=-1)
+        shift, log_scale = net(given).float().chunk(2, dim=-1)
+        return given, changed, shift, 2 * torch.tanh(log_scale / 2)  # bounded: a step too far does not overflow
 
     def log_prob(self, z):
         """log p(z) of z (..., D): (...), in nats."""
-        volume = 0.0
+        log_volume = 0.0
         for net in self.nets:
-            given, changed = z.split(self.parts, dim=-1)
-            shift, log_scale = self.shift_and_scale(net, given)
+            given, changed, shift, log_scale = self.coupling(net, z)
             z = torch.cat([given, (changed - shift) * (-log_scale).exp()], dim=-1).flip(-1)
-            volume = volume - log_scale.sum(-1)
-        return volume - 0.5 * (z.square() + LOG_2PI).sum(-1)
+            log_volume = log_volume - log_scale.sum(-1)
+        return log_volume - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
     def sample(self, noise):
-        """Standard normal noise (..., D) -> samples z (..., D)."""
+        """Standard normal noise (..., D) -> z (..., D) of this density."""
         for net in reversed(self.nets):
-            given, changed = noise.flip(-1).split(self.parts, dim=-1)
-            shift, log_scale = self.shift_and_scale(net, given)
+            given, changed, shift, log_scale = self.coupling(net, noise.flip(-1))
             noise = torch.cat([given, shift + changed * log_scale.exp()], dim=-1)
         return noise
 
@@ -224,31 +214,25 @@ def bernoulli_log_likelihood(x, logits):
 def sample_terms(model, x, mu, logvar, noise):
     """log p(x | z) and log p(z) - log q(z | x) of z = mu + sigma * noise; noise (k, B, D) -> two of (k, B), nats."""
     z = reparameterize(mu, logvar, noise)  # (k, B, D)
+    log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(-1)  # with p(z) = N(0, I)
     if model.prior:
-        log_ratio = model.prior.log_prob(z) + 0.5 * (noise.square() + logvar + LOG_2PI).sum(-1)
-    else:
-        log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(-1)
+        log_ratio = log_ratio + model.prior.log_prob(z) + 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
     return bernoulli_log_likelihood(x, model.decode(z)), log_ratio
-
-
-def posterior_kl(model, mu, logvar, log_ratio):
-    """KL(q(z | x) || p(z)) of every example (B,), nats: in closed form, or with a learned prior by samples (k, B)."""
-    return -log_ratio.mean(0) if model.prior else gaussian_kl(mu, logvar).sum(1)
 
 
 def objective(model, x, noise, beta, kind):
     """The loss of a batch, and its terms: x (B, 784), noise (k, B, D), nats per example.
 
-    "elbo": reconstruction + beta * KL, see `posterior_kl`. "iwae": the importance weighted bound of k samples (Burda
-    et al. 2015, eq. 8), where beta weighs log p(z) - log q(z | x). "loss/negative_bound" is at beta 1, whatever `beta`.
+    "elbo": reconstruction + beta * KL, in closed form to N(0, I), at the samples to a learned prior. "iwae": the bound
+    of k samples (Burda et al. 2015, eq. 8), where beta weighs log p(z) - log q(z | x). "negative_bound" has beta 1.
     """
     mu, logvar = model.encode(x)
     log_likelihood, log_ratio = sample_terms(model, x, mu, logvar, noise)
-    reconstruction, kl = -log_likelihood.mean(), posterior_kl(model, mu, logvar, log_ratio).mean()
-    loss, bound = reconstruction + beta * kl, reconstruction + kl
+    reconstruction, kl = -log_likelihood.mean(), -log_ratio if model.prior else gaussian_kl(mu, logvar).sum(1)
+    loss, bound = reconstruction + beta * kl.mean(), reconstruction + kl.mean()
     if kind == "iwae":
         loss, bound = (math.log(len(noise)) - (log_likelihood + w * log_ratio).logsumexp(0).mean() for w in (beta, 1))
-    return loss, {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_bound": bound}
+    return loss, {"loss/reconstruction": reconstruction, "loss/kl": kl.mean(), "loss/negative_bound": bound}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -280,7 +264,7 @@ def importance_estimates(model, x, samples, title=None):
             log_sum = torch.logaddexp(log_sum, (log_likelihood + log_ratio).logsumexp(0))
             reconstruction -= log_likelihood.sum(0) / samples
             ratio += log_ratio.sum(0) / samples
-        kl = posterior_kl(model, mu, logvar, ratio[None])
+        kl = -ratio if model.prior else gaussian_kl(mu, logvar).sum(1)
         estimates.append((log_sum - math.log(samples), reconstruction, kl, mu))
     return tuple(map(torch.cat, zip(*estimates, strict=True)))
 
@@ -411,8 +395,7 @@ def load(folder):
 @click.option("--hidden", type=widths, default="200,200", help="Widths of the MLP's layers, with commas.")
 @click.option("--channels", type=click.IntRange(1), default=16, help="Width of the convolutions at 14 x 14.")
 @click.option("--D", "d", type=click.IntRange(1), default=50, help="Latents.")
-@click.option("--prior", type=click.Choice(["standard", "flow"]), default="standard",
-              help="N(0, I), or learned with the rest: affine couplings.")  # fmt: skip
+@click.option("--prior", type=click.Choice(["standard", "flow"]), default="standard", help="N(0, I), or learned.")
 @click.option("--objective", type=click.Choice(["elbo", "iwae"]), default="elbo", help="What is raised.")
 @click.option("--k", type=click.IntRange(1), default=1, help="Samples of a picture's posterior in one step.")
 @click.option("--eval-samples", type=click.IntRange(1), default=100, help="K of the final likelihood estimate.")
@@ -435,7 +418,7 @@ def main(context, **options):
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
     about = {"name": options["dataset"], "source": data.source}
     name = "vae-{dataset}-{binarize}-{arch}-D{d}-{objective}{k}-beta{beta:g}-seed{seed}".format(**options)
-    name = name if options["prior"] == "standard" else name.replace("-seed", "-{prior}-seed".format(**options))
+    name = name.replace("-seed", "-flow-seed") if options["prior"] == "flow" else name
 
     # 3. Train: one step, one log line; scores of valid and figures now and then.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
