@@ -9,6 +9,7 @@ import signal
 import struct
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from conftest import write_digits
 from PIL import Image
 
 import common
+import export
 import train_vae_mnist as stage
 
 CPU = torch.device("cpu")
@@ -216,7 +218,7 @@ def test_with_a_learned_prior_estimates_and_bounds_are_below_the_exact_likelihoo
         torch.testing.assert_close(-loss, exact.mean())
         torch.testing.assert_close(terms["loss/negative_bound"], loss)
     wider = Mapped(wider=2.0)
-    gaps = [exact.mean().item() - stage.evaluate(wider, gaussian, k)["nll"] * -1 for k in (1, 10, 100, 5000)]
+    gaps = [exact.mean().item() + stage.evaluate(wider, gaussian, k)["nll"] for k in (1, 10, 100, 5000)]
     assert gaps[0] > gaps[1] > gaps[2] > abs(gaps[3]) and abs(gaps[3]) < 2e-3
     gap = 2 * 0.5 * (2.0 - 1 - math.log(2.0))  # KL(q || posterior), every latent's variance twice the exact one
     assert exact.mean().item() - stage.evaluate(wider, gaussian, 4000)["elbo"] == pytest.approx(gap, abs=0.03)
@@ -349,6 +351,36 @@ def test_a_run_leaves_numbers_and_figures(vae_run):
     model = stage.load(vae_run)
     about = {"kind": "vae-image", "size": 28, "scaling": "grey / 255, then binarised"}
     assert stage.describe(model) == about and not model.training
+
+
+def test_a_learned_prior_is_trained_and_its_graph_samples_as_it_does(digits, tmp_path):
+    run = tmp_path / "run"
+    train("--data-root", digits, *TINY, "--prior", "flow", "--lr", 1e-2, "--steps", 5, "--out", run)
+    model = stage.load(run)
+    assert all(net[-1].weight.abs().sum() > 0 for net in model.prior.nets) and math.isfinite(metrics_of(run)["nll"])
+
+    flow(3, model.prior)  # weights that a mistake would show with
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"model": model.state_dict()}, run / "checkpoint.pt")
+    result = CliRunner().invoke(export.main, [str(run)])
+    assert result.exit_code == 0, result.output
+    noise = torch.randn(9, 3, generator=generator("noise"))
+    (z,) = onnxruntime.InferenceSession(run / "export" / "prior.onnx").run(None, {"noise": noise.numpy()})
+    torch.testing.assert_close(torch.from_numpy(z), model.sample(noise).detach(), atol=1e-4, rtol=1e-4)
+    assert np.abs(z - noise.numpy()).max() > 0.1
+    (encoder,) = [graph for name, (graph, _) in stage.graphs(model).items() if name == "encoder"]
+    assert encoder.outputs == ("mu", "logvar")  # that KL has no closed form
+
+
+def test_a_run_of_before_there_were_priors_has_the_standard_normal_one(vae_run, tmp_path):
+    shutil.copytree(vae_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"].pop("prior") == "standard"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    x = torch.rand(2, 784, generator=generator("bits"))
+    assert torch.equal(stage.load(tmp_path / "run").encode(x)[0], stage.load(vae_run).encode(x)[0])
+    train("--resume", tmp_path / "run", "--eval-samples", 11)
+    assert metrics_of(tmp_path / "run")["elbo"] == pytest.approx(metrics_of(vae_run)["elbo"], abs=2)
 
 
 def test_training_learns(digits, tmp_path, no_figures):
