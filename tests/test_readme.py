@@ -115,7 +115,7 @@ def test_every_file_is_one_that_a_person_reads_in_one_sitting():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in LIMITS}
     assert {path.stem for path in ROOT.glob("*.py")} == set(LIMITS)
     assert all(lines[name] <= LIMITS[name] for name in LIMITS), lines
-    assert sum(lines.values()) <= 3960, lines  # 3,750 before long sounds, edits and one's own folders
+    assert sum(lines.values()) <= 4010, lines  # 3,960 before a learned prior of MNIST
 
 
 @pytest.mark.parametrize("name", LIMITS)
