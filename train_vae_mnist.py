@@ -1,8 +1,8 @@
-"""A VAE on MNIST (Kingma & Welling 2013), beta-VAE, and the importance weighted bound (Burda et al. 2015).
+"""A VAE on MNIST (Kingma & Welling 2013), beta-VAE, a learned prior, the importance weighted bound (Burda et al. 2015).
 
     python train_vae_mnist.py                                        # two tanh layers of 200, D = 50, Burda et al.
     python train_vae_mnist.py --hidden 500 --D 20 --warmup 0         # one layer of 500, Kingma & Welling
-    python train_vae_mnist.py --arch conv --D 32 --batch 100 --lr 2e-3 --minutes 60
+    python train_vae_mnist.py --arch conv --D 32 --batch 100 --lr 2e-3 --minutes 60 --prior flow
     python train_vae_mnist.py --objective iwae --k 50 --batch 100 --lr 1e-3
     python train_vae_mnist.py --binarize static --data-root binarized_mnist
     python train_vae_mnist.py --resume runs/vae-mnist-dynamic-mlp-D50-elbo1-beta1-seed0 --eval-samples 5000
@@ -29,8 +29,8 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    SPLITS, Graph, ResBlock, Run, autocast, beta_at, build_model, gaussian_kl, learning_rate_at, load_model,
-    optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
+    SPLITS, Graph, ResBlock, Run, autocast, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
+    load_model, optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import Tile, contact_sheet
 
@@ -139,13 +139,46 @@ def conv(d, channels):
     return encoder, decoder
 
 
+class FlowPrior(nn.Module):
+    """N(0, I) through couplings: nets of half a vector shift and scale the other, in turn (Dinh et al. 2017)."""
+
+    def __init__(self, d, couplings=6, width=256):
+        super().__init__()
+        self.halves = given, changed = d // 2, d - d // 2
+        layers = [tuple(map(nn.Linear, (given, width, width), (width, width, 2 * changed))) for _ in range(couplings)]
+        self.nets = nn.ModuleList(nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c) for a, b, c in layers)
+        for parameter in (p for net in self.nets for p in net[-1].parameters()):
+            nn.init.zeros_(parameter)
+
+    def coupling(self, net, z):
+        given, changed = z.split(self.halves, dim=-1)
+        shift, log_scale = net(given).float().chunk(2, dim=-1)
+        return given, changed, shift, 2 * torch.tanh(log_scale / 2)  # bounded: a step too far does not overflow
+
+    def log_prob(self, z):
+        """log p(z) of z (..., D): (...), in nats."""
+        log_volume = 0.0
+        for net in self.nets:
+            given, changed, shift, log_scale = self.coupling(net, z)
+            z = torch.cat([given, (changed - shift) * (-log_scale).exp()], dim=-1).flip(-1)
+            log_volume = log_volume - log_scale.sum(-1)
+        return log_volume - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, noise):
+        """Standard normal noise (..., D) -> z (..., D) of this density."""
+        for net in reversed(self.nets):
+            given, changed, shift, log_scale = self.coupling(net, noise.flip(-1))
+            noise = torch.cat([given, shift + changed * log_scale.exp()], dim=-1)
+        return noise
+
+
 class VAE(nn.Module):
-    """p(z) = N(0, I), p(x | z) Bernoulli in every pixel, q(z | x) a Gaussian with a diagonal covariance.
+    """p(z) = N(0, I) or `prior`, p(x | z) Bernoulli in every pixel, q(z | x) a Gaussian with a diagonal covariance.
 
     `bias` (784,) is added to what the decoder returns: set to the logits of the mean picture, training starts there.
     """
 
-    def __init__(self, *, arch, d, hidden, channels):
+    def __init__(self, prior, *, arch, d, hidden, channels):
         super().__init__()
         self.d = d
         if arch == "mlp":
@@ -154,6 +187,7 @@ class VAE(nn.Module):
         else:
             self.encoder, self.decoder = conv(d, channels)
         self.bias = nn.Parameter(torch.zeros(PIXELS))
+        self.prior = FlowPrior(d) if prior == "flow" else None  # last: the other weights are as without
 
     def encode(self, x):
         """x (B, 784) -> mu, logvar, each (B, D)."""
@@ -162,6 +196,10 @@ class VAE(nn.Module):
     def decode(self, z):
         """z (..., D) -> the pixels' logits (..., 784)."""
         return self.decoder(z.flatten(0, -2)).float().unflatten(0, z.shape[:-1]) + self.bias
+
+    def sample(self, noise):
+        """Standard normal noise (..., D) -> samples (..., D) of p(z)."""
+        return self.prior.sample(noise) if self.prior else noise
 
 
 # ---------------------------------------------------------------- Objective
@@ -176,23 +214,25 @@ def bernoulli_log_likelihood(x, logits):
 def sample_terms(model, x, mu, logvar, noise):
     """log p(x | z) and log p(z) - log q(z | x) of z = mu + sigma * noise; noise (k, B, D) -> two of (k, B), nats."""
     z = reparameterize(mu, logvar, noise)  # (k, B, D)
-    log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(-1)
+    log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(-1)  # with p(z) = N(0, I)
+    if model.prior:
+        log_ratio = log_ratio + model.prior.log_prob(z) + 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
     return bernoulli_log_likelihood(x, model.decode(z)), log_ratio
 
 
 def objective(model, x, noise, beta, kind):
     """The loss of a batch, and its terms: x (B, 784), noise (k, B, D), nats per example.
 
-    "elbo": reconstruction + beta * KL, the KL in closed form. "iwae": the importance weighted bound of k samples (Burda
-    et al. 2015, eq. 8), where beta weighs log p(z) - log q(z | x). "loss/negative_bound" is at beta 1, whatever `beta`.
+    "elbo": reconstruction + beta * KL, in closed form to N(0, I), at the samples to a learned prior. "iwae": the bound
+    of k samples (Burda et al. 2015, eq. 8), where beta weighs log p(z) - log q(z | x). "negative_bound" has beta 1.
     """
     mu, logvar = model.encode(x)
     log_likelihood, log_ratio = sample_terms(model, x, mu, logvar, noise)
-    reconstruction, kl = -log_likelihood.mean(), gaussian_kl(mu, logvar).mean(0).sum()
-    loss, bound = reconstruction + beta * kl, reconstruction + kl
+    reconstruction, kl = -log_likelihood.mean(), -log_ratio if model.prior else gaussian_kl(mu, logvar).sum(1)
+    loss, bound = reconstruction + beta * kl.mean(), reconstruction + kl.mean()
     if kind == "iwae":
         loss, bound = (math.log(len(noise)) - (log_likelihood + w * log_ratio).logsumexp(0).mean() for w in (beta, 1))
-    return loss, {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_bound": bound}
+    return loss, {"loss/reconstruction": reconstruction, "loss/kl": kl.mean(), "loss/negative_bound": bound}
 
 
 # ---------------------------------------------------------------- Evaluation
@@ -214,7 +254,8 @@ def importance_estimates(model, x, samples, title=None):
     bar = tqdm(x.split(SHARED), desc=title, disable=title is None, delay=wait, mininterval=max(0.1, wait))
     for i, part in enumerate(bar):
         mu, logvar = model.encode(part)
-        log_sum, reconstruction = torch.full_like(mu[:, 0], -math.inf), torch.zeros_like(mu[:, 0])
+        log_sum = torch.full_like(mu[:, 0], -math.inf)
+        reconstruction, ratio = torch.zeros_like(log_sum), torch.zeros_like(log_sum)
         for first in range(0, samples, at_once):
             count = min(at_once, samples - first)
             generator = random_generator("importance", i, first, device=x.device)
@@ -222,7 +263,9 @@ def importance_estimates(model, x, samples, title=None):
             log_likelihood, log_ratio = sample_terms(model, part, mu, logvar, noise)
             log_sum = torch.logaddexp(log_sum, (log_likelihood + log_ratio).logsumexp(0))
             reconstruction -= log_likelihood.sum(0) / samples
-        estimates.append((log_sum - math.log(samples), reconstruction, gaussian_kl(mu, logvar).sum(1), mu))
+            ratio += log_ratio.sum(0) / samples
+        kl = -ratio if model.prior else gaussian_kl(mu, logvar).sum(1)
+        estimates.append((log_sum - math.log(samples), reconstruction, kl, mu))
     return tuple(map(torch.cat, zip(*estimates, strict=True)))
 
 
@@ -274,7 +317,7 @@ def draw_figures(run, model, data):
     rows = [x, *(model.decode(z).sigmoid() for z in (mu, reparameterize(mu, logvar, noise)))]
     run.figure("reconstructions", digits_figure(rows, "Decoded from posteriors of valid", ["digit", "mean", "sample"]))
 
-    z = torch.randn(6, 16, model.d, generator=random_generator("draws")).to(mu.device)
+    z = model.sample(torch.randn(6, 16, model.d, generator=random_generator("draws")).to(mu.device))
     rows, labels = model.decode(z).sigmoid(), [f"{16 * r + 1} to {16 * r + 16}" for r in range(6)]
     run.figure("samples", digits_figure(rows, f"Decoded samples of the prior, D = {model.d}", labels))
 
@@ -290,9 +333,9 @@ def draw_figures(run, model, data):
 
     if model.d == 2:  # where 15 x 15 points divide the prior evenly (Kingma & Welling 2013, fig. 4)
         at = torch.special.ndtri((torch.arange(15) + 0.5) / 15)
-        z = torch.cartesian_prod(-at, at).flip(1).view(15, 15, 2).to(mu.device)  # z_0 to the right, z_1 upwards
+        noise = torch.cartesian_prod(-at, at).flip(1).view(15, 15, 2).to(mu.device)  # z_0 to the right, z_1 upwards
         labels, captions = [f"z_1 = {v:.2f}" for v in at.flip(0)], [f"{v:.2f}" for v in at]
-        rows = model.decode(z).sigmoid()
+        rows = model.decode(model.sample(noise)).sigmoid()
         run.figure("manifold", digits_figure(rows, "The plane of z_1 and (above) z_0", labels, captions))
 
 
@@ -300,20 +343,21 @@ def draw_figures(run, model, data):
 
 
 def graphs(model):
-    """{graph: (module, example inputs)}, as the contract says."""
+    """{graph: (module, example inputs)}, as the contract says; with a learned prior, `prior`, and no KL of encoder."""
     generator, half = random_generator("graphs"), copy.deepcopy(model)
-    del half.encoder  # weights that a decoder's file need not hold
+    del half.encoder, half.prior  # weights that a decoder's file need not hold
 
     def encode(image):
         mu, logvar = model.encode(image.flatten(1))
-        return mu, logvar, gaussian_kl(mu, logvar).sum(1)
+        return (mu, logvar) if model.prior else (mu, logvar, gaussian_kl(mu, logvar).sum(1))
 
     def decode(z):
         return half.decode(z).sigmoid().unflatten(1, (1, SIDE, SIDE))
 
     image, z = torch.rand(2, 1, SIDE, SIDE, generator=generator), torch.randn(2, model.d, generator=generator)
-    encoder = Graph(("mu", "logvar", "kl"), encode, model.encoder)
-    return {"encoder": (encoder, {"image": image}), "decoder": (Graph(("image",), decode, half), {"z": z})}
+    encoder = Graph(("mu", "logvar", "kl")[: 2 if model.prior else 3], encode, model.encoder)
+    prior = {"prior": (Graph(("z",), model.sample, model.prior), {"noise": z})} if model.prior else {}
+    return {"encoder": (encoder, {"image": image}), "decoder": (Graph(("image",), decode, half), {"z": z})} | prior
 
 
 def describe(model):
@@ -337,7 +381,11 @@ def widths(value):
 
 
 build = partial(build_model, VAE)  # options -> an untrained model
-load = partial(load_model, kind=VAE)  # a run folder -> its trained model
+
+
+def load(folder):
+    """The trained model of a run folder; one of before there were priors has N(0, I)."""
+    return load_model(folder, VAE if "prior" in load_config(folder)["options"] else partial(VAE, "standard"))
 
 
 @training_command(SCRIPT, PRESETS)
@@ -347,6 +395,7 @@ load = partial(load_model, kind=VAE)  # a run folder -> its trained model
 @click.option("--hidden", type=widths, default="200,200", help="Widths of the MLP's layers, with commas.")
 @click.option("--channels", type=click.IntRange(1), default=16, help="Width of the convolutions at 14 x 14.")
 @click.option("--D", "d", type=click.IntRange(1), default=50, help="Latents.")
+@click.option("--prior", type=click.Choice(["standard", "flow"]), default="standard", help="N(0, I), or learned.")
 @click.option("--objective", type=click.Choice(["elbo", "iwae"]), default="elbo", help="What is raised.")
 @click.option("--k", type=click.IntRange(1), default=1, help="Samples of a picture's posterior in one step.")
 @click.option("--eval-samples", type=click.IntRange(1), default=100, help="K of the final likelihood estimate.")
@@ -358,6 +407,7 @@ def main(context, **options):
         raise click.UsageError(f"--{other} does not belong to --arch {options['arch']}")
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
+    torch.backends.cudnn.benchmark = True  # a GPU's fastest convolutions for batches that are all alike
     data = Digits(options, device)
 
     # 2. Build; training starts at the mean picture. `start` stays as it is, also where the run is resumed.
@@ -368,6 +418,7 @@ def main(context, **options):
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-4, fused=True)
     about = {"name": options["dataset"], "source": data.source}
     name = "vae-{dataset}-{binarize}-{arch}-D{d}-{objective}{k}-beta{beta:g}-seed{seed}".format(**options)
+    name = name.replace("-seed", "-flow-seed") if options["prior"] == "flow" else name
 
     # 3. Train: one step, one log line; scores of valid and figures now and then.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:

@@ -9,6 +9,7 @@ import signal
 import struct
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from conftest import write_digits
 from PIL import Image
 
 import common
+import export
 import train_vae_mnist as stage
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ class LinearGaussian(torch.nn.Module):
 
     def __init__(self, wider=1.0):
         super().__init__()
-        self.d, self.wider = 2, wider
+        self.d, self.prior, self.wider = 2, None, wider
         self.weight = torch.tensor([[1.0, 0.0], [0.6, 0.0], [0.0, 1.3]], dtype=torch.float64)
         self.precision = torch.eye(2, dtype=torch.float64) + self.weight.T @ self.weight / self.s**2  # diagonal
 
@@ -63,9 +65,9 @@ def gaussian(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def small_vae(d=3, arch="mlp"):
+def small_vae(d=3, arch="mlp", prior="standard"):
     torch.manual_seed(0)
-    return stage.VAE(arch=arch, d=d, hidden=[16, 8], channels=4)
+    return stage.VAE(prior, arch=arch, d=d, hidden=[16, 8], channels=4)
 
 
 # ---------------------------------------------------------------- Likelihood and bounds
@@ -155,6 +157,71 @@ def test_active_units_are_those_whose_mean_varies(monkeypatch):
     mu = torch.randn(1000, 4, generator=generator("mu")) * torch.tensor([1.0, 0.2, 0.05, 0.0])
     monkeypatch.setattr(stage, "importance_estimates", lambda *_: (torch.zeros(1000),) * 3 + (mu,))
     assert stage.evaluate(None, mu, 1)["active_units"] == 2
+
+
+# ---------------------------------------------------------------- The learned prior
+
+
+def flow(d, prior=None):
+    """A flow with weights as if trained: its last layers, zero at first, are of the size of the others."""
+    prior = prior or stage.FlowPrior(d, width=16)
+    for net in prior.nets:
+        torch.nn.init.normal_(net[-1].weight, std=0.4, generator=generator("flow"))
+        torch.nn.init.normal_(net[-1].bias, std=0.4, generator=generator("bias"))
+    return prior
+
+
+@torch.no_grad()
+def test_the_learned_prior_s_density_integrates_to_one_and_starts_as_the_standard_normal():
+    at = torch.linspace(-12, 12, 801)
+    z = torch.cartesian_prod(at, at)
+    density = flow(2).log_prob(z).exp()
+    assert density.sum() * (at[1] - at[0]) ** 2 == pytest.approx(1, abs=1e-3)
+    assert (density - NORMAL.log_prob(z).sum(1).exp()).abs().max() > 0.05  # and is another than N(0, I)
+    torch.testing.assert_close(stage.FlowPrior(2).log_prob(z[::997]), NORMAL.log_prob(z[::997]).sum(1))
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_samples_of_the_learned_prior_have_its_density(d):
+    """By the change of variables, its Jacobian by automatic differentiation: one map inverts the other."""
+    prior, noise = flow(d).double(), torch.randn(20, d, generator=generator("noise"), dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(prior.sample))(noise)
+    expected = NORMAL.log_prob(noise).sum(1) - jacobian.det().abs().log()
+    torch.testing.assert_close(prior.log_prob(prior.sample(noise)), expected, atol=1e-5, rtol=0)
+
+
+class Mapped(LinearGaussian):
+    """The linear model where p(z) = N(m, 4 I): its exact likelihood and, made `wider`, its posterior are known."""
+
+    def __init__(self, wider=1.0):
+        super().__init__(wider)
+        self.mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
+        self.precision = torch.eye(2, dtype=torch.float64) / 4 + self.weight.T @ self.weight / self.s**2
+        self.prior = stage.FlowPrior(2, couplings=2, width=4).double()  # each coupling changes one latent
+        for net, k in zip(self.prior.nets, (1, 0), strict=True):
+            net[-1].bias.data = torch.tensor([self.mean[k], 2 * math.atanh(math.log(2) / 2)])
+
+    def encode(self, x):
+        mu = (x @ self.weight / self.s**2 + self.mean / 4) @ torch.linalg.inv(self.precision)
+        return mu, (self.wider / self.precision.diagonal()).log().expand_as(mu)
+
+    def log_likelihood(self, x):
+        covariance = 4 * self.weight @ self.weight.T + self.s**2 * torch.eye(3, dtype=torch.float64)
+        return torch.distributions.MultivariateNormal(self.weight @ self.mean, covariance).log_prob(x)
+
+
+@torch.no_grad()
+def test_with_a_learned_prior_estimates_and_bounds_are_below_the_exact_likelihood_and_rise_to_it(gaussian):
+    exact, noise = Mapped().log_likelihood(gaussian), torch.randn(7, 100, 2, generator=generator("noise"))
+    for kind in ("elbo", "iwae"):  # with the exact posterior they are the likelihood
+        loss, terms = stage.objective(Mapped(), gaussian, noise, 1.0, kind)
+        torch.testing.assert_close(-loss, exact.mean())
+        torch.testing.assert_close(terms["loss/negative_bound"], loss)
+    wider = Mapped(wider=2.0)
+    gaps = [exact.mean().item() + stage.evaluate(wider, gaussian, k)["nll"] for k in (1, 10, 100, 5000)]
+    assert gaps[0] > gaps[1] > gaps[2] > abs(gaps[3]) and abs(gaps[3]) < 2e-3
+    gap = 2 * 0.5 * (2.0 - 1 - math.log(2.0))  # KL(q || posterior), every latent's variance twice the exact one
+    assert exact.mean().item() - stage.evaluate(wider, gaussian, 4000)["elbo"] == pytest.approx(gap, abs=0.03)
 
 
 # ---------------------------------------------------------------- Model, graphs, figures
@@ -284,6 +351,36 @@ def test_a_run_leaves_numbers_and_figures(vae_run):
     model = stage.load(vae_run)
     about = {"kind": "vae-image", "size": 28, "scaling": "grey / 255, then binarised"}
     assert stage.describe(model) == about and not model.training
+
+
+def test_a_learned_prior_is_trained_and_its_graph_samples_as_it_does(digits, tmp_path):
+    run = tmp_path / "run"
+    train("--data-root", digits, *TINY, "--prior", "flow", "--lr", 1e-2, "--steps", 5, "--out", run)
+    model = stage.load(run)
+    assert all(net[-1].weight.abs().sum() > 0 for net in model.prior.nets) and math.isfinite(metrics_of(run)["nll"])
+
+    flow(3, model.prior)  # weights that a mistake would show with
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"model": model.state_dict()}, run / "checkpoint.pt")
+    result = CliRunner().invoke(export.main, [str(run)])
+    assert result.exit_code == 0, result.output
+    noise = torch.randn(9, 3, generator=generator("noise"))
+    (z,) = onnxruntime.InferenceSession(run / "export" / "prior.onnx").run(None, {"noise": noise.numpy()})
+    torch.testing.assert_close(torch.from_numpy(z), model.sample(noise).detach(), atol=1e-4, rtol=1e-4)
+    assert np.abs(z - noise.numpy()).max() > 0.1
+    (encoder,) = [graph for name, (graph, _) in stage.graphs(model).items() if name == "encoder"]
+    assert encoder.outputs == ("mu", "logvar")  # that KL has no closed form
+
+
+def test_a_run_of_before_there_were_priors_has_the_standard_normal_one(vae_run, tmp_path):
+    shutil.copytree(vae_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"].pop("prior") == "standard"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    x = torch.rand(2, 784, generator=generator("bits"))
+    assert torch.equal(stage.load(tmp_path / "run").encode(x)[0], stage.load(vae_run).encode(x)[0])
+    train("--resume", tmp_path / "run", "--eval-samples", 11)
+    assert metrics_of(tmp_path / "run")["elbo"] == pytest.approx(metrics_of(vae_run)["elbo"], abs=2)
 
 
 def test_training_learns(digits, tmp_path, no_figures):
