@@ -108,6 +108,7 @@ class RealSTFT(nn.Module):
             "window": torch.hann_window(n_fft),
             "down": torch.cat(turn(kept, r, self.rows)),  # (R + 2, R)
             "along": torch.cat([torch.cat([re, im], dim=1), torch.cat([-im, re], dim=1)]),  # (2 C, 2 C)
+            "back": torch.cat([torch.cat([re, -im], dim=1), torch.cat([im, re], dim=1)]),  # OpenVINO mixes up .mT
             "cos": twiddle[0], "sin": twiddle[1],  # (R / 2 + 1, C)
             "bins": nearest, "sign": (bins <= n_fft // 2).float() * 2 - 1,  # (R / 2 + 1, C), flat and not
             "places": torch.zeros(n_fft // 2 + 1, dtype=torch.long).scatter(0, nearest, torch.arange(len(nearest))),
@@ -125,7 +126,7 @@ class RealSTFT(nn.Module):
 
     def inverse(self, spectrum):
         """A spectrum -> its windowed frames added up, (B, (T - 1) hop): to be divided by that of a constant's."""
-        re, im = (self.weight * (spectrum @ self.along.mT)).chunk(2, dim=3)  # the transposes of the steps, backwards
+        re, im = (self.weight * (spectrum @ self.back)).chunk(2, dim=3)  # the transposes of the steps, backwards
         turned = torch.cat([re * self.cos + im * self.sin, im * self.cos - re * self.sin], dim=2)  # (B, T, R + 2, C)
         quarters = ((self.down.mT @ turned).flatten(2) * self.window).chunk(4, dim=2)  # (B, T, hop) each
         blocks = sum(F.pad(quarter, (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))  # (B, T + 3, hop)
@@ -155,7 +156,7 @@ class GriffinLim(nn.Module):
         target = magnitude.index_select(1, stft.bins).transpose(1, 2).contiguous()  # (B, T, (R / 2 + 1) C)
         target = target.unflatten(2, stft.sign.shape)
         k, t = stft.bins.view_as(stft.sign), torch.arange(target.shape[1])[:, None, None].to(stft.bins)
-        a, b = (2 * math.pi / PRIME * (3 * i * i * i % PRIME) for i in (k, t))  # phases a + b have no pattern
+        a, b = (2 * math.pi / PRIME * (i * (i + 1) % PRIME * (i + 2) % PRIME) for i in (k, t))  # a + b: no pattern
         re, im = target * a.cos(), target * a.sin()
         re, im = re * b.cos() - im * b.sin(), stft.sign * (re * b.sin() + im * b.cos())
         zero = torch.cat([target, torch.zeros_like(target)], dim=3)
