@@ -92,7 +92,8 @@ def test_the_node_program_transposes_a_note(tmp_path):
     semitone = 1 / 6 / np.log2(8000 / 32.7)
     wanted = sorted([before["cell"][0, 0, 0] + 3 * semitone, before["cell"][0, 1, 0]])
     np.testing.assert_allclose(sorted(after["cell"][0, :, 0]), wanted, atol=semitone)
-    assert np.sqrt(np.square(heard).mean() / np.square(samples).mean()) == pytest.approx(1, abs=0.3)
+    louder = 10 * np.log10(np.square(heard).mean() / np.square(samples).mean())
+    assert -6 < louder < 2, "as loud as the input, but for what smooth magnitudes lose"
 
 
 @needs_web
@@ -119,7 +120,6 @@ def test_the_page_moves_an_object_as_the_python_program(moved):
         page.route("**/*", answer)
         page.goto(f"{address}/move.html")
         page.wait_for_function("document.title == 'done'", timeout=20_000)
-        page.locator("canvas").evaluate("canvas => canvas.getContext('2d')")
         found = page.locator("canvas").evaluate(
             "c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"
         )
@@ -132,23 +132,14 @@ def test_the_page_moves_an_object_as_the_python_program(moved):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_the_cpp_program_moves_an_object_as_the_python_program(tmp_path, clevr_run):
     exported, size = clevr_run / "export", 64
-    picture = (
-        Image.open(ROOT / "models" / "clevr" / "a.png").convert("RGB").crop((96, 24, 384, 312)).resize((size, size))
-    )
-    picture.save(tmp_path / "in.ppm")
+    picture = Image.open(ROOT / "models" / "clevr" / "a.png").convert("RGB").crop((96, 24, 384, 312))
+    picture.resize((size, size)).save(tmp_path / "in.ppm")
     command = [sys.executable, write_program(tmp_path, "move.py"), exported, tmp_path / "in.ppm", tmp_path / "py.png"]
     subprocess.run(command, check=True, capture_output=True)
     runtimes.compile_cpp(write_program(tmp_path, "move.cpp"), tmp_path / "move")
     about = json.loads((exported / "model.json").read_text())
-    command = [
-        tmp_path / "move",
-        exported,
-        tmp_path / "in.ppm",
-        tmp_path / "cpp.ppm",
-        str(about["N"]),
-        str(about["empty"]),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    words = exported, tmp_path / "in.ppm", tmp_path / "cpp.ppm", about["N"], about["empty"]
+    subprocess.run([tmp_path / "move", *map(str, words)], check=True, capture_output=True)
     assert np.abs(pixels(tmp_path / "cpp.ppm") - pixels(tmp_path / "py.png")).max() <= 1
 
 
@@ -172,9 +163,8 @@ def test_a_runtime_that_is_wrong_or_fails_is_told(duo_run):
     inputs, expected = said["composer"]
     wrong = {"spectrogram": expected["spectrogram"] * 1.01}
     assert float(runtimes.difference(inputs, wrong, expected)) > 1e-3
-    assert runtimes.difference(inputs, {"spectrogram": wrong["spectrogram"][:, :5]}, expected).startswith(
-        "spectrogram ("
-    )
+    cut = {"spectrogram": wrong["spectrogram"][:, :5]}
+    assert runtimes.difference(inputs, cut, expected).startswith("spectrogram (1, 5")
     assert runtimes.difference(inputs, "Error: no Scan\nat line 3", expected) == "Error: no Scan"
     inputs, expected = said["vocoder"]
     noise = np.random.default_rng(0).standard_normal(expected["waveform"].shape).astype(np.float32)

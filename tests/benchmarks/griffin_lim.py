@@ -39,7 +39,7 @@ def onnx_session(magnitude):
         path = Path(folder) / "vocoder.onnx"
         graph = Vocoder(N_FFT)
         export.in_real_arithmetic(graph)
-        export.write_onnx(graph.eval(), {"spectrogram": magnitude.repeat(2, 1, 1)}, path, {})
+        export.write_onnx(graph.eval(), {"spectrogram": magnitude.repeat(2, 1, 1)}, path, {"kind": "vae-sound"})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
