@@ -177,7 +177,7 @@ class GriffinLim(nn.Module):
         else:
             for i in steps:
                 carry, _ = step(carry, i)
-        error = (stft.weight * (stft.magnitude(carry[1]) - target).square()).sum((1, 2, 3))
+        error = (stft.weight * (stft.magnitude(stft.transform(carry[0])) - target).square()).sum((1, 2, 3))
         first, second = error.view(2, -1, 1)
         return torch.where(first <= second, *carry[0].unflatten(0, (2, -1)))
 

@@ -6,10 +6,13 @@ All rows compare STFT magnitudes at n_fft 1024 of the sound that came out with t
 convergence and log-spectral distance, means over test notes.
 """
 
+import itertools
+
 import click
 import torch
 import torchaudio
 
+import export
 from common import (
     FOLDER,
     RATE,
@@ -20,6 +23,7 @@ from common import (
     log_expand,
     log_spectral_distance,
 )
+from recompose import FILE, read_sound, resample_sound
 from train_vae_audio import Spectrogram, spectral_convergence, stft_magnitude
 
 
@@ -69,12 +73,40 @@ def by_representation(waveforms, reference):
         yield name, f"{RATE / 256 * spectrogram.bins:.0f}", score(sound, reference)
 
 
+def by_start(kinds):
+    """Of {kind: waveforms}: spectral convergence by the phases that 32 iterations begin with, and of the exported."""
+    for (kind, waveforms), n_fft in itertools.product(kinds.items(), (1024, 4096)):
+        to_magnitude = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=1)
+        magnitude = to_magnitude(waveforms[:, : waveforms.shape[1] // 1024 * 1024])
+        at_random = torchaudio.transforms.GriffinLim(n_fft, 32, hop_length=n_fft // 4, power=1)
+        torch.manual_seed(0)
+        sounds = [griffin_lim(magnitude), at_random(magnitude), export.GriffinLim(n_fft)(magnitude)]
+        scores = [spectral_convergence(to_magnitude(sound), magnitude.clamp(min=1e-9)) for sound in sounds]
+        worse = (scores[2] - scores[0]).max()
+        yield kind, len(waveforms), n_fft, *(f"{score.mean():.1f}" for score in scores), f"{worse:.2f}"
+
+
+def kinds_of(split, sounds):
+    """{kind: waveforms} of notes by family, of silence, and of sound files."""
+    index = {}
+    for i in split.spread(len(split.notes)).tolist():
+        index.setdefault(split.notes[i].family, []).append(i)
+    kinds = {name: split.waveform(torch.tensor(some[:: len(some) // 12 or 1])) for name, some in index.items()}
+    for path in sounds:
+        samples, rate = read_sound(path)
+        kinds[path.stem] = torch.from_numpy(resample_sound(samples.mean(1), rate, RATE)).float()[None]
+    return kinds | {"silence": torch.zeros(1, RATE)}
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--data-root", type=FOLDER, help="NSynth's folders; without, the built-in notes.")
 @click.option("--notes", type=click.IntRange(1), default=30, help="Test notes.")
+@click.option(
+    "--sound", "sounds", multiple=True, type=FILE, help="A sound beside notes in the last table: speech, say."
+)
 @torch.inference_mode()
-def main(data_root, notes):
-    """Print the tables of the study: iterations and momentum, n_fft and hop, mel bands."""
+def main(data_root, notes, sounds):
+    """Print the tables of the study: iterations and momentum, n_fft and hop, mel bands, phases to begin with."""
     splits, source = load_notes({"data_root": data_root, "families": list(TIMBRES), "download": False})
     waveforms = splits["test"].waveform(splits["test"].spread(notes))
     reference, scores = stft_magnitude(waveforms), ("convergence", "LSD")
@@ -82,6 +114,8 @@ def main(data_root, notes):
     print_table(("iterations", "momentum", *scores), by_iterations(waveforms, reference))
     print_table(("n_fft", "hop", "values a second", *scores), by_frames(waveforms, reference))
     print_table(("representation", "values a second", *scores), by_representation(waveforms, reference))
+    starts = ("sounds", "n", "n_fft", "zero phases", "random phases", "exported", "worse than zero, at most")
+    print_table(starts, by_start(kinds_of(splits["test"], sounds)))
 
 
 if __name__ == "__main__":
