@@ -113,8 +113,9 @@ def without_slots(path):
 
 @pytest.fixture(scope="session")
 def clevr_run(tmp_path_factory):
-    """A run of a few steps on the built-in scenes, with latents for the background, and its export."""
-    return made(tmp_path_factory, "clevr", "--dataset", "clevr", "--steps", 3, "--N", 3, *TINY)
+    """A run of a few steps on the built-in scenes, with latents for the background, and its export in every form."""
+    args = ["--dataset", "clevr", "--steps", 3, "--N", 3, *TINY]
+    return made(tmp_path_factory, "clevr", *args, export_args=["--static", "--fp16", "--int8"])
 
 
 @pytest.fixture(scope="session")
@@ -180,4 +181,4 @@ def notes_run(tmp_path_factory):
 def duo_run(tmp_path_factory):
     """A run of one step on mixtures of synthesised notes, and its export, of ONNX alone."""
     args = ["--dataset", "nsynth-duo", "--size", 64, "--cells", 16, "--channels", 8, *NOTES, "--steps", 1]
-    return made(tmp_path_factory, "duo", *args, export_args=["--no-torchscript"])
+    return made(tmp_path_factory, "duo", *args, export_args=["--no-torchscript", "--static"])

@@ -69,7 +69,7 @@ def test_the_griffin_lim_study_prints_its_tables():
     result = CliRunner().invoke(griffin_lim.main, ["--notes", "1"])
     assert result.exit_code == 0, (result.output, result.exception)
     rows = result.output.splitlines()
-    assert len([row for row in rows if row.startswith("| ")]) == 3 + 9 + 9 + 6
+    assert len([row for row in rows if row.startswith("| ")]) == 4 + 9 + 9 + 6 + 14
     assert "| iterations | momentum | convergence | LSD |" in rows
 
 

@@ -117,6 +117,42 @@ def test_the_encoder_of_sounds_hears_what_training_saw_at_any_loudness(duo_run):
         np.testing.assert_allclose(gain / 16, factor * waveform.square().mean(1).sqrt(), rtol=1e-4)
 
 
+def test_static_graphs_have_the_sizes_of_one_example(clevr_run, duo_run):
+    for run, first in ((clevr_run, "image"), (duo_run, "waveform")):
+        about = json.loads((run / "export" / "model.json").read_text())
+        for name in about["graphs"]:
+            session = onnxruntime.InferenceSession(run / "export" / f"{name}.static.onnx")
+            tensors = [*session.get_inputs(), *session.get_outputs()]
+            assert all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+            assert all(tensor.shape[0] == 1 for tensor in tensors)
+            if name == "encoder":
+                assert names_of(session)[0] == [first], "the number of slots is the model's"
+                assert next(t.shape for t in tensors if t.name == "mu")[1] == about["N"]
+        if first == "waveform":
+            assert session.get_inputs()[0].shape[2] == about["frames"] == -(-about["samples"] // about["hop"]) + 1
+
+
+def test_small_graphs_are_small_and_near(clevr_run):
+    folder = clevr_run / "export"
+    inputs = {"z": np.random.default_rng(0).standard_normal((2, 3, 4), np.float32), "cell": np.zeros((2, 3, 2), "f")}
+    (exact,) = export.run_onnx(folder / "decoder.onnx", {k: torch.from_numpy(v) for k, v in inputs.items()})
+    for form, share, most in (("fp16", 0.9, 0.01), ("int8", 0.9, export.ROUNDED)):  # so small a graph is mostly text
+        path = folder / f"decoder.{form}.onnx"
+        (layer,) = export.run_onnx(path, {k: torch.from_numpy(v) for k, v in inputs.items()})
+        assert 0 < np.abs(layer - exact).max() / np.abs(exact).max() < most
+        assert path.stat().st_size < share * (folder / "decoder.onnx").stat().st_size
+        assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert not [*folder.glob("composer.fp16.onnx"), *folder.glob("composer.int8.onnx")], "it has no weights"
+
+
+def test_a_small_graph_that_differs_too_much_is_left_out(vae_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "ROUNDED", 1e-9)
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(tmp_path), "--no-torchscript", "--int8"])
+    assert result.exit_code == 0, result.output
+    assert "DIFFERS, left out" in result.output
+    assert {f.name for f in tmp_path.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"}
+
+
 @torch.no_grad()
 def test_sounds_that_are_decoded_times_the_gain_are_as_loud_as_the_input(duo_run):
     """The chain of the contract, whose loudness is that of the mean power of all magnitudes."""

@@ -79,8 +79,12 @@ def test_a_documented_command_is_one_that_would_start(what, arguments, monkeypat
     monkeypatch.setattr(common, "load_config", lambda folder: run)
     monkeypatch.chdir(tmp_path)
     for option, value in itertools.pairwise(arguments):
-        if option == "--data-root":
+        if option in ("--data-root", "--node-modules"):
             (tmp_path / value).mkdir()
+        if option == "--sound":
+            (tmp_path / value).touch()
+    if what == "tests.experiments.runtimes":  # of an exported folder
+        (tmp_path / arguments[0]).mkdir(parents=True)
     for value in arguments if what == "recompose.py" else ():
         if Path(value).suffix in (".png", ".jpg", *recompose.SOUNDS):
             (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)

@@ -86,12 +86,12 @@ def by_start(kinds):
         yield kind, len(waveforms), n_fft, *(f"{score.mean():.1f}" for score in scores), f"{worse:.2f}"
 
 
-def kinds_of(split, sounds):
-    """{kind: waveforms} of notes by family, of silence, and of sound files."""
+def kinds_of(split, most, sounds):
+    """{kind: waveforms} of at most so many notes of every family, of silence, and of sound files."""
     index = {}
     for i in split.spread(len(split.notes)).tolist():
         index.setdefault(split.notes[i].family, []).append(i)
-    kinds = {name: split.waveform(torch.tensor(some[:: len(some) // 12 or 1])) for name, some in index.items()}
+    kinds = {name: split.waveform(torch.tensor(some[:: -(-len(some) // most)])) for name, some in index.items()}
     for path in sounds:
         samples, rate = read_sound(path)
         kinds[path.stem] = torch.from_numpy(resample_sound(samples.mean(1), rate, RATE)).float()[None]
@@ -115,7 +115,7 @@ def main(data_root, notes, sounds):
     print_table(("n_fft", "hop", "values a second", *scores), by_frames(waveforms, reference))
     print_table(("representation", "values a second", *scores), by_representation(waveforms, reference))
     starts = ("sounds", "n", "n_fft", "zero phases", "random phases", "exported", "worse than zero, at most")
-    print_table(starts, by_start(kinds_of(splits["test"], sounds)))
+    print_table(starts, by_start(kinds_of(splits["test"], notes, sounds)))
 
 
 if __name__ == "__main__":
