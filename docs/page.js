@@ -87,7 +87,7 @@ function start() {
 async function kindOf(file) {
   const bytes = new Uint8Array(await file.slice(0, 16).arrayBuffer().catch(() => new ArrayBuffer(0)));
   const text = String.fromCharCode(...bytes), [first, second] = bytes;
-  if (/^(RIFF....WAVE|fLaC|OggS|ID3|FORM....AIF|....ftypM4A|caff)/s.test(text)) return "sound";
+  if (/^(RIFF....WAVE|fLaC|OggS|ID3|....ftypM4A|caff)/s.test(text)) return "sound";
   if (/^(\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|....ftyp|II\*\0|MM\0\*)/s.test(text)) return "picture";
   return first === 0xff && second >= 0xe0 ? "sound" : undefined; // MPEG frames without a header
 }

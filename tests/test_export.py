@@ -236,10 +236,10 @@ def test_a_vocoder_that_stops_early_or_gives_nan_differs():
 def test_what_counts_as_a_difference():
     cell, mu = torch.tensor([[[0.5, 0.25]]]), torch.rand(1, 1, 4, generator=random_generator("mu"))
 
-    def difference(mu_, cell_=cell, scale=1.0, kl=1.0):
+    def difference(mu_, cell_=cell, scale=1.0, kl=1.0, ties=True):
         expected = (scale * mu, torch.ones(1, 1), cell)
         actual = (mu_, np.full((1, 1), kl), np.asarray(cell_))
-        return export.largest_difference(("mu", "kl", "cell"), expected, actual)
+        return export.largest_difference(("mu", "kl", "cell"), expected, actual, ties)
 
     mu = mu / mu.max()
     assert difference(mu.numpy()) == 0
@@ -248,6 +248,7 @@ def test_what_counts_as_a_difference():
     assert difference(mu.numpy() * np.nan) == float("inf")
     assert difference(mu.numpy()[:, :, :2]) == float("inf")
     assert difference(mu.numpy() + 0.5, cell + 0.5) == 0  # a tie: other cells of the same KL
+    assert difference(mu.numpy() + 0.5, cell + 0.5, ties=False) == pytest.approx(0.5)
     assert difference(mu.numpy(), kl=1.5) == pytest.approx(0.5)
     assert difference(mu.numpy(), cell + 0.5, kl=1.5) == 0  # and what is chosen after them
 
@@ -284,9 +285,12 @@ def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quic
     out = tmp_path / "export"
     out.mkdir()
     (out / "encoder.pt").write_text("of another model")
+    for name in ("composer.onnx", "vocoder.static.onnx", "decoder.fp16.onnx", "checkpoint.pt", "mine.v2.onnx"):
+        (out / name).write_text("")
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out), "--no-torchscript"])
     assert result.exit_code == 0, result.output
-    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"}
+    kept = {"checkpoint.pt", "mine.v2.onnx"}  # no graphs of an export
+    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"} | kept
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out / "model.json")])
     assert result.exit_code == 2
     assert "cannot be written" in result.output
