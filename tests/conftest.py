@@ -113,9 +113,8 @@ def without_slots(path):
 
 @pytest.fixture(scope="session")
 def clevr_run(tmp_path_factory):
-    """A run of a few steps on the built-in scenes, with latents for the background, and its export in every form."""
-    args = ["--dataset", "clevr", "--steps", 3, "--N", 3, *TINY]
-    return made(tmp_path_factory, "clevr", *args, export_args=["--static", "--fp16", "--int8"])
+    """A run of a few steps on the built-in scenes, with latents for the background, and its export."""
+    return made(tmp_path_factory, "clevr", "--dataset", "clevr", "--steps", 3, "--N", 3, *TINY)
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +146,10 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vae_run(digits, tmp_path_factory):
-    """A run of a few steps of the MLP on made-up digits, and its export."""
+    """A run of a few steps of the MLP on made-up digits, and its export in every form."""
     args = ["--data-root", digits, "--hidden", "16,8", "--D", 3, "--batch", 20, "--steps", 12, "--device", "cpu"]
-    return made(tmp_path_factory, "vae", *args, "--eval-samples", 10, main=train_vae_mnist.main)
+    forms = ["--static", "--fp16", "--int8"]
+    return made(tmp_path_factory, "vae", *args, "--eval-samples", 10, main=train_vae_mnist.main, export_args=forms)
 
 
 def write_nsynth(root, names, form="wav", rate=16000, samples=64000, channels=1):

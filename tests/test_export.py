@@ -117,8 +117,8 @@ def test_the_encoder_of_sounds_hears_what_training_saw_at_any_loudness(duo_run):
         np.testing.assert_allclose(gain / 16, factor * waveform.square().mean(1).sqrt(), rtol=1e-4)
 
 
-def test_static_graphs_have_the_sizes_of_one_example(clevr_run, duo_run):
-    for run, first in ((clevr_run, "image"), (duo_run, "waveform")):
+def test_static_graphs_have_the_sizes_of_one_example(vae_run, duo_run):
+    for run, first in ((vae_run, "image"), (duo_run, "waveform")):
         about = json.loads((run / "export" / "model.json").read_text())
         for name in about["graphs"]:
             session = onnxruntime.InferenceSession(run / "export" / f"{name}.static.onnx")
@@ -127,22 +127,20 @@ def test_static_graphs_have_the_sizes_of_one_example(clevr_run, duo_run):
             assert all(tensor.shape[0] == 1 for tensor in tensors)
             if name == "encoder":
                 assert names_of(session)[0] == [first], "the number of slots is the model's"
-                assert next(t.shape for t in tensors if t.name == "mu")[1] == about["N"]
-        if first == "waveform":
-            assert session.get_inputs()[0].shape[2] == about["frames"] == -(-about["samples"] // about["hop"]) + 1
+                assert next(t.shape for t in tensors if t.name == "mu")[1] == about.get("N", about["D"])
+    assert session.get_inputs()[0].shape[2] == about["frames"] == -(-about["samples"] // about["hop"]) + 1
 
 
-def test_small_graphs_are_small_and_near(clevr_run):
-    folder = clevr_run / "export"
-    inputs = {"z": np.random.default_rng(0).standard_normal((2, 3, 4), np.float32), "cell": np.zeros((2, 3, 2), "f")}
-    (exact,) = export.run_onnx(folder / "decoder.onnx", {k: torch.from_numpy(v) for k, v in inputs.items()})
-    for form, share, most in (("fp16", 0.9, 0.01), ("int8", 0.9, export.ROUNDED)):  # so small a graph is mostly text
+def test_small_graphs_are_small_and_near(vae_run):
+    folder = vae_run / "export"
+    inputs = {"z": torch.randn(5, 3, generator=random_generator("z"))}
+    (exact,) = export.run_onnx(folder / "decoder.onnx", inputs)
+    for form, most in (("fp16", 0.005), ("int8", export.ROUNDED)):
         path = folder / f"decoder.{form}.onnx"
-        (layer,) = export.run_onnx(path, {k: torch.from_numpy(v) for k, v in inputs.items()})
-        assert 0 < np.abs(layer - exact).max() / np.abs(exact).max() < most
-        assert path.stat().st_size < share * (folder / "decoder.onnx").stat().st_size
+        (image,) = export.run_onnx(path, inputs)
+        assert 0 < np.abs(image - exact).max() < most
+        assert path.stat().st_size < 0.9 * (folder / "decoder.onnx").stat().st_size, "a large part of it is text"
         assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    assert not [*folder.glob("composer.fp16.onnx"), *folder.glob("composer.int8.onnx")], "it has no weights"
 
 
 def test_a_small_graph_that_differs_too_much_is_left_out(vae_run, tmp_path, monkeypatch):
