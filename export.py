@@ -42,6 +42,7 @@ DECIBELS = 0.1  # of a vocoder, in spectral convergence: its iterations multiply
 PRIME = 1009  # of the hash that scatters phases
 OF_SLOTS = ("mu", "logvar", "cell", "kl")  # outputs that a tie of two cells' KL may exchange, and so what is near them
 CONTRACT = json.loads((Path(__file__).parent / "docs" / "contract.json").read_text(encoding="utf-8"))
+FORMS = (".onnx", ".static.onnx", ".fp16.onnx", ".int8.onnx", ".pt")
 BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are traced with 2 and 3
 
 # ---------------------------------------------------------------- Inputs
@@ -50,9 +51,7 @@ BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are 
 def dynamic_axes(inputs):
     """{input: {axis: name}}: the batch, the slots of slots' latents, cells and layers, a spectrogram's frames."""
     known = {"slots": {0: "slots"}, "spectrogram": {0: "batch", 2: "frames"}}
-    slots = {
-        name: {0: "batch", 1: "slots"} for name in ("z", "cell", "layer") if name in inputs and inputs[name].ndim > 2
-    }
+    slots = {n: {0: "batch", 1: "slots"} for n in ("z", "cell", "layer") if n in inputs and inputs[n].ndim > 2}
     return {name: (known | slots).get(name, {0: "batch"}) for name in inputs}
 
 
@@ -387,10 +386,11 @@ def main(run_dir, out, **forms):
             if not all(agreed):
                 raise click.ClickException("an exported graph differs from the trained model; nothing was written")
             write_json(Path(folder) / "model.json", info)
-            for name, form in product(CONTRACT["graphs"], (".onnx", ".static.onnx", ".fp16.onnx", ".int8.onnx", ".pt")):
-                (out / f"{name}{form}").unlink(missing_ok=True)  # of an export before, maybe of another model
-            for file in sorted(Path(folder).iterdir()):
-                file.replace(out / file.name)
+            made = {file.name: file for file in sorted(Path(folder).iterdir())}
+            for name, file in made.items():
+                file.replace(out / name)
+            for stale in {f"{graph}{form}" for graph, form in product(CONTRACT["graphs"], FORMS)} - made.keys():
+                (out / stale).unlink(missing_ok=True)  # of an export before, maybe of another model
     except OSError as error:
         raise click.UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     click.echo(f"written: {out}")

@@ -247,7 +247,7 @@ class NoteVAE(nn.Module):
         """Residual blocks that start as the identity."""
         blocks = nn.Sequential(*[ResBlock(channels, norm=True, conv=nn.Conv1d) for _ in range(n)])
         for block in blocks:
-            block.norm1, block.norm2 = (ColumnNorm(*norm) for norm in 2 * [(block.norm1.num_groups, channels)])
+            block.norm1, block.norm2 = (ColumnNorm(norm.num_groups, channels) for norm in (block.norm1, block.norm2))
             nn.init.zeros_(block.conv2.weight)
             nn.init.zeros_(block.conv2.bias)
         return blocks

@@ -1,6 +1,6 @@
 """How fast the exported Griffin-Lim is in onnxruntime, beside torchaudio's: four seconds, 32 iterations.
 
-    python -m tests.benchmarks.griffin_lim
+    python -m tests.benchmarks.griffin_lim --n-fft 4096
 
 How well it inverts spectrograms, by its settings: tests/experiments/griffin_lim.py.
 """
@@ -19,7 +19,6 @@ import export
 from common import Note, Vocoder, griffin_lim, synthesise
 from train_vae_audio import spectral_convergence
 
-N_FFT, HOP = 1024, 256
 ROUNDS, REPEATS = 3, 15
 
 
@@ -33,11 +32,11 @@ def median_time(function):
     return statistics.median(seconds[2:])
 
 
-def onnx_session(magnitude):
+def onnx_session(magnitude, n_fft):
     """The vocoder's graph in onnxruntime, with as many threads as torch has."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocoder.onnx"
-        graph = Vocoder(N_FFT)
+        graph = Vocoder(n_fft)
         export.in_real_arithmetic(graph)
         export.write_onnx(graph.eval(), {"spectrogram": magnitude.repeat(2, 1, 1)}, path, {"kind": "vae-sound"})
         options = onnxruntime.SessionOptions()
@@ -45,13 +44,14 @@ def onnx_session(magnitude):
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
+@click.option("--n-fft", type=click.Choice([1024, 4096]), default=1024, help="Of notes, or of two notes at once.")
 @torch.no_grad()
-def main():
+def main(n_fft):
     """Time Griffin-Lim on one built-in note in torchaudio and in onnxruntime, turn about."""
-    to_magnitude = torchaudio.transforms.Spectrogram(N_FFT, hop_length=HOP, power=1)
+    to_magnitude = torchaudio.transforms.Spectrogram(n_fft, hop_length=n_fft // 4, power=1)
     magnitude = to_magnitude(synthesise(Note("benchmark", "guitar", 60, "guitar_built-in_000", 100))[None])
-    session, array = onnx_session(magnitude), magnitude.numpy()
+    session, array = onnx_session(magnitude, n_fft), magnitude.numpy()
     runs = {
         "torchaudio": lambda: griffin_lim(magnitude),
         "onnxruntime": lambda: torch.from_numpy(session.run(None, {"spectrogram": array})[0])

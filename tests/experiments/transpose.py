@@ -5,7 +5,8 @@
 
 On held-out mixtures of two test notes slot 0 is moved by 1 to 7 semitones, up or down, decoded at its new cell and
 heard through Griffin-Lim; slot 1 is left. Pitches are YIN's (tests/experiments/judges.py) of what is written, against
-those it hears in the stems; beside them, what it hears in slot 0 before it is moved, as a mask and decoded.
+those it hears in the stems; beside them, what it hears in slot 0 before it is moved, as a mask and decoded, and which
+pitch cells tell.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ def as_written(model, mixture, numbers, semitones=None, vocoder=False):
 
 
 def score(stems, semitones, model):
-    """One mixture of stems (2, samples): how far pitches are from those asked for, in semitones."""
+    """One mixture of stems (2, samples): how far pitches are from those asked for, in semitones; how loud, in dB."""
     mixture = stems.sum(0).numpy()
     mask, left = (as_written(model, mixture, [k]) for k in range(2))
     own = int(si_sdr(mask, stems).argmax())  # the stem that slot 0 has
@@ -40,7 +41,14 @@ def score(stems, semitones, model):
     moved = as_written(model, mixture, [0], semitones)
     pitch = detect_pitch(torch.stack([stems[own], stems[1 - own], mask, left, decoded, moved]))
     away = {"moved": pitch[5] - pitch[0] - semitones, "left": pitch[3] - pitch[1]}
-    return away | {"as a mask": pitch[2] - pitch[0], "decoded where it was": pitch[4] - pitch[0]}
+    away |= {"as a mask": pitch[2] - pitch[0], "decoded where it was": pitch[4] - pitch[0]}
+    said = model.run("encoder", waveform=recompose.fit(mixture, model.about["samples"])[None])
+    y = (said["cell"][0, :, 0] + 1) / 2  # a share of the octaves from LOWEST up
+    told = 12 * np.log2(recompose.LOWEST / 440 * (RATE / 2 / recompose.LOWEST) ** y) + 69
+    away |= {f"where the cell of slot {k} says": told[k] - pitch[k] for k in range(2)}
+    spectrogram = model.compose(model.decode(said["mu"], said["cell"]))
+    sung = model.run("vocoder", spectrogram=spectrogram)["waveform"] * said["gain"]
+    return away, 10 * np.log10(np.square(sung).mean() / np.square(mixture).mean())
 
 
 @click.command(context_settings={"show_default": True})
@@ -55,12 +63,17 @@ def main(data_root, model, mixtures):
     size = torch.randint(1, MOST + 1, (mixtures,), generator=random_generator("transpose"))
     sign = 2 * torch.randint(0, 2, (mixtures,), generator=random_generator("transpose", "sign")) - 1
     asked = zip(tqdm(data.mixtures("test", mixtures), disable=None), (size * sign).tolist(), strict=True)
-    away = [score(stems, semitones, model) for stems, semitones in asked]
+    away, louder = zip(*(score(stems, semitones, model) for stems, semitones in asked), strict=True)
     click.echo(f"{mixtures} mixtures of test notes of {data.source}; slot 0 by 1 to {MOST} semitones up or down\n")
-    click.echo("| slot | within 50 cents | median error, cents |\n|-|-|-|")
+    click.echo("| slot | within 50 cents | within a semitone | median error, cents |\n|-|-|-|-|")
     for name in away[0]:
         cents = 100 * np.abs([float(one[name]) for one in away])
-        click.echo(f"| {name} | {(cents <= 100 * NEAR).mean():.1%} | {np.median(cents):.0f} |")
+        near, semitone = (f"{(cents <= most).mean():.1%}" for most in (100 * NEAR, 100))
+        click.echo(f"| {name} | {near} | {semitone} | {np.median(cents):.0f} |")
+    low, median, high = np.quantile(louder, (0.05, 0.5, 0.95))
+    click.echo(
+        f"\nboth slots, by the vocoder, times gain: {median:.1f} dB louder than the mixture ({low:.1f} to {high:.1f})"
+    )
 
 
 if __name__ == "__main__":
