@@ -1,6 +1,6 @@
 """How fast the exported Griffin-Lim is in onnxruntime, beside torchaudio's: four seconds, 32 iterations.
 
-    python -m tests.benchmarks.griffin_lim --n-fft 4096
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.griffin_lim --n-fft 4096    # of more, the two's threads collide
 
 How well it inverts spectrograms, by its settings: tests/experiments/griffin_lim.py.
 """
