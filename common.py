@@ -15,7 +15,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchaudio.transforms import GriffinLim
@@ -308,6 +311,7 @@ def nsynth_notes(root, split, families, download):
     """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click exceptions without any."""
     folder, url = root / f"nsynth-{split}", ARCHIVES.format(split=split)
     if download and (not folder.is_dir() or (root / Path(url).name).exists()):
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # nothing outside its folder
         try:
             download_and_extract_archive(url, root, remove_finished=True)
         except (OSError, RuntimeError, EOFError) as error:
@@ -507,6 +511,10 @@ def settle_options(context, options):
         raise click.UsageError(f"{typed[name]} does not belong to --dataset {options['dataset']}")
     if "steps" in typed and "minutes" not in typed:
         options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not options["out"]:
+        raise click.UsageError("torchrun --max-restarts: expected --out, a folder that a restarted run goes on with")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (options["out"] / "config.json").exists():
+        options["resume"] = options[typed.pop("out")[2:]]
     if options["resume"]:
         before = load_config(options["resume"])["options"]
         for name in sorted(typed.keys() - RESUMABLE):
@@ -540,7 +548,10 @@ def start_device(name, seed):
     if number >= present[name]:
         raise click.UsageError(f"--device {name}: process {number} needs its own; this machine has {present[name]}")
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else processes look for those of the attempt before
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     torch.manual_seed(seed % 2**63)
     return torch.device(name, number) if name == "cuda" else torch.device(name)
 
@@ -565,9 +576,12 @@ def optimizer_step(loss, terms, optimizer, lr, clip):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     (group,) = optimizer.param_groups
-    for parameter in group["params"] if dist.is_initialized() else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in group["params"]]
+        total = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not one each
+        dist.all_reduce(total)
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient) / dist.get_world_size())
     norm = nn.utils.clip_grad_norm_(group["params"], clip)
     values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item(), "schedule/lr": lr}
     if math.isfinite(sum(values.values())):  # else `Run.log` stops the run
@@ -585,7 +599,13 @@ def load_config(folder):
 def load_checkpoint(folder, device, **modules):
     """The `checkpoint.pt` of a run folder, loaded into `modules` too, or click.ClickException where it does not fit."""
     kinds = {"model": dict, "optimizer": dict, "step": int, "elapsed": float, "progress": float}
-    read = partial(torch.load, map_location=device, weights_only=True)
+
+    def read(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load takes flipped bits for weights
+                raise ValueError
+        return torch.load(path, map_location=device, weights_only=True)
+
     state = load_file(Path(folder) / "checkpoint.pt", read, kinds, click.ClickException)
     try:
         for name, module in modules.items():
@@ -639,7 +659,8 @@ class Run:
     In process 0, which alone has a `folder`, `looks` is set after steps 1, 4, 16, 64, ... and when `due` is: at every
     tenth and the end; then `complete`. `progress`, what schedules go by, is the larger share of steps and minutes and
     never falls: a finished run goes on at its final beta. Checkpoints are written when due, every two minutes, on
-    Ctrl-C, SIGTERM and bad input. Raises click.UsageError where data or processes are not the resumed run's.
+    Ctrl-C, SIGTERM, bad input and the loss of a process. Raises click.UsageError where data or processes are not the
+    resumed run's, or another run is at work in the folder.
     """
 
     def __init__(self, options, script, name, data, model, optimizer, device):
@@ -656,8 +677,9 @@ class Run:
             if was != (data["source"], world):
                 now = f"it would be {data['source']} in {world}"
                 raise click.UsageError(f"--resume: the run saw {was[0]} in {was[1]} process(es); now {now}")
-            state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
-            self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
+            if (folder / "checkpoint.pt").exists():  # else the run was killed before it wrote the first
+                state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
+                self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
         self.folder = self.open_folder(folder, name) if rank == 0 else None
         if self.folder:
             words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
@@ -676,8 +698,12 @@ class Run:
                 with contextlib.suppress(FileExistsError):
                     free.mkdir(parents=True, exist_ok=bool(folder))
                     break
+            self.lock = FileLock(free / ".lock", timeout=0)  # the system opens it when the process ends, however
+            self.lock.acquire()
             (free / "figures").mkdir(exist_ok=True)
             self.writer = SummaryWriter(free)
+        except Timeout as error:
+            raise click.UsageError(f"{folder}: another run is at work there; expected a folder of its own") from error
         except OSError as error:
             raise click.UsageError(f"--out {folder or 'runs'} cannot be written: {error.strerror}") from error
         return free
@@ -695,9 +721,15 @@ class Run:
     def __exit__(self, kind, error, _):
         list(itertools.starmap(signal.signal, self.handlers.items()))
         self.bar.close()
-        if isinstance(error, click.UsageError) and not self.complete:  # a damaged file, met while training
+        lost = isinstance(error, RuntimeError) and dist.is_initialized()  # what gloo and NCCL raise
+        saved = not self.complete and (lost or isinstance(error, click.UsageError))  # or a damaged file was met
+        if saved:
             self.save()
-            raise click.ClickException(f"step {self.step}, saved: {error.message}") from error
+        if self.folder:
+            self.lock.release()
+        if saved or isinstance(error, OSError):  # a full disk
+            text = "a process is lost: start all again with --resume" if lost else getattr(error, "message", error)
+            raise click.ClickException(f"step {self.step}{', saved' * saved}: {text}") from error
         if self.folder and not error:
             self.writer.close()
             done = f"done: {self.folder}/metrics.json and figures; next: python export.py {self.folder}"

@@ -10,6 +10,7 @@ the model by more than its tolerance, at other sizes than it was traced with, on
 gives NaN or infinity, is reported, the exit code is 1, and an export folder of before is left as it was.
 """
 
+import hashlib
 import importlib
 import json
 import logging
@@ -28,6 +29,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 import torchaudio
+from filelock import FileLock, Timeout
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
@@ -381,16 +383,21 @@ def main(run_dir, out, **forms):
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial", dir=out) as folder:
+        lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+        with lock, tempfile.TemporaryDirectory(prefix=".partial", dir=out) as folder:
             agreed = [write_graph(Path(folder) / name, *pair, info, forms) for name, pair in graphs.items()]
             if not all(agreed):
                 raise click.ClickException("an exported graph differs from the trained model; nothing was written")
             write_json(Path(folder) / "model.json", info)
-            made = {file.name: file for file in sorted(Path(folder).iterdir())}
-            for name, file in made.items():
-                file.replace(out / name)
+            made = {file.name: hashlib.sha256(file.read_bytes()) for file in sorted(Path(folder).iterdir())}
+            sums = "".join(f"{digest.hexdigest()}  {name}\n" for name, digest in made.items())
+            (Path(folder) / "SHA256SUMS").write_text(sums)  # for `sha256sum -c`
+            for file in Path(folder).iterdir():
+                file.replace(out / file.name)
             for stale in {f"{graph}{form}" for graph, form in product(CONTRACT["graphs"], FORMS)} - made.keys():
                 (out / stale).unlink(missing_ok=True)  # of an export before, maybe of another model
+    except Timeout as error:
+        raise click.UsageError(f"--out {out}: another export is at work there") from error
     except OSError as error:
         raise click.UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     click.echo(f"written: {out}")

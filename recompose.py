@@ -14,6 +14,7 @@ every slot alone, the recomposition. A slot of a sound is a soft mask on its inp
 in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. This file runs alone: `uv run ...`.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -31,7 +32,7 @@ MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 WRITTEN = (".wav", ".flac", ".ogg", ".mp3")  # sounds
 SOUNDS = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # all else is taken for a picture
-LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more
+LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more; or pixels
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
 EMPTY = {"mvae-image": 4.0, "mvae-sound": 14.0}  # nats: a slot of less holds nothing; docs/mvae-audio.md
 
@@ -52,12 +53,14 @@ def load_picture(path, size, crop):
     """Any still picture of 8 or 16 bits -> upright, cropped, uint8 (size, size, 3); click.UsageError for all others."""
     try:
         with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                raise click.UsageError(f"{path}: animated, {picture.n_frames} frames; expected a still picture")
+            animated = getattr(picture, "n_frames", 1) > 1
+            if animated or picture.width * picture.height > LONGEST:
+                found = "animated" if animated else f"{picture.width}x{picture.height} pixels"
+                raise click.UsageError(f"{path}: {found}; expected a still picture of at most {LONGEST:,} pixels")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper
-                values = np.asarray(picture, np.float64)
+                values = np.asarray(picture, np.float32)
                 if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
                     raise click.UsageError(f"{path}: 32 bits a pixel; expected 8 or 16 bits a channel")
                 picture = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -372,14 +375,17 @@ class Model:
     def __init__(self, folder, kind, n_slots=None, vocoder=False):
         import onnxruntime  # here, so that `--help` and wrong arguments answer at once
 
-        self.sessions, options = {}, onnxruntime.SessionOptions()
+        self.sessions, options, sums = {}, onnxruntime.SessionOptions(), folder / "SHA256SUMS"
         options.log_severity_level = 3  # errors alone
         for name in ("encoder", "decoder", "composer", "vocoder")[: 3 + vocoder]:
             path = folder / f"{name}.onnx"
             try:
+                line = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+                if sums.exists() and line not in sums.read_text():  # a flipped bit draws another picture, unnoticed
+                    raise ValueError
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                raise click.UsageError(f"{path}: missing, or no readable graph of a train_mvae.py run") from error
+                raise click.UsageError(f"{path}: missing, damaged, or no graph of a train_mvae.py run") from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
@@ -585,11 +591,15 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     # 2. Take the inputs apart, put the kept slots together, write the result and the figure that explains it.
     try:
         if sound:
-            waveform, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
-            save_sound(out, waveform, rate)
+            result, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
         else:
-            picture, figure = recompose_pictures(model, inputs, kept, crop)
-            write_atomically(out, lambda temporary: picture.save(temporary, format="PNG"))
+            result, figure = recompose_pictures(model, inputs, kept, crop)
+        if (np.abs(result).max() if sound else np.ptp(result)) < 1e-5:
+            raise click.ClickException("the slots that are kept hold nothing; nothing is written")
+        if sound:
+            save_sound(out, result, rate)
+        else:
+            write_atomically(out, lambda temporary: result.save(temporary, format="PNG"))
         write_atomically(beside, lambda temporary: figure.save(temporary, format="PNG"))
     except OSError as error:
         raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error

@@ -3,8 +3,10 @@
 Under pytest-xdist every process sees the same folders: the first that needs one makes it, the others wait for it.
 """
 
+import hashlib
 import json
 import os
+import re
 import struct
 import time
 
@@ -91,6 +93,13 @@ def kept_sessions(sessions, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", keep)
 
 
+def save_graph(model, path):
+    """Write a changed graph, and its checksum beside it, as an export would have."""
+    onnx.save(model, path)
+    sums, now = path.parent / "SHA256SUMS", f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+    sums.write_text(re.sub(f".*  {path.name}", now, sums.read_text()))
+
+
 def give_nan(path):
     """Change a graph so that its first output is NaN everywhere."""
     model = onnx.load(path)
@@ -100,7 +109,7 @@ def give_nan(path):
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["zero"], value_float=0.0))
     model.graph.node.append(onnx.helper.make_node("Mul", [f"{output}_", "zero"], ["none"]))
     model.graph.node.append(onnx.helper.make_node("Div", ["none", "zero"], [output]))
-    onnx.save(model, path)
+    save_graph(model, path)
 
 
 def without_slots(path):
@@ -108,7 +117,7 @@ def without_slots(path):
     model = onnx.load(path)
     (asked,) = [value for value in model.graph.input if value.name == "slots"]
     model.graph.input.remove(asked)
-    onnx.save(model, path)
+    save_graph(model, path)
 
 
 @pytest.fixture(scope="session")

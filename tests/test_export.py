@@ -148,7 +148,7 @@ def test_a_small_graph_that_differs_too_much_is_left_out(vae_run, tmp_path, monk
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(tmp_path), "--no-torchscript", "--int8"])
     assert result.exit_code == 0, result.output
     assert "DIFFERS, left out" in result.output
-    assert {f.name for f in tmp_path.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"}
+    assert {f.name for f in tmp_path.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json", "SHA256SUMS"}
 
 
 @torch.no_grad()
@@ -288,7 +288,7 @@ def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quic
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out), "--no-torchscript"])
     assert result.exit_code == 0, result.output
     kept = {"checkpoint.pt", "mine.v2.onnx"}  # no graphs of an export
-    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json"} | kept
+    assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json", "SHA256SUMS"} | kept
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out / "model.json")])
     assert result.exit_code == 2
     assert "cannot be written" in result.output
