@@ -4,6 +4,7 @@ Shapes: B batch, N slots, D size of a latent vector, C, H, W channels, height, w
 """
 
 import contextlib
+import gzip
 import hashlib
 import inspect
 import itertools
@@ -35,7 +36,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchaudio.transforms import GriffinLim
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from recompose import LONGEST, SOUNDS, fit, read_sound, resample_sound, save_sound, write_atomically
@@ -311,10 +312,14 @@ def nsynth_notes(root, split, families, download):
     """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click exceptions without any."""
     folder, url = root / f"nsynth-{split}", ARCHIVES.format(split=split)
     if download and (not folder.is_dir() or (root / Path(url).name).exists()):
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # nothing outside its folder
         try:
-            download_and_extract_archive(url, root, remove_finished=True)
-        except (OSError, RuntimeError, EOFError) as error:
+            download_url(url, root)
+            with gzip.open(root / Path(url).name) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(root, filter="data")  # nothing outside its folder
+                while stream.read(2**20):  # to the end, where its checksum stands
+                    pass
+            (root / Path(url).name).unlink()
+        except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
             raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     listing = load_file(folder / "examples.json", read_json, {}, click.UsageError)
@@ -520,8 +525,9 @@ def settle_options(context, options):
         for name in sorted(typed.keys() - RESUMABLE):
             if json.loads(json.dumps(options[name], default=str)) != before.get(name):
                 raise click.UsageError(f"{typed[name]} {options[name]}: the run to resume has {before.get(name)}")
-    elif options["out"] and options["out"].exists() and (options["out"].is_file() or any(options["out"].iterdir())):
-        raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
+    elif options["out"] and options["out"].exists():
+        if options["out"].is_file() or any(path.suffix != ".partial" for path in options["out"].glob("[!.]*")):
+            raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
     root, download = options["data_root"], options["download"]
     if download and (not root or "WORLD_SIZE" in os.environ):
         raise click.UsageError("--download needs --data-root, and a single process")
@@ -680,18 +686,18 @@ class Run:
             if (folder / "checkpoint.pt").exists():  # else the run was killed before it wrote the first
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
-        self.folder = self.open_folder(folder, name) if rank == 0 else None
-        if self.folder:
+        self.folder = None
+        if rank == 0:
             words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
             session = {"command": shlex.join(["python", *words]), "processes": world, "versions": versions()}
             config = {"script": script, "data": data, "history": [*history, session]}
             config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
-            write_json(self.folder / "config.json", config)
+            self.folder = self.open_folder(folder, name, config)
             click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}")
             click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}")
 
-    def open_folder(self, folder, name):
-        """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ...; and its TensorBoard writer."""
+    def open_folder(self, folder, name, config):
+        """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., for this run alone."""
         try:
             for k in itertools.count(1):
                 free = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
@@ -700,6 +706,7 @@ class Run:
                     break
             self.lock = FileLock(free / ".lock", timeout=0)  # the system opens it when the process ends, however
             self.lock.acquire()
+            write_json(free / "config.json", config)  # first: what has one can be resumed
             (free / "figures").mkdir(exist_ok=True)
             self.writer = SummaryWriter(free)
         except Timeout as error:
@@ -750,6 +757,8 @@ class Run:
         self.began = (self.saved, self.step, self.share)
         while self.share < 1 and not self.stopped:
             yield self.step, self.progress
+            if self.due:  # now that its scores stand in the folder
+                self.save()
         self.save()
         list(itertools.starmap(signal.signal, self.handlers.items()))  # as before: Ctrl-C ends an evaluation at once
         if dist.is_initialized():  # the others need not wait for what process 0 does now
@@ -768,7 +777,7 @@ class Run:
         tenth = int(10 * self.share) > before
         self.due, now = bool(self.folder) and tenth, time.monotonic()
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
-        if tenth or now - self.saved > 120:
+        if now - self.saved > 120:
             self.save()
         if self.folder and self.step % 20 == 0:
             self.scalars("train", values)

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import struct
+import sys
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,8 @@ def load_picture(path, size, crop):
     """Any still picture of 8 or 16 bits -> upright, cropped, uint8 (size, size, 3); click.UsageError for all others."""
     try:
         with Image.open(path) as picture:
+            picture.verify()  # a PNG's checksums, which decoding passes over
+        with Image.open(path) as picture:
             animated = getattr(picture, "n_frames", 1) > 1
             if animated or picture.width * picture.height > LONGEST:
                 found = "animated" if animated else f"{picture.width}x{picture.height} pixels"
@@ -83,7 +86,9 @@ def square(picture, crop, where):
     if crop == "centre":
         return ImageOps.fit(picture, (min(width, height),) * 2)
     if crop == "fit":
-        return ImageOps.pad(picture, (max(width, height),) * 2, color=picture.reduce((width, height)).getpixel((0, 0)))
+        colour = picture.reduce((width, height)).getpixel((0, 0))
+        picture.thumbnail((4096, 4096))
+        return ImageOps.pad(picture, (max(picture.size),) * 2, color=colour)
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
         expected = "a square, or for CLEVR's crop a height of at least 0.64 W; recompose.py --crop takes others"
@@ -98,7 +103,7 @@ def read_sound(path):
     try:
         with path.open("rb") as raw, soundfile.SoundFile(raw) as file:
             rate, length, channels = file.samplerate, file.frames, file.channels
-            if length * channels > LONGEST or not 4000 <= rate <= 192_000:
+            if length * channels > LONGEST or channels > 16 or not 4000 <= rate <= 192_000:
                 expected = f"ten minutes of stereo, 4 to 192 kHz: ffmpeg -i {path.name} -t 600 -ac 2 -ar 44100 a.wav"
                 raise click.UsageError(f"{path}: {length} x {channels} samples, {rate} Hz; expected at most {expected}")
             samples = file.read(dtype="float32", always_2d=True)
@@ -107,7 +112,7 @@ def read_sound(path):
                 content = path.read_bytes()
                 page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes
                 cut_off = not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
-    except (RuntimeError, OSError) as error:  # soundfile's own among them
+    except (RuntimeError, OSError, ValueError) as error:  # soundfile's own among them
         raise click.UsageError(f"{path}: damaged, or no sound that is read; try ffmpeg -i {path.name} a.wav") from error
     faults = {
         f"cut off after {len(samples) / rate:.2f} s": cut_off,
@@ -607,4 +612,5 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # files' names may be no UTF-8
     main()
