@@ -24,6 +24,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 
 import click
@@ -32,7 +33,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchaudio.transforms import GriffinLim
@@ -47,8 +48,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def write_json(path, content):
-    text = json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"))
 
 
 def read_json(path):
@@ -67,10 +67,8 @@ def load_file(path, read, kinds, error):
 
 
 def split_files(root, suffixes, most, skipped=()):
-    """Files below `root`, but for folders `skipped` in it: {split: paths relative to it}, at most `most` in each.
-
-    80, 10, 10 % by a hash of each path: none changes sides when others come. click.UsageError where a split is empty.
-    """
+    """{split: `most` paths} below `root`, but not in folders `skipped`; click.UsageError where a split has none."""
+    # 80, 10, 10 % by a hash of each path: none changes sides when others come.
     found, total = {split: [] for split in SPLITS}, 0
     for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
         place = Path(folder).relative_to(root)
@@ -92,10 +90,7 @@ def split_files(root, suffixes, most, skipped=()):
 
 
 class Reader:
-    """Numbered examples in `files`, one for each, that are read when they are needed; the last `most` stay in memory.
-
-    A file for which load(file) raises click.UsageError is named, once, and left out. Raises it where all are.
-    """
+    """Examples of `files`, read when needed, by number, `most` kept; click.UsageError where load refuses all."""
 
     def __init__(self, files, load, most, split):
         self.files, self.load, self.most, self.split, self.kept, self.left_out = files, load, most, split, {}, set()
@@ -235,11 +230,6 @@ class Vocoder(nn.Module):
         return self.inverse(self.to_stft_magnitude(spectrogram))
 
 
-def griffin_lim(magnitude, iterations=32):
-    """STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * hop)."""
-    return Vocoder(2 * (magnitude.shape[1] - 1), iterations).to(magnitude.device)(magnitude)
-
-
 SAMPLES, PITCHES = 4 * RATE, 128  # of a note: NSynth's four seconds; MIDI numbers
 FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal"
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
@@ -316,16 +306,15 @@ def nsynth_notes(root, split, families, download):
             download_url(url, root)
             with gzip.open(root / Path(url).name) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
                 archive.extractall(root, filter="data")  # nothing outside its folder
-                while stream.read(2**20):  # to the end, where its checksum stands
-                    pass
+                stream.seek(sys.maxsize)  # to the end, where its checksum stands
             (root / Path(url).name).unlink()
         except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
             raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     listing = load_file(folder / "examples.json", read_json, {}, click.UsageError)
-    keys = ("instrument_family_str", "pitch", "instrument_str", "velocity")
+    keys = itemgetter("instrument_family_str", "pitch", "instrument_str", "velocity")
     try:
-        notes = [Note(name, *(about[key] for key in keys), files.get(name)) for name, about in sorted(listing.items())]
+        notes = [Note(name, *keys(about), files.get(name)) for name, about in sorted(listing.items())]
         notes = [note for note in notes if note.family in families and 0 <= note.pitch < PITCHES]
     except (KeyError, TypeError, AttributeError) as error:
         raise click.UsageError(f"{folder}/examples.json is not NSynth's ({error})") from error
@@ -347,15 +336,12 @@ def pitch_of(name):
 
 
 def own_notes(root, windows):
-    """{split: notes} of any folder of sounds: pitches by `pitch_of`, families by folders.
-
-    With `windows` every SAMPLES of a file are one, and at its end at least a second, else its first alone. Instruments
-    are folders, or, at the top or where there is but one, files.
-    """
+    """{split: notes} of any folder of sounds: the first SAMPLES of each, or all of it, as `windows`."""
+    # Families are folders; so are instruments, but at the top, or where there is but one folder, they are files.
     splits = split_files(root, SOUNDS, KEPT)
     for split, paths in splits.items():
         notes, folders = [], {path.rpartition("/")[0] for path in paths} - {""}
-        for n, path in enumerate(paths, 1):
+        for path in paths:
             folder = path.rpartition("/")[0]
             instrument = folder if folder and len(folders) > 1 else path
             note = Note(path, folder or root.resolve().name, pitch_of(Path(path).stem), instrument, 0, root / path)
@@ -364,9 +350,8 @@ def own_notes(root, windows):
                 if about and about.frames * about.channels <= LONGEST:
                     note = note._replace(windows=max(1, int(about.duration / (SAMPLES / RATE) + 0.75)))
             notes += [note._replace(window=k) for k in range(note.windows)]
-            if len(notes) >= KEPT and n < len(paths):
-                click.echo(f"{root}: {KEPT:,} windows of 4 s of {n:,} of {len(paths):,} files are used for {split}")
-                break
+        if len(notes) > KEPT:
+            click.echo(f"{root}: {KEPT:,} of {len(notes):,} windows of 4 s are used for {split}")
         splits[split] = notes[:KEPT]
     return splits
 
@@ -410,10 +395,7 @@ class NoteSplit(Reader):
 
 
 def load_notes(options, windows=False):
-    """The splits {name: NoteSplit} of --data-root, fetched with --download, or of built-in notes; and their source.
-
-    Completes options["families"] in place; raises click exceptions where there are no notes or no such families.
-    """
+    """{split: NoteSplit} of --data-root or built-in notes, and their source; completes `options`; click exceptions."""
     root, families, download = (options[name] for name in ("data_root", "families", "download"))
     own, known, source, splits = None, TIMBRES, BUILT_IN, {}
     official = ("examples.json", *(f"nsynth-{split}" for split in SPLITS))
@@ -425,32 +407,21 @@ def load_notes(options, windows=False):
         families = known if windows else families or known
     options["families"] = families = families or list(TIMBRES)
     if not set(families) <= set(known) or len(set(families)) < len(families):
-        more = "" if root else "; others need --data-root"
-        raise click.UsageError(f"--families {','.join(families)}: expected some of {', '.join(known)}{more}; each once")
+        expected = f"expected some of {', '.join(known)}, each once{'' if root else '; others need --data-root'}"
+        raise click.UsageError(f"--families {','.join(families)}: {expected}")
     for split in SPLITS:
-        if own:
-            notes = [note for note in own[split] if note.family in families]
-        else:
-            notes = nsynth_notes(root, split, families, download) if root else built_in_notes(split, families)
+        there = own[split] if own else root and nsynth_notes(root, split, families, download)
+        notes = [note for note in there or built_in_notes(split, families) if note.family in families]
         splits[split] = NoteSplit(notes, families, split)
     return splits, source
 
 
 # ---------------------------------------------------------------- Command line
 
-
-class Finite(click.FloatRange):
-    """A float within a range, neither NaN nor infinite."""
-
-    def convert(self, value, param, ctx):
-        value = super().convert(value, param, ctx)
-        return value if math.isfinite(value) else self.fail(f"{value} must be finite", param, ctx)
-
-
 families_option = click.option("--families", type=lambda names: names.split(",") if isinstance(names, str) else names,
                                metavar="NAME,...", show_default=f"{','.join(TIMBRES)}; your own: all",
                                help="Of instruments: NSynth's, or folders of your own.")  # fmt: skip
-POSITIVE, FOLDER = Finite(0, min_open=True), click.Path(path_type=Path)
+POSITIVE, FOLDER = click.FloatRange(0, min_open=True), click.Path(path_type=Path)
 RUN_OPTIONS = [
     click.Option(["--data-root"], type=FOLDER, help="Folder of the data set on disk."),
     click.Option(["--download"], is_flag=True, help="Fetch the official data set into --data-root first."),
@@ -458,8 +429,8 @@ RUN_OPTIONS = [
     click.Option(["--minutes"], type=POSITIVE, help="Time; with --steps, whichever ends first."),
     click.Option(["--batch"], type=click.IntRange(1), default=32, help="Examples a step in every process."),
     click.Option(["--lr"], type=POSITIVE, default=2e-3, help="Adam's peak learning rate."),
-    click.Option(["--beta"], type=Finite(0), default=1.0, help="Final weight of the KL."),
-    click.Option(["--warmup"], type=Finite(0, 1), default=0.6, help="Share of the run in which beta rises from 0."),
+    click.Option(["--beta"], type=click.FloatRange(0), default=1.0, help="Final weight of the KL."),
+    click.Option(["--warmup"], type=click.FloatRange(0, 1), default=0.6, help="Share of the run in which beta rises."),
     click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
     click.Option(["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: GPU bf16."),
@@ -467,17 +438,12 @@ RUN_OPTIONS = [
     click.Option(["--out"], type=FOLDER, help="Run folder; by default a new one below runs/."),
     click.Option(["--dry-run"], is_flag=True, help="Print the options that would be used, and stop."),
 ]  # fmt: skip
-# What a resumed run may change; the rest made its weights.
-RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download", "resume", "dry_run", "evaluation",
-             "eval_samples"}  # fmt: skip
+RESUMABLE = {"steps", "minutes", "device", "precision", "data_root", "download", "evaluation", "eval_samples"}
 
 
 def training_command(script, presets, foreign=None):
-    """Decorator: a click command of the function's own options, --dataset, --resume and RUN_OPTIONS.
-
-    Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows, but for
-    what is `foreign` {data set: names of options that do not concern it}.
-    """
+    """Decorator: a click command of own options, --dataset, --resume, RUN_OPTIONS, but `foreign` ones of a data set."""
+    # Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows.
 
     def fill_from_preset(context, parameter, dataset):
         if not context.params.get("resume"):
@@ -514,21 +480,22 @@ def settle_options(context, options):
     typed = {p.name: p.opts[0] for p in context.command.params if source(p.name) is by_hand}  # {name: as --name}
     for name in typed.keys() & context.command.foreign.get(options["dataset"], ()):
         raise click.UsageError(f"{typed[name]} does not belong to --dataset {options['dataset']}")
+    for name in (name for name in typed if options[name] in (math.inf, -math.inf) or options[name] != options[name]):
+        raise click.UsageError(f"{typed[name]} {options[name]}: expected a finite number")
     if "steps" in typed and "minutes" not in typed:
         options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not options["out"]:
+    out, root, download = (options[name] for name in ("out", "data_root", "download"))
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not out:
         raise click.UsageError("torchrun --max-restarts: expected --out, a folder that a restarted run goes on with")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (options["out"] / "config.json").exists():
-        options["resume"] = options[typed.pop("out")[2:]]
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists():
+        options["resume"] = typed.pop("out") and out
     if options["resume"]:
         before = load_config(options["resume"])["options"]
-        for name in sorted(typed.keys() - RESUMABLE):
+        for name in sorted(typed.keys() - RESUMABLE - {"resume", "dry_run"}):
             if json.loads(json.dumps(options[name], default=str)) != before.get(name):
                 raise click.UsageError(f"{typed[name]} {options[name]}: the run to resume has {before.get(name)}")
-    elif options["out"] and options["out"].exists():
-        if options["out"].is_file() or any(path.suffix != ".partial" for path in options["out"].glob("[!.]*")):
-            raise click.UsageError(f"--out {options['out']} exists already; name a new folder, or --resume that run")
-    root, download = options["data_root"], options["download"]
+    elif out and (out.is_file() or any(path.suffix != ".partial" for path in out.glob("[!.]*"))):
+        raise click.UsageError(f"--out {out} exists already; name a new folder, or --resume that run")
     if download and (not root or "WORLD_SIZE" in os.environ):
         raise click.UsageError("--download needs --data-root, and a single process")
     if root and not download and not root.exists():
@@ -554,9 +521,8 @@ def start_device(name, seed):
     if number >= present[name]:
         raise click.UsageError(f"--device {name}: process {number} needs its own; this machine has {present[name]}")
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        store, rank, world = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else processes look for those of the attempt before
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store, rank, world = next(dist.rendezvous("env://"))  # which may hold addresses of the attempt before
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     torch.manual_seed(seed % 2**63)
     return torch.device(name, number) if name == "cuda" else torch.device(name)
@@ -571,23 +537,16 @@ def reduce_over_processes(values, device, op):
     return shared.tolist()
 
 
-def autocast(device, precision):
-    """Mixed precision for the forward pass: bfloat16 with "bf16", and with "auto" on a CUDA device."""
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
 def optimizer_step(loss, terms, optimizer, lr, clip):
     """One step down `loss`, gradients averaged over processes and clipped to a norm; returns numbers to log."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     (group,) = optimizer.param_groups
     if dist.is_initialized():
-        gradients = [parameter.grad for parameter in group["params"]]
-        total = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not one each
-        dist.all_reduce(total)
-        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient) / dist.get_world_size())
+        total = torch.cat([p.grad.flatten() for p in group["params"]])
+        dist.all_reduce(total)  # in one message, not one each
+        for p, part in zip(group["params"], total.split([p.numel() for p in group["params"]]), strict=True):
+            p.grad.copy_(part.view_as(p) / dist.get_world_size())
     norm = nn.utils.clip_grad_norm_(group["params"], clip)
     values = {name: term.item() for name, term in terms.items()} | {"gradient_norm": norm.item(), "schedule/lr": lr}
     if math.isfinite(sum(values.values())):  # else `Run.log` stops the run
@@ -607,9 +566,8 @@ def load_checkpoint(folder, device, **modules):
     kinds = {"model": dict, "optimizer": dict, "step": int, "elapsed": float, "progress": float}
 
     def read(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load takes flipped bits for weights
-                raise ValueError
+        if zipfile.ZipFile(path).testzip():  # torch.load takes flipped bits for weights
+            raise ValueError
         return torch.load(path, map_location=device, weights_only=True)
 
     state = load_file(Path(folder) / "checkpoint.pt", read, kinds, click.ClickException)
@@ -642,8 +600,8 @@ def versions():
     """What made a result: versions, commit, hardware."""
     describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not a git checkout"
-    packages = {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    packages = {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
     return {"commit": commit, "python": sys.version.split()[0], "device": device} | packages
 
 
@@ -664,9 +622,8 @@ class Run:
 
     In process 0, which alone has a `folder`, `looks` is set after steps 1, 4, 16, 64, ... and when `due` is: at every
     tenth and the end; then `complete`. `progress`, what schedules go by, is the larger share of steps and minutes and
-    never falls: a finished run goes on at its final beta. Checkpoints are written when due, every two minutes, on
-    Ctrl-C, SIGTERM, bad input and the loss of a process. Raises click.UsageError where data or processes are not the
-    resumed run's, or another run is at work in the folder.
+    never falls: a finished run goes on at its final beta. Checkpoints are written when due, every two minutes, on bad
+    input, signals, and loss of a process. click.UsageError where data or processes are others', or the folder in use.
     """
 
     def __init__(self, options, script, name, data, model, optimizer, device):
@@ -674,15 +631,17 @@ class Run:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.step, self.elapsed, self.progress, history = 0, 0.0, 0.0, []
         self.looks = self.due = self.complete = self.stopped = False
+        wanted = {"auto": device.type == "cuda"}.get(options["precision"], options["precision"] == "bf16")
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.total, self.own = world * options["batch"], slice(rank * options["batch"], (rank + 1) * options["batch"])
         folder = options["resume"] or options["out"]
         if options["resume"]:
             config = load_config(folder)
-            history, was = config["history"], (config["data"]["source"], config["history"][-1]["processes"])
-            if was != (data["source"], world):
-                now = f"it would be {data['source']} in {world}"
-                raise click.UsageError(f"--resume: the run saw {was[0]} in {was[1]} process(es); now {now}")
+            history, seen = config["history"], (config["data"]["source"], config["history"][-1]["processes"])
+            if seen != (now := (data["source"], world)):
+                text = "--resume: the run saw {} in {} process(es); now it would be {} in {}"
+                raise click.UsageError(text.format(*seen, *now))
             if (folder / "checkpoint.pt").exists():  # else the run was killed before it wrote the first
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
@@ -693,8 +652,8 @@ class Run:
             config = {"script": script, "data": data, "history": [*history, session]}
             config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
             self.folder = self.open_folder(folder, name, config)
-            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}")
-            click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}")
+            sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}"
+            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}\n{sizes}")
 
     def open_folder(self, folder, name, config):
         """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., for this run alone."""
@@ -709,21 +668,20 @@ class Run:
             write_json(free / "config.json", config)  # first: what has one can be resumed
             (free / "figures").mkdir(exist_ok=True)
             self.writer = SummaryWriter(free)
-        except Timeout as error:
-            raise click.UsageError(f"{folder}: another run is at work there; expected a folder of its own") from error
-        except OSError as error:
-            raise click.UsageError(f"--out {folder or 'runs'} cannot be written: {error.strerror}") from error
+        except OSError as error:  # the lock's among them, without a text
+            why = error.strerror or "another run is at work there; expected a folder of its own"
+            raise click.UsageError(f"--out {folder or 'runs'} cannot be written: {why}") from error
         return free
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        def stop(*_):
+            self.stopped = True  # after this step
+
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=1000, bar_format="{percentage:3.0f}%|{bar:20}|{postfix}", disable=not self.folder or None)
         self.saved = self.said = time.monotonic()
         self.started = self.saved - self.elapsed
         return self
-
-    def stop(self, number, frame):
-        self.stopped = True  # Ctrl-C, SIGTERM: after this step
 
     def __exit__(self, kind, error, _):
         list(itertools.starmap(signal.signal, self.handlers.items()))
@@ -772,10 +730,9 @@ class Run:
     def log(self, values):
         """Count a step that took `values`; raises click.ClickException, and keeps the checkpoint, where not finite."""
         self.check_finite(values)
-        before, self.step = int(10 * self.share), self.step + 1
+        before, now, self.step = int(10 * self.share), time.monotonic(), self.step + 1
         self.settle()
-        tenth = int(10 * self.share) > before
-        self.due, now = bool(self.folder) and tenth, time.monotonic()
+        self.due = bool(self.folder) and int(10 * self.share) > before
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
         if now - self.saved > 120:
             self.save()
@@ -784,9 +741,9 @@ class Run:
         if self.folder and now - self.said > (30 if self.bar.disable else 0.2):
             self.said = now
             seconds, steps, share = (a - b for a, b in zip((now, self.step, self.share), self.began, strict=True))
-            left = f"{(1 - self.share) * seconds / max(share, 1e-9) / 60:.1f} min left"
             terms = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
-            text = f"step {self.step}, {left}, {steps / seconds:.1f} steps/s, {terms}"
+            left = (1 - self.share) * seconds / max(share, 1e-9) / 60
+            text = f"step {self.step}, {left:.1f} min left, {steps / seconds:.1f} steps/s, {terms}"
             if self.bar.disable:  # no terminal: plain lines
                 tqdm.write(f"{self.share:4.0%} {text}")
             self.bar.n = int(1000 * self.share)

@@ -10,8 +10,7 @@
     python recompose.py a.wav b.wav --slots 0 --slots 1 --transpose 1.1:3 --out mix.mp3  # one instrument of each
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
-every slot alone, the recomposition. A slot of a sound is a soft mask on its input's spectrum, at the input's own rate,
-in all its channels, or, with `--vocoder`, what it decodes to, through Griffin-Lim. This file runs alone: `uv run ...`.
+every slot alone, the result. A slot of a sound is a soft mask on its spectrum, or, by `--vocoder`, what it decodes to.
 """
 
 import hashlib
@@ -53,13 +52,10 @@ def write_atomically(path, write):
 def load_picture(path, size, crop):
     """Any still picture of 8 or 16 bits -> upright, cropped, uint8 (size, size, 3); click.UsageError for all others."""
     try:
+        Image.open(path).verify()  # a PNG's checksums, which decoding passes over
         with Image.open(path) as picture:
-            picture.verify()  # a PNG's checksums, which decoding passes over
-        with Image.open(path) as picture:
-            animated = getattr(picture, "n_frames", 1) > 1
-            if animated or picture.width * picture.height > LONGEST:
-                found = "animated" if animated else f"{picture.width}x{picture.height} pixels"
-                raise click.UsageError(f"{path}: {found}; expected a still picture of at most {LONGEST:,} pixels")
+            if getattr(picture, "n_frames", 1) > 1 or picture.width * picture.height > LONGEST:
+                raise click.UsageError(f"{path}: animated, or of over {LONGEST:,} pixels; expected a still picture")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper
@@ -76,19 +72,16 @@ def load_picture(path, size, crop):
 
 
 def square(picture, crop, where):
-    """The square of a picture that a model sees; all of one that is square. click.UsageError where there is none.
-
-    crop "clevr": side 0.6 W, its centre W/64 below the middle; "centre": the largest; "fit": all, in its mean colour.
-    """
+    """The square of a picture that a model sees; all of one that is square. click.UsageError where there is none."""
+    # Of "clevr" the side is 0.6 W, the centre W/64 below the middle; "centre": the largest; "fit": all, in mean colour.
     width, height = picture.size
     if width == height:
         return picture
     if crop == "centre":
         return ImageOps.fit(picture, (min(width, height),) * 2)
     if crop == "fit":
-        colour = picture.reduce((width, height)).getpixel((0, 0))
-        picture.thumbnail((4096, 4096))
-        return ImageOps.pad(picture, (max(picture.size),) * 2, color=colour)
+        picture.thumbnail((4096, 4096))  # a line of 100,000 pixels would fill a square of as many
+        return ImageOps.pad(picture, (max(picture.size),) * 2, color=picture.reduce(picture.size).getpixel((0, 0)))
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
     if crop != "clevr" or top < 0 or top + side > height:
         expected = "a square, or for CLEVR's crop a height of at least 0.64 W; recompose.py --crop takes others"
@@ -385,39 +378,30 @@ class Model:
         for name in ("encoder", "decoder", "composer", "vocoder")[: 3 + vocoder]:
             path = folder / f"{name}.onnx"
             try:
-                line = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
-                if sums.exists() and line not in sums.read_text():  # a flipped bit draws another picture, unnoticed
-                    raise ValueError
+                if sums.exists() and hashlib.sha256(path.read_bytes()).hexdigest() not in sums.read_text():
+                    raise ValueError("with a flipped bit it would draw something else, unnoticed")
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
                 raise click.UsageError(f"{path}: missing, damaged, or no graph of a train_mvae.py run") from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
-            n, found = self.about["N"], self.about["kind"]
+            n = {kind: self.about["N"]}[self.about["kind"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise click.UsageError(f"--model {folder}: its graphs were not written together by export.py") from error
-        if found != kind:
-            raise click.UsageError(f"--model {folder}: a model of kind {found!r}; expected {kind!r}")
+            expected = f"graphs of a model of kind {kind!r}, written together by export.py"
+            raise click.UsageError(f"--model {folder}: expected {expected}") from error
         self.n_slots = n_slots or n
         self.slots = {} if self.n_slots == n else {"slots": np.arange(n_slots)}
-        if not self.slots.keys() <= {value.name for value in self.sessions["encoder"].get_overridable_initializers()}:
-            raise click.UsageError(f"--n-slots {n_slots}: {folder} gives {n}, and others once it is exported anew")
 
     def run(self, graph, **inputs):
         """Named arrays -> named arrays; raises click.ClickException where it fails, or an output is not finite."""
-        session = self.sessions[graph]
         try:
-            values = session.run(None, inputs)
+            values = self.sessions[graph].run(None, inputs)
         except Exception as error:  # as above: too few cells for so many slots, too little memory
             raise click.ClickException(f"{graph}.onnx fails: {str(error).splitlines()[0]}") from error
         if not all(np.isfinite(value).all() for value in values):
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
-        return dict(zip((output.name for output in session.get_outputs()), values, strict=True))
-
-    def decode(self, z, cell):
-        """z (B, M, D), cell (B, M, 2) -> layer (B, M, ...)."""
-        return self.run("decoder", z=z, cell=cell)["layer"]
+        return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
@@ -452,7 +436,7 @@ def recompose_pictures(model, inputs, kept, crop=None):
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
         said = model.run("encoder", image=image, **model.slots)
         z, cell, background = said["mu"], said["cell"], said.get("background")
-        layer = model.decode(z, cell)  # (1, N, ...)
+        layer = model.run("decoder", z=z, cell=cell)["layer"]  # (1, N, ...)
         alone = [to_uint8(one) for one in model.compose(layer[0][:, None], background)]
         misfit = unexplained(model.compose(layer, background), image)
         heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
@@ -460,7 +444,7 @@ def recompose_pictures(model, inputs, kept, crop=None):
         backgrounds.append(background)
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            parts.append(model.decode(z[:, [k]], moved) if "move" in edits else layer[:, [k]])
+            parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")
@@ -500,7 +484,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     result, seen, misfit = np.zeros_like(samples), [], []
     for w, (start, stop) in enumerate(pairwise(cuts)):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
-        n, layer = last - first, model.decode(mu[[w]], cell[[w]])
+        n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], max(n, longest)), 4 * hop, hop)
         alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
         masks = extend(soft_masks(alone, mixture), *spectrum.shape[1:])
@@ -510,7 +494,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
             part = inverse_stft(masks[k] * spectrum, 4 * hop, hop, n)  # (channels, n)
             if vocoder or "transpose" in edits:
                 higher = edits.get("transpose", [0])[0] / 6 / np.log2(own / 2 / LOWEST)  # from -1 to 1: all octaves
-                decoded = model.compose(model.decode(mu[[w], [[k]]], cell[[w], [[k]]] + np.float32([higher, 0])))
+                moved = cell[[w], [[k]]] + np.float32([higher, 0])
+                decoded = model.compose(model.run("decoder", z=mu[[w], [[k]]], cell=moved)["layer"])
                 sung = resample_sound(model.run("vocoder", spectrogram=decoded)["waveform"], own, rate)
                 sung = ramp * fit(sung, n)  # for Griffin-Lim begins with a click: its mirrored signal has no phases
                 part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
@@ -580,9 +565,8 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    options = edits | {"crop": crop, "vocoder": vocoder}
     for name in ("crop", "move", "front") if sound else ("vocoder", "transpose", "gain"):
-        if options[name]:
+        if (edits | {"crop": crop, "vocoder": vocoder})[name]:
             raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):

@@ -28,8 +28,8 @@ from torch import nn
 from torchvision.datasets import CLEVRClassification
 
 from common import (  # isort: skip
-    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, Finite, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
-    autocast, beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, griffin_lim, learning_rate_at,
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
+    beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
@@ -1011,7 +1011,7 @@ def show_sounds(model, data, run, n=5, heard=2):
     for b in range(min(heard, len(stems))):
         loudest = 2 * stems[b].sum(0).abs().max().cpu()
         run.sound(f"mixture{b}", stems[b].sum(0).cpu() / loudest)
-        for k, decoded in enumerate(griffin_lim(data.levels.to_stft_magnitude(found.alone[b]).cpu())):
+        for k, decoded in enumerate(Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone[b]).cpu())):
             run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k].cpu() / loudest)
             run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded / loudest)
 
@@ -1102,7 +1102,7 @@ def check_options(options):
 @click.option("--cells", type=click.IntRange(2), default=16, help="Height and width of the posterior map.")
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
-@click.option("--last-beta", type=Finite(0), default=0.5, help="What --beta falls to once slots have parted.")
+@click.option("--last-beta", type=click.FloatRange(0), default=0.5, help="What --beta falls to once slots have parted.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
@@ -1133,7 +1133,7 @@ def main(context, **options):
             generator = random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
-            with autocast(device, options["precision"]):
+            with run.autocast():
                 encoding, mean, haze = model(image, noise, progress >= DETAILED)
             loss, terms = objective(image, mean, encoding, haze, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])

@@ -26,8 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, Finite, Graph, NoteSplit, ResBlock, Run, Vocoder, autocast, beta_at,
-    build_model, families_option, gaussian_kl, griffin_lim, learning_rate_at, load_model, load_notes, log_compress,
+    COMPRESSION, PITCHES, RATE, SAMPLES, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
+    build_model, families_option, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
     settle_options, start_device, training_command,
 )  # fmt: skip
@@ -377,7 +377,7 @@ def posteriors(model, split, index):
 
 def sound(model, level):
     """Levels (B, bins, T) -> waveforms (B, samples), through Griffin-Lim."""
-    return griffin_lim(model.spectrogram.to_stft_magnitude(log_expand(level)))
+    return NoteVocoder(model.spectrogram).to(level.device)(log_expand(level))
 
 
 @torch.no_grad()
@@ -588,7 +588,7 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 @training_command(SCRIPT, PRESETS)
 @families_option
 @click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are also moved by.")
-@click.option("--gain-db", type=Finite(0), default=6.0, help="Training notes are made louder or softer by up to this.")
+@click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer by so much.")
 @click.option("--representation", type=click.Choice(["stft", "mel"]), default="stft", help="What the model sees.")
 @click.option("--n-fft", type=click.Choice([512, 1024, 2048]), default=1024, help="Samples of a frame, four hops.")
 @click.option("--n-mels", type=click.IntRange(16), default=192, help="Bands of a mel spectrogram.")
@@ -627,7 +627,7 @@ def main(context, **options):
             gain = 10 ** (options["gain_db"] / 20 * loudness.to(device))
             level, label = model.spectrogram(gain * waveform), model.label(pitch, family)
             beta = beta_at(progress, options["beta"], options["warmup"])
-            with autocast(device, options["precision"]):
+            with run.autocast():
                 loss, terms = objective(model, level, label, noise, beta)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})

@@ -29,7 +29,7 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    SPLITS, Graph, ResBlock, Run, autocast, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
+    SPLITS, Graph, ResBlock, Run, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
     load_model, optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import Tile, contact_sheet
@@ -429,7 +429,7 @@ def main(context, **options):
             generator = random_generator("noise", options["seed"], step, device=device)
             noise = torch.randn(options["k"], run.total, model.d, generator=generator, device=device)[:, run.own]
             beta = beta_at(progress, options["beta"], options["warmup"])
-            with autocast(device, options["precision"]):
+            with run.autocast():
                 loss, terms = objective(model, x, noise, beta, options["objective"])
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})

@@ -112,14 +112,6 @@ def give_nan(path):
     save_graph(model, path)
 
 
-def without_slots(path):
-    """Make an encoder like those that were exported before they could be asked for other numbers of slots."""
-    model = onnx.load(path)
-    (asked,) = [value for value in model.graph.input if value.name == "slots"]
-    model.graph.input.remove(asked)
-    save_graph(model, path)
-
-
 @pytest.fixture(scope="session")
 def clevr_run(tmp_path_factory):
     """A run of a few steps on the built-in scenes, with latents for the background, and its export."""

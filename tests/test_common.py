@@ -189,7 +189,7 @@ def open_run(folder, resume=None, **options):
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    options = {"out": folder, "resume": resume, "batch": 4, "steps": 40, "minutes": None} | options
+    options = {"out": folder, "resume": resume, "batch": 4, "steps": 40, "minutes": None, "precision": "auto"} | options
     about = {"name": "numbers", "source": "made up"}
     return Run(options, "train_nothing", "numbers", about, model, optimizer, torch.device("cpu"))
 

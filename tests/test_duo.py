@@ -146,7 +146,7 @@ def test_own_sounds_without_folders_or_pitches_are_mixed_across_files_but_none_t
 
 
 def test_a_run_on_own_sounds_as_they_are_has_no_stems_to_be_scored_by(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_mvae, "griffin_lim", lambda magnitude: torch.zeros(len(magnitude), SAMPLES))
+    monkeypatch.setattr(train_mvae, "Vocoder", lambda n_fft: lambda magnitude: torch.zeros(len(magnitude), SAMPLES))
     root = write_tones(tmp_path / "mine", [f"rec {i}" for i in range(60)])
     args = ["--dataset", "sounds", "--size", 64, "--cells", 16, "--N", 3, "--channels", 8, "--D", 3, "--batch", 4]
     args += ["--device", "cpu", "--steps", 1]

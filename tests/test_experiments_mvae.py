@@ -9,11 +9,11 @@ import torch
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from common import RATE, griffin_lim
+from common import RATE, Vocoder
 from recompose import load_picture
 from tests.experiments import curves, exchange, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
-from train_mvae import COLOURS, CUBE, RADII, BuiltInClevr, Encoding, PictureFolder, separate
+from train_mvae import COLOURS, CUBE, RADII, SOUND_FFT, BuiltInClevr, Encoding, PictureFolder, separate
 
 
 def invoke(command, *args):
@@ -275,7 +275,7 @@ def test_slots_exchange_their_cells_and_stay_with_their_stems(duo_run):
     stems = data.mixtures("test", 2)
     stay, move = exchange.heard(model, data, stems)
     found = separate(model, data.levels, stems)
-    alone = griffin_lim(data.levels.to_stft_magnitude(found.alone[1]))
+    alone = Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone[1]))
     torch.testing.assert_close(stay[1], alone[:, : stems.shape[2]], atol=1e-4, rtol=0)
     assert stay.shape == move.shape == stems.shape and not torch.allclose(stay, move)
 

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 import train_mvae
-from common import FOLDER, griffin_lim, random_generator
+from common import FOLDER, Vocoder, random_generator
 from tests.experiments.judges import detect_pitch, train_classifier
-from train_mvae import root_mean_square, separate
+from train_mvae import SOUND_FFT, root_mean_square, separate
 
 TOGETHER, NEAR = 10, 0.5  # mixtures; semitones that a pitch may be away
 
@@ -30,7 +30,7 @@ def heard(model, data, stems):
     slot = (layer[:, None] == found.layer[:, :, None]).flatten(3).all(3).int().argmax(2)  # (B, S), of each stem
     mu, cell = found.encoding.mu[b, slot], found.encoding.cell[b, slot]
     alone = [model.alone(model.decode(mu, where)).flatten(0, 1) for where in (cell, cell.flip(1))]
-    sounds = [griffin_lim(data.levels.to_stft_magnitude(levels))[:, : stems.shape[2]] for levels in alone]
+    sounds = [Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(levels))[:, : stems.shape[2]] for levels in alone]
     return [sound.unflatten(0, stems.shape[:2]) for sound in sounds]
 
 

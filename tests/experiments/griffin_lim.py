@@ -17,7 +17,7 @@ from common import (
     FOLDER,
     RATE,
     TIMBRES,
-    griffin_lim,
+    Vocoder,
     load_notes,
     log_compress,
     log_expand,
@@ -68,7 +68,7 @@ def by_representation(waveforms, reference):
     for representation, n_mels in (("stft", 0), ("mel", 64), ("mel", 96), ("mel", 128), ("mel", 192), ("mel", 256)):
         spectrogram = Spectrogram(representation, 1024, n_mels)
         magnitude = spectrogram.to_stft_magnitude(log_expand(spectrogram(waveforms)))
-        sound = torch.cat([griffin_lim(part) for part in magnitude.split(20)])
+        sound = torch.cat([Vocoder(1024)(part) for part in magnitude.split(20)])
         name = f"{representation} {n_mels or ''}".strip()
         yield name, f"{RATE / 256 * spectrogram.bins:.0f}", score(sound, reference)
 
@@ -80,7 +80,7 @@ def by_start(kinds):
         magnitude = to_magnitude(waveforms[:, : waveforms.shape[1] // 1024 * 1024])
         at_random = torchaudio.transforms.GriffinLim(n_fft, 32, hop_length=n_fft // 4, power=1)
         torch.manual_seed(0)
-        sounds = [griffin_lim(magnitude), at_random(magnitude), export.GriffinLim(n_fft)(magnitude)]
+        sounds = [Vocoder(n_fft)(magnitude), at_random(magnitude), export.GriffinLim(n_fft)(magnitude)]
         scores = [spectral_convergence(to_magnitude(sound), magnitude.clamp(min=1e-9)) for sound in sounds]
         worse = (scores[2] - scores[0]).max()
         yield kind, len(waveforms), n_fft, *(f"{score.mean():.1f}" for score in scores), f"{worse:.2f}"

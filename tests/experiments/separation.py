@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import torchaudio
 
 import train_mvae
-from common import FOLDER, griffin_lim, random_generator
+from common import FOLDER, Vocoder, random_generator
 from recompose import inverse_stft, soft_masks, stft
 from tests.experiments.judges import train_classifier
 from tests.experiments.slots import load_start
@@ -133,7 +133,7 @@ def family_agreement(classifier, model, data, n):
         heard = {"stem": some.flatten(0, 1), "mixture": some.sum(1).repeat_interleave(2, 0)}
         heard["masked"] = found.parts.flatten(0, 1)
         if i < HEARD:
-            heard["slot"] = griffin_lim(data.levels.to_stft_magnitude(found.alone.flatten(0, 1)))
+            heard["slot"] = Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone.flatten(0, 1)))
         for name, waveform in heard.items():
             louder = waveform * (loudness / root_mean_square(waveform))
             right.setdefault(name, []).append(classifier(louder) == notes.family[own])

@@ -46,7 +46,7 @@ def score(stems, semitones, model):
     y = (said["cell"][0, :, 0] + 1) / 2  # a share of the octaves from LOWEST up
     told = 12 * np.log2(recompose.LOWEST / 440 * (RATE / 2 / recompose.LOWEST) ** y) + 69
     away |= {f"where the cell of slot {k} says": told[k] - pitch[k] for k in range(2)}
-    spectrogram = model.compose(model.decode(said["mu"], said["cell"]))
+    spectrogram = model.compose(model.run("decoder", z=said["mu"], cell=said["cell"])["layer"])
     sung = model.run("vocoder", spectrogram=spectrogram)["waveform"] * said["gain"]
     return away, 10 * np.log10(np.square(sung).mean() / np.square(mixture).mean())
 
