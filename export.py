@@ -33,7 +33,6 @@ from filelock import FileLock, Timeout
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
-from torch._higher_order_ops.scan import scan
 
 from common import RUN_OPTIONS, Graph, Vocoder, load_config, random_generator, versions, write_json
 
@@ -182,18 +181,11 @@ class GriffinLim(nn.Module):
             scale = target / stft.magnitude(spectrum).clamp(min=1e-10)
             return norm * stft.inverse(spectrum * torch.cat([scale, scale], dim=3))
 
-        def step(carry, i):  # c, t, d of the paper, here of waveforms, in which all of it is linear
-            ahead, before, damped = carry
+        ahead = before = damped = norm * start  # c, t, d of the paper, here of waveforms, in which all of it is linear
+        for _ in range(self.iterations - 1):
             now = damped + self.gamma * (project(ahead) - damped)
-            return (now + self.alpha * (now - before), now, now + self.beta * (now - before)), i.clone()
-
-        carry, steps = (norm * start,) * 3, torch.arange(self.iterations - 1)
-        if torch.compiler.is_exporting():  # one Scan node, which `unroll` copies out: tracing all takes a minute
-            carry, _ = scan(step, tuple(value.clone() for value in carry), steps)
-        else:
-            for i in steps:
-                carry, _ = step(carry, i)
-        return project(carry[0])
+            ahead, before, damped = now + self.alpha * (now - before), now, now + self.beta * (now - before)
+        return project(ahead)
 
 
 def in_real_arithmetic(graph):
@@ -208,23 +200,6 @@ def in_real_arithmetic(graph):
 # ---------------------------------------------------------------- Writing and running
 
 
-def unroll(graph, steps):
-    """Copy the body of an ONNX graph's Scan, which few runtimes know, out for every step, in place."""
-    loop = next(node for node in graph if node.op_type == "Scan")
-    body, carried = loop.attributes["body"].value, loop.inputs[:-1]
-    for _ in range(steps):
-        now = dict(zip(body.inputs, carried, strict=False))
-        for node in (node for node in body if body.inputs[-1] not in node.inputs):  # the steps' number is not used
-            inputs = [now.get(value, value) for value in node.inputs]
-            copied = onnx_ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
-            graph.insert_before(loop, copied)
-            now |= zip(node.outputs, copied.outputs, strict=True)
-        carried = [now[value] for value in body.outputs[: len(carried)]]
-    for old, new in zip(loop.outputs, carried, strict=False):
-        old.replace_all_uses_with(new)
-    graph.remove(loop, safe=True)
-
-
 def write_onnx(graph, inputs, path, info, static=False):
     """One file without side data, opset OPSET, `info` in its metadata; some axes dynamic, if not `static`."""
     axes = None if static else tuple(dynamic_axes(inputs).values())
@@ -236,8 +211,6 @@ def write_onnx(graph, inputs, path, info, static=False):
     for value in (value for value in written.inputs if value.name in getattr(graph, "optional", ())):
         value.const_value = onnx_ir.tensor(inputs[value.name].numpy(), name=value.name)
         written.register_initializer(value)  # of an input: its default
-    if isinstance(graph, Vocoder):
-        unroll(written, graph.inverse.iterations - 1)
     for node in written:  # what some runtimes refuse, or cannot unify; and no traces of our code
         node.attributes.pop("allowzero", None)
         node.metadata_props.clear()
