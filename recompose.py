@@ -13,6 +13,7 @@ Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs,
 every slot alone, the result. A slot of a sound is a soft mask on its spectrum, or, by `--vocoder`, what it decodes to.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -20,9 +21,9 @@ import os
 import re
 import struct
 import sys
+from collections import namedtuple
 from itertools import accumulate, pairwise, product
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
@@ -259,11 +260,9 @@ ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
 LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begins
 
 
-class Tile(NamedTuple):
-    image: object  # uint8 (H, W, 3), to be drawn TILE high, or a PIL picture, to be drawn as it is
-    caption: str = ""
-    framed: bool = False
-    pale: bool = False  # mixed with white: of a slot that holds nothing
+# Its image is uint8 (H, W, 3), to be drawn TILE high, or a PIL picture, as it is; pale are slots that hold nothing.
+Tile = namedtuple("Tile", "image caption framed pale", defaults=("", False, False))
+load_font = functools.cache(ImageFont.load_default)  # which reads it anew each time
 
 
 def to_uint8(picture):
@@ -279,7 +278,7 @@ def heat_map(values, top=None):
 
 def with_scales(picture, top, unit, x=("", ""), y=("", "")):
     """A heat map (H, W, 3) -> a square PIL tile, with a bar from 0 to `top`, and what x and y run from and to."""
-    font, most = ImageFont.load_default(10), f"{top:.3g} {unit}"
+    font, most = load_font(10), f"{top:.3g} {unit}"
     left = round(max(map(font.getlength, y))) + 5 * any(y)
     right = left + TILE
     tile = Image.new("RGB", (right + 17 + round(font.getlength(most)), TILE + 14 * any(x)), PAPER)
@@ -297,18 +296,18 @@ def with_scales(picture, top, unit, x=("", ""), y=("", "")):
 
 def kl_tile(picture, kl_map, cell, chosen=None):
     """KL map (H_l, W_l) over its picture (H, W, 3), slots' numbers at cells (N, 2), the `chosen` (or all) in colour."""
-    side, top = 4 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
+    side, top = 3 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
     heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8))
     heat = heat.resize((side, side), Image.Resampling.NEAREST)
     tile = Image.fromarray((0.6 * picture.mean(2)).astype(np.uint8)).convert("RGB").resize((side, side))
     tile.paste(heat, mask=heat)
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(44)
+    draw, font = ImageDraw.Draw(tile), load_font(33)
     for k in reversed(range(len(cell))):  # the first, those of highest KL, on top
         (y, x), marked = (cell[k] + 1) / 2 * side, chosen is None or k in chosen
-        draw.circle((x, y), 26, outline=ACCENT if marked else PAPER, width=7)
-        place = min(x + 20, side - 48), max(y - 14, 36)  # above, to the right, but within the picture
-        draw.text(place, str(k), PAPER, font, "ls", stroke_width=4, stroke_fill=ACCENT if marked else INK)
+        draw.circle((x, y), 20, outline=ACCENT if marked else PAPER, width=5)
+        place = min(x + 15, side - 36), max(y - 10, 27)  # above, to the right, but within the picture
+        draw.text(place, str(k), PAPER, font, "ls", stroke_width=3, stroke_fill=ACCENT if marked else INK)
     return with_scales(np.asarray(tile), top, "nats")
 
 
@@ -327,7 +326,7 @@ def spectrum_tile(magnitude, top, seconds, rate):
 
 def panel(tile):
     """A Tile -> a PIL picture: its caption above its image, a frame around this, and the gaps to the next panels."""
-    image, font = tile.image, ImageFont.load_default(12)
+    image, font = tile.image, load_font(12)
     if isinstance(image, np.ndarray):
         size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
         image = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)  # pixels stay visible as squares
@@ -344,7 +343,7 @@ def panel(tile):
 def contact_sheet(rows, title="", labels=()):
     """Rows of Tiles -> a PIL picture, `title` above, `labels` to the left; the last tile of a row widens no column."""
     rows = [[panel(tile) for tile in row] for row in rows]
-    font, large = ImageFont.load_default(12), ImageFont.load_default(15)
+    font, large = load_font(12), load_font(15)
     start = GAP - FRAME + (round(max(map(font.getlength, labels))) + GAP if labels else 0)
     widths = [max(row[c].width for row in rows if row[c + 1 :]) for c in range(max(map(len, rows)) - 1)]
     left = [*accumulate(widths, initial=start)]
@@ -375,6 +374,7 @@ class Model:
 
         self.sessions, options, sums = {}, onnxruntime.SessionOptions(), folder / "SHA256SUMS"
         options.log_severity_level = 3  # errors alone
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # others take longer
         for name in ("encoder", "decoder", "composer", "vocoder")[: 3 + vocoder]:
             path = folder / f"{name}.onnx"
             try:
@@ -589,7 +589,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
             save_sound(out, result, rate)
         else:
             write_atomically(out, lambda temporary: result.save(temporary, format="PNG"))
-        write_atomically(beside, lambda temporary: figure.save(temporary, format="PNG"))
+        write_atomically(beside, lambda temporary: figure.save(temporary, format="PNG", compress_level=1))
     except OSError as error:
         raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error
     click.echo(f"{out}: {sum(map(len, kept))} of {model.n_slots * len(inputs)} slots; {beside} explains it")
