@@ -107,8 +107,9 @@ class RealSTFT(nn.Module):
         for name, value in {
             "window": torch.hann_window(n_fft),
             "down": torch.cat(turn(kept, r, self.rows)),  # (R + 2, R)
+            "up": torch.cat(turn(kept, r, self.rows)).T.contiguous(),  # OpenVINO mixes up a constant and its .mT
             "along": torch.cat([torch.cat([re, im], dim=1), torch.cat([-im, re], dim=1)]),  # (2 C, 2 C)
-            "back": torch.cat([torch.cat([re, -im], dim=1), torch.cat([im, re], dim=1)]),  # OpenVINO mixes up .mT
+            "back": torch.cat([torch.cat([re, -im], dim=1), torch.cat([im, re], dim=1)]),
             "cos": twiddle[0], "sin": twiddle[1],  # (R / 2 + 1, C)
             "bins": nearest, "sign": (bins <= n_fft // 2).float() * 2 - 1,  # (R / 2 + 1, C), flat and not
             "places": torch.zeros(n_fft // 2 + 1, dtype=torch.long).scatter(0, nearest, torch.arange(len(nearest))),
@@ -128,7 +129,7 @@ class RealSTFT(nn.Module):
         """A spectrum -> its windowed frames added up, (B, (T - 1) hop): to be divided by that of a constant's."""
         re, im = (self.weight * (spectrum @ self.back)).chunk(2, dim=3)  # the transposes of the steps, backwards
         turned = torch.cat([re * self.cos + im * self.sin, im * self.cos - re * self.sin], dim=2)  # (B, T, R + 2, C)
-        quarters = ((self.down.mT @ turned).flatten(2) * self.window).chunk(4, dim=2)  # (B, T, hop) each
+        quarters = ((self.up @ turned).flatten(2) * self.window).chunk(4, dim=2)  # (B, T, hop) each
         blocks = sum(F.pad(quarter, (0, 0, j, 3 - j)) for j, quarter in enumerate(quarters))  # (B, T + 3, hop)
         return blocks[:, 2:-2].flatten(1)
 
@@ -162,9 +163,9 @@ class GriffinLim(nn.Module):
         for _ in range(2):  # so many bins on each side belong to a peak, with a Hann window
             lower, higher = F.pad(beside, (0, 0, 1, 0))[:, :-1], F.pad(beside, (0, 0, 0, 1))[:, 1:]
             beside = to_left * (lower - 1) + to_right * (higher + 1) + stays * beside
-        k, t = torch.arange(magnitude.shape[1])[:, None], torch.arange(magnitude.shape[2])
+        k, t = (torch.arange(n, dtype=torch.int32) for n in magnitude.shape[1:])
         moved = beside.cumsum(2) - 0.5 * (beside + beside[:, :, :1])  # in quarters: a hop is a quarter of a frame
-        return moved + k * (t + 2) % 4  # whole quarters of the bin itself; frames' origin is their middle
+        return moved + k[:, None] * (t + 2) % 4  # whole quarters of the bin itself; frames' origin is their middle
 
     def forward(self, magnitude):
         """STFT magnitudes (B, F, T), T at least 4 -> waveform (B, (T - 1) * hop)."""
