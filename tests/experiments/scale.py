@@ -37,7 +37,7 @@ from common import FOLDER, RATE, SPLITS, TIMBRES, Note, Reader, random_generator
 ORIGINALS = 300  # different files of a kind; the others are links to them
 STEPS = 3  # of the real commands
 MARKS = 200, 2000  # batches after which memory is read
-REPEATS = 100  # of an all_reduce
+REPEATS, PROCESSES = 100, 2  # of an all_reduce
 MB = 1e6
 COUNTS = {"clevr": (70_000, 15_000), "nsynth": (289_205, 12_678, 4_096), "mnist": (60_000, 10_000),
           "pictures": (100_000,), "sounds": (100_000,)}  # fmt: skip  # files
@@ -215,14 +215,14 @@ def apart(function, *arguments):
 
 
 def open_data(script, words):
-    """The data of a script's options: a function (step) -> batch, the batch's size, the readers."""
+    """The data of a script's options: a function (step) -> batch, and the readers."""
     module, device = importlib.import_module(script), torch.device("cpu")
     options = module.main.make_context("", words).params
     batch = options["batch"]
     if script != "train_vae_audio":
         data = module.load_data(options, device) if script == "train_mvae" else module.Digits(options, device)
         readers = getattr(data, "readers", None) or getattr(data, "notes", {})
-        return lambda step: data.batch(step, slice(0, batch), batch), batch, readers
+        return lambda step: data.batch(step, slice(0, batch), batch), readers
     splits, _ = module.load_splits(options)
     train = splits["train"]
 
@@ -230,7 +230,7 @@ def open_data(script, words):
         index = torch.randint(len(train.notes), (batch,), generator=random_generator("batch", 0, step))
         return module.note_batch(train, torch.tensor(train.usable(index.tolist())), device)
 
-    return draw, batch, splits
+    return draw, splits
 
 
 def reading(script, words, marks):
@@ -248,7 +248,7 @@ def reading(script, words, marks):
 
     forget_peak()
     start = time.process_time()
-    draw, batch, readers = open_data(script, words)
+    draw, readers = open_data(script, words)
     found = {"list_s": time.process_time() - start, "list_peak": memory("VmHWM") - before, "listed": memory() - before}
     found["files"] = sum(len(reader.files) for reader in readers.values())
     with mock.patch.object(Reader, "load_or_name", timed):
@@ -259,7 +259,7 @@ def reading(script, words, marks):
                 found[f"after_{step + 1}"] = memory() - before
         found["batch_ms"] = 1000 * (time.process_time() - start) / marks[-1]
     found["kept"] = sum(len(reader.kept) for reader in readers.values())
-    found["most"] = sum(reader.most + 2 * batch for reader in readers.values())
+    found["read"] = len(spent)
     found["rate"] = len(spent) / sum(spent) if spent else 0.0
     found["peak"] = memory("VmHWM")
     return found
@@ -297,10 +297,10 @@ def training(script, words):
 
 
 def exchange(rank, folder, sizes):
-    """One of two processes: ms of an all_reduce of so many numbers, by the clock and of the processor, for each."""
+    """One of PROCESSES: ms of an all_reduce of so many numbers, by the clock and of the processor, for each."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=10))
+    store = dist.FileStore(f"{folder}/store", PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(minutes=10))
     found = []
     for size in sizes:
         numbers, walls = torch.zeros(size), []
@@ -316,11 +316,11 @@ def exchange(rank, folder, sizes):
 
 
 def exchanges(sizes):
-    """[(ms by the clock, ms of the processor)] of process 0 of two, for every size."""
+    """[(ms by the clock, ms of the processor)] of process 0, for every size."""
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
-            found = [pool.submit(exchange, rank, folder, sizes) for rank in range(2)]
+        with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+            found = [pool.submit(exchange, rank, folder, sizes) for rank in range(PROCESSES)]
             return found[0].result()
 
 
