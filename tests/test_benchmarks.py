@@ -25,11 +25,12 @@ def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_recomposition_is_timed_beside_import_torch(monkeypatch, capsys):
+def test_recomposition_is_timed_beside_import_torch_and_beside_the_model(clevr_run, monkeypatch):
     monkeypatch.setattr(recompose, "ROUNDS", 1)
     monkeypatch.setattr(recompose, "WARM_UP", 0)
-    recompose.main()
-    assert "of the time" in capsys.readouterr().out
+    assert "of the time" in invoke(recompose.main)
+    said = invoke(recompose.main, "--run", clevr_run)
+    assert "of PyTorch's time" in said and float(said.split("pixel: ")[1].split()[0]) < 1e-4
 
 
 def test_griffin_lim_is_timed_beside_onnxruntime(notes_run, monkeypatch):
