@@ -485,7 +485,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     for w, (start, stop) in enumerate(pairwise(cuts)):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
-        spectrum = stft(fit(samples[:, first:last], max(n, longest)), 4 * hop, hop)
+        spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
         alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
         masks = extend(soft_masks(alone, mixture), *spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)

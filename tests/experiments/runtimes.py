@@ -341,7 +341,7 @@ def compare_small(folder):
 
 
 @click.command(help=__doc__.replace("\n\n", "\n\n\b\n"))
-@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path, resolve_path=True))
 @click.option("--node-modules", "modules", type=click.Path(exists=True, path_type=Path), help="Where npm put them.")
 def main(folders, modules):
     found = runtimes(modules and modules.resolve())
