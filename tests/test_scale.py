@@ -29,18 +29,17 @@ def folder_of(tmp_path, monkeypatch, kind, *counts):
 
 def test_tables_are_printed(tmp_path, monkeypatch):
     words = "--dataset pictures --size 32 " + " ".join(TINY)
-    monkeypatch.setattr(scale, "ROWS", {"own pictures": ("train_mvae", "pictures", words)})
-    monkeypatch.setattr(scale, "MARKS", (2, 3))
+    monkeypatch.setattr(scale, "DATA", {"own pictures": ("train_mvae", "pictures", words)})
     monkeypatch.setattr(scale, "STEPS", 1)
     monkeypatch.setattr(train_mvae, "SCENES", 20)
     monkeypatch.setattr(scale, "PROCESSES", 1)
     monkeypatch.setattr(scale, "apart", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(scale, "exchanges", lambda sizes: scale.exchange(0, tmp_path, sizes))
-    result = CliRunner().invoke(scale.main, ["--share", "0.0005", "--folder", str(tmp_path)])
+    result = CliRunner().invoke(scale.main, ["--share", "0.0005", "--batches", "2", "3", "--folder", str(tmp_path)])
     assert result.exit_code == 0, (result.output, result.exception)
-    tables = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in tables] == ["| data", "| own pictures", "| model", "| own pictures"]
-    assert tables[1][1] == "50" and len(tables[0]) == len(tables[1]) and len(tables[2]) == len(tables[3])
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in result.stdout.splitlines() if " | " in line}
+    assert rows["| data"] == rows["| model"] == ["own pictures |"] and rows["| files"] == ["50 |"]
+    assert {"| s to list", "| MB after 3 batches", "| MB a step", "| share"} <= set(rows)
 
 
 @pytest.mark.parametrize("kind", ["clevr", "nsynth"])

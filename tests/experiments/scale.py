@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m tests.experiments.scale --only clevr --share 0.01    # a hundredth of the files
 
 Makes folders with as many files as the full data sets have, in the layouts of CLEVR, NSynth, MNIST and of one's own
-pictures and sounds, and measures the real code on them, every row in a process of its own. A few hundred files are
+pictures and sounds, and measures the real code on them, all in processes of their own. A few hundred files are
 different; all others are hard links to them, so disks are not measured: files come from memory. Times are processor
 times of all threads of a process, which is the clock's on an idle machine with one thread; of all_reduce both are
 given. Memory is Linux's VmRSS and VmHWM. Results: docs/scale.md.
@@ -36,15 +36,16 @@ from common import FOLDER, RATE, SPLITS, TIMBRES, Note, Reader, random_generator
 
 ORIGINALS = 300  # different files of a kind; the others are links to them
 STEPS = 3  # of the real commands
-MARKS = 200, 2000  # batches after which memory is read
+MARKS = 200, 2000  # batches after which memory is read, by default
 REPEATS, PROCESSES = 100, 2  # of an all_reduce
+CROWD = 64  # processes, of which one's batch is timed
 MB = 1e6
 COUNTS = {"clevr": (70_000, 15_000), "nsynth": (289_205, 12_678, 4_096), "mnist": (60_000, 10_000),
           "pictures": (100_000,), "sounds": (100_000,)}  # fmt: skip  # files
 INSTRUMENTS = 1_006  # of NSynth, and notes of its families (Engel et al. 2017, table 1)
 FAMILIES = {"bass": 68_955, "brass": 13_830, "flute": 9_423, "guitar": 35_423, "keyboard": 54_991, "mallet": 35_066,
             "organ": 36_577, "reed": 14_866, "string": 20_594, "synth_lead": 5_501, "vocal": 10_753}  # fmt: skip
-ROWS = {
+DATA = {
     "CLEVR": ("train_mvae", "clevr", "--dataset clevr --objects 3 10"),  # all of its scenes
     "two notes": ("train_mvae", "nsynth", "--dataset nsynth-duo"),
     "notes": ("train_vae_audio", "nsynth", ""),
@@ -215,19 +216,20 @@ def apart(function, *arguments):
 
 
 def open_data(script, words):
-    """The data of a script's options: a function (step) -> batch, and the readers."""
+    """The data of a script's options: a function (step, processes) -> the first's batch, and the readers."""
     module, device = importlib.import_module(script), torch.device("cpu")
     options = module.main.make_context("", words).params
     batch = options["batch"]
     if script != "train_vae_audio":
         data = module.load_data(options, device) if script == "train_mvae" else module.Digits(options, device)
         readers = getattr(data, "readers", None) or getattr(data, "notes", {})
-        return lambda step: data.batch(step, slice(0, batch), batch), readers
+        return lambda step, processes: data.batch(step, slice(0, batch), processes * batch), readers
     splits, _ = module.load_splits(options)
     train = splits["train"]
 
-    def draw(step):
-        index = torch.randint(len(train.notes), (batch,), generator=random_generator("batch", 0, step))
+    def draw(step, processes):
+        index = torch.randint(len(train.notes), (processes * batch,), generator=random_generator("batch", 0, step))
+        index = index[:batch]
         return module.note_batch(train, torch.tensor(train.usable(index.tolist())), device)
 
     return draw, splits
@@ -254,10 +256,15 @@ def reading(script, words, marks):
     with mock.patch.object(Reader, "load_or_name", timed):
         start = time.process_time()
         for step in range(marks[-1]):
-            draw(step)
+            draw(step, 1)
             if step + 1 in marks:
                 found[f"after_{step + 1}"] = memory() - before
         found["batch_ms"] = 1000 * (time.process_time() - start) / marks[-1]
+    for name, processes in (("warm_ms", 1), ("crowd_ms", CROWD)):
+        draw(0, processes)  # reads what is not in memory
+        start = time.process_time()
+        draw(0, processes)
+        found[name] = 1000 * (time.process_time() - start)
     found["kept"] = sum(len(reader.kept) for reader in readers.values())
     found["read"] = len(spent)
     found["rate"] = len(spent) / sum(spent) if spent else 0.0
@@ -327,55 +334,65 @@ def exchanges(sizes):
 # ---------------------------------------------------------------- Tables
 
 
-def data_row(name, files, data, run):
-    kept = [f"{data[f'after_{mark}']:.0f}" for mark in MARKS]
-    rate = f"{data['rate']:.0f}" if data["rate"] else "-"
-    return [name, f"{files:,}", f"{data['list_s']:.1f}", f"{data['list_peak']:.0f}", f"{data['listed']:.0f}", *kept,
-            f"{data['kept']:,}", rate, f"{data['batch_ms']:.0f}", f"{run['first_s']:.1f}", f"{run['step_ms']:.0f}",
-            f"{run['peak']:.0f}"]  # fmt: skip
+def data_column(name, files, data, run, marks):
+    """{row: cell} of a data set; MB of listing and batches without the imports'."""
+    after = {f"MB after {mark:,} batches": f"{data[f'after_{mark}']:.0f}" for mark in marks}
+    return {
+        "data": name, "files": f"{files:,}", "s to list": f"{data['list_s']:.1f}",
+        "MB at most, listing": f"{data['list_peak']:.0f}", "MB listed": f"{data['listed']:.0f}", **after,
+        "files kept": f"{data['kept']:,}", "files read a second": f"{data['rate']:.0f}" if data["rate"] else "-",
+        "ms a batch, read": f"{data['batch_ms']:.0f}", "ms a batch, in memory": f"{data['warm_ms']:.0f}",
+        f"ms a batch, one of {CROWD} processes": f"{data['crowd_ms']:.0f}",
+        "s to the first step": f"{run['first_s']:.1f}", "ms a step": f"{run['step_ms']:.0f}",
+        "MB at most, the command": f"{run['peak']:.0f}"
+    }  # fmt: skip
 
 
-def message_row(name, run, clock, processor):
+def message_column(name, run, clock, processor):
     """Of a step, and what a process draws for the examples of a hundred."""
-    noise, start = run["noise"] * run["batch"] * 100, time.process_time()
-    torch.randn(noise, generator=random_generator("noise"))
+    start = time.process_time()
+    torch.randn(run["noise"] * run["batch"] * 100, generator=random_generator("noise"))
     drawing = 1000 * (time.process_time() - start)
     share = 100 * processor / (processor + run["step_ms"])
-    return [name, f"{run['numbers']:,}", f"{4 * run['numbers'] / MB:.2f}", f"{clock:.1f}", f"{processor:.1f}",
-            f"{run['step_ms']:.0f}", f"{share:.0f} %", f"{drawing:.0f}"]  # fmt: skip
+    return {
+        "model": name, "parameters": f"{run['numbers']:,}", "MB a step": f"{4 * run['numbers'] / MB:.2f}",
+        "ms of an all_reduce, clock": f"{clock:.1f}", "ms of it, processor": f"{processor:.1f}",
+        "ms a step": f"{run['step_ms']:.0f}", "share": f"{share:.1f} %",
+        "ms to draw for 100 processes": f"{drawing:.1f}"
+    }  # fmt: skip
 
 
-def table(columns, rows):
-    click.echo(f"\n| {' | '.join(columns)} |\n|{'-|' * len(columns)}")
-    for row in rows:
-        click.echo(f"| {' | '.join(row)} |")
+def print_table(columns):
+    """Columns {row: cell}, all with the same rows, the first of which is the head."""
+    for k, row in enumerate(columns[0] if columns else ()):
+        click.echo(f"| {' | '.join([row, *(column[row] for column in columns)])} |")
+        if k == 0:
+            click.echo(f"|{'-|' * (1 + len(columns))}")
+    click.echo()
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the full number of files.")
-@click.option("--only", default="", help="Rows whose name contains it.")
+@click.option("--only", default="", help="Data whose name contains it.")
+@click.option("--batches", type=click.IntRange(1), nargs=2, default=MARKS, help="After which memory is read.")
 @click.option("--folder", type=FOLDER, help="Where the folders are made, or were; by default they are temporary.")
-def main(share, only, folder):
+def main(share, only, batches, folder):
     """Print what data sets cost, and what processes send one another."""
-    rows, runs = [], {}
+    columns, runs = [], {}
     with contextlib.ExitStack() as stack:
         parent = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         parent.mkdir(parents=True, exist_ok=True)
-        for name, (script, kind, words) in ROWS.items():
+        for name, (script, kind, words) in DATA.items():
             if only in name:
                 root, files = make_folder(parent, kind, share)
                 words = [*words.split(), "--data-root", str(root)]
-                data, runs[name] = apart(reading, script, words, MARKS), apart(training, script, words)
-                rows.append(data_row(name, files, data, runs[name]))
-                click.echo(" | ".join(rows[-1]), err=True)
-    memories = [f"MB after {mark:,} batches" for mark in MARKS]
-    table(["data", "files", "s to list", "MB at most", "MB listed", *memories, "kept", "read a s", "ms a batch",
-           "s to the first step", "ms a step", "MB of the command"], rows)  # fmt: skip
+                data, runs[name] = apart(reading, script, words, batches), apart(training, script, words)
+                columns.append(data_column(name, files, data, runs[name], batches))
+                click.echo(", ".join(f"{row} {cell}" for row, cell in columns[-1].items()), err=True)
+    print_table(columns)
     torch.set_num_threads(1)
     found = exchanges([run["numbers"] for run in runs.values()])
-    rows = [message_row(name, run, *times) for (name, run), times in zip(runs.items(), found, strict=True)]
-    table(["model", "parameters", "MB a step", "ms, clock", "ms, processor", "ms a step", "share",
-           "ms to draw for 100 processes"], rows)  # fmt: skip
+    print_table([message_column(name, run, *times) for (name, run), times in zip(runs.items(), found, strict=True)])
 
 
 if __name__ == "__main__":
