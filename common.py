@@ -486,9 +486,9 @@ def settle_options(context, options):
     if "steps" in typed and "minutes" not in typed:
         options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
     out, root, download = (options[name] for name in ("out", "data_root", "download"))
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not out:
+    if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0") and not out:
         raise click.UsageError("torchrun --max-restarts: expected --out, a folder that a restarted run goes on with")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists():
+    if restarts and (out / "config.json").exists():
         options["resume"] = typed.pop("out") and out
     if options["resume"]:
         before = load_config(options["resume"])["options"]
@@ -522,8 +522,9 @@ def start_device(name, seed):
     if number >= present[name]:
         raise click.UsageError(f"--device {name}: process {number} needs its own; this machine has {present[name]}")
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        store, rank, world = next(dist.rendezvous("env://"))  # which may hold addresses of the attempt before
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it may hold addresses of the attempt before
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     torch.manual_seed(seed % 2**63)
     return torch.device(name, number) if name == "cuda" else torch.device(name)

@@ -96,3 +96,21 @@ def test_without_restarts_the_loss_of_a_process_ends_the_run_with_a_checkpoint(t
     assert result.returncode == 1
     again = torchrun("train_mvae.py", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.faults
+def test_two_machines_go_on_where_a_process_of_one_is_lost(tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    how = "--nnodes=2 --nproc-per-node=1 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=job".split()
+    command = [sys.executable, "-m", "torch.distributed.run", *how, f"--rdzv-endpoint=localhost:{PORT + 1000}"]
+    command += [tmp_path / "dies.py", *SPRITES, "--steps", 10, "--out", tmp_path / "run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    machines = [subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stderr=subprocess.DEVNULL) for _ in "ab"]
+    try:
+        assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert torchrun(*SPRITES, "--steps", 10, "--out", tmp_path / "undisturbed").returncode == 0
+    expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "run")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -252,7 +252,6 @@ def reading(script, words, marks):
     start = time.process_time()
     draw, readers = open_data(script, words)
     found = {"list_s": time.process_time() - start, "list_peak": memory("VmHWM") - before, "listed": memory() - before}
-    found["files"] = sum(len(reader.files) for reader in readers.values())
     with mock.patch.object(Reader, "load_or_name", timed):
         start = time.process_time()
         for step in range(marks[-1]):
@@ -268,7 +267,6 @@ def reading(script, words, marks):
     found["kept"] = sum(len(reader.kept) for reader in readers.values())
     found["read"] = len(spent)
     found["rate"] = len(spent) / sum(spent) if spent else 0.0
-    found["peak"] = memory("VmHWM")
     return found
 
 
