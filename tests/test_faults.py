@@ -363,7 +363,9 @@ def judge_recompositions(victim, args, out, cuts, flips):
         result = CliRunner().invoke(recompose.main, [*args, "--out", str(out)])
         written = [path.read_bytes() for path in sorted(out.parent.iterdir())]
         expected = expected or written
-        right = written == expected or (victim.suffix == ".wav" and len(written) == 2)
+        # A sample of a .wav has no checksum, nor have the rate and the length in the header of a .flac.
+        header = victim.suffix == ".flac" and changed[42:] == content[42:]
+        right = written == expected or ((victim.suffix == ".wav" or header) and len(written) == 2)
         refused = result.exit_code in (1, 2) and "Error: " in result.output and not written
         if not (right if result.exit_code == 0 else refused and isinstance(result.exception, SystemExit)):
             print("\nwrong:", what, result, result.output)

@@ -101,7 +101,7 @@ def test_without_restarts_the_loss_of_a_process_ends_the_run_with_a_checkpoint(t
 @pytest.mark.faults
 def test_two_machines_go_on_where_a_process_of_one_is_lost(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
-    how = "--nnodes=2 --nproc-per-node=1 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=job".split()
+    how = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=job"]
     command = [sys.executable, "-m", "torch.distributed.run", *how, f"--rdzv-endpoint=localhost:{PORT + 1000}"]
     command += [tmp_path / "dies.py", *SPRITES, "--steps", 10, "--out", tmp_path / "run"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
