@@ -67,16 +67,8 @@ def load_picture(path, size, crop):
             elif picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
             picture = picture.convert("RGB")
-    except (
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise click.UsageError(f"{path}: damaged, or no picture that is read; try magick {path.name} a.png") from error
+    except (OSError, RuntimeError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as e:
+        raise click.UsageError(f"{path}: damaged, or no picture that is read; try magick {path.name} a.png") from e
     return np.asarray(square(picture, crop, path).resize((size, size), Image.Resampling.BILINEAR))
 
 

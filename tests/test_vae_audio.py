@@ -347,7 +347,7 @@ def test_wrong_options_and_folders_end_in_one_line(tmp_path, monkeypatch):
             "expected some of bass, brass, flute",
         ),
         (["--families", "bass,tuba"], "vocal, each once; others need --data-root"),
-        (["--families", "bass,bass"], "vocal, each once; others need --data-root; each once"),
+        (["--families", "bass,bass"], "vocal, each once; others need --data-root"),
         (["--download"], "--data-root"),
         (["--representation", "mel", "--n-mels", 400], "too many for n_fft 1024"),
         (["--n-fft", 1536], "not one of '512', '1024', '2048'"),
