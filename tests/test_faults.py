@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_at_its_start_can_begin_again(n, undisturbed, digit
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [("train_vae_mnist", 3), long("train_vae_mnist", 50), long("train_mvae", 15)]
+    ("name", "kills"), [("train_vae_mnist", 2), long("train_vae_mnist", 50), long("train_mvae", 15)]
 )
 def test_a_killed_run_goes_on_to_the_same_end(name, kills, undisturbed, digits, tmp_path):
     expected, seconds = undisturbed(name)

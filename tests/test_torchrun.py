@@ -56,7 +56,7 @@ def assert_alike(one, two):
         assert torch.allclose(value, weights(two)[name], atol=2e-3), name
 
 
-def test_a_run_that_torchrun_restarts_ends_bit_for_bit_as_undisturbed_and_as_one_process(tmp_path):
+def test_a_run_that_torchrun_restarts_ends_bit_for_bit_as_undisturbed(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     how, steps = ["--nproc-per-node=2", "--max-restarts=1", f"--master-port={PORT}"], ["--steps", 10, "--out"]
     result = torchrun(tmp_path / "dies.py", *SPRITES, *steps, tmp_path / "run", how=how)
@@ -66,8 +66,6 @@ def test_a_run_that_torchrun_restarts_ends_bit_for_bit_as_undisturbed_and_as_one
     expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "run")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert [one["processes"] for one in json.loads((tmp_path / "run" / "config.json").read_text())["history"]] == [2, 2]
-    train(*SPRITES, "--batch", 8, *steps, tmp_path / "one")
-    assert_alike(tmp_path / "one", tmp_path / "undisturbed")
 
 
 def test_restarts_need_a_folder(monkeypatch):
@@ -77,12 +75,12 @@ def test_restarts_need_a_folder(monkeypatch):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", ["mnist", "notes"])
+@pytest.mark.parametrize("stage", ["mnist", "notes", "mvae"])
 def test_two_processes_train_as_one_with_the_same_global_batch(stage, digits, tmp_path):
     mnist = ["train_vae_mnist.py", "--data-root", digits, "--hidden", "16", "--D", 3, "--eval-samples", 2]
     root = write_nsynth(tmp_path / "nsynth", [("bass", 40), ("flute", 70), ("bass", 45), ("flute", 76)])
     notes = ["train_vae_audio.py", "--data-root", root, *NOTES, "--channels", 16, "--eval", "quick"]
-    command = [*(mnist if stage == "mnist" else notes), "--steps", 20, "--device", "cpu"]
+    command = [*{"mnist": mnist, "notes": notes, "mvae": SPRITES}[stage], "--steps", 20, "--device", "cpu"]
     train(*command, "--batch", 16, "--out", tmp_path / "one")
     result = torchrun(*command, "--batch", 8, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr

@@ -353,7 +353,7 @@ def test_wrong_options_and_folders_end_in_one_line(tmp_path, monkeypatch):
         (["--n-fft", 1536], "not one of '512', '1024', '2048'"),
         (["--channels", 20], "must be a multiple of 8"),
         (["--condition", "pitch"], "not one of 'none', 'both'"),
-        (["--gain-db", "nan"], "must be finite"),
+        (["--gain-db", "nan"], "expected a finite number"),
         (["--resume", tmp_path], "config.json"),
     ]
     for args, message in cases:
