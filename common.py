@@ -312,7 +312,7 @@ def nsynth_notes(root, split, families, download):
             raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     keys = itemgetter("instrument_family_str", "pitch", "instrument_str", "velocity")
-    used = partial(json.loads, object_hook=lambda about: keys(about) if "pitch" in about else about)  # a third of it
+    used = partial(json.loads, object_hook=lambda about: keys(about) if "pitch" in about else about)  # half the memory
     listing = load_file(folder / "examples.json", lambda path: used(path.read_text()), {}, click.UsageError)
     try:
         notes = [Note(name, *about, files.get(name)) for name, about in sorted(listing.items())]
@@ -695,7 +695,7 @@ class Run:
         if self.folder:
             self.lock.release()
         if saved or isinstance(error, OSError):  # a full disk
-            text = "a process is lost: start all again with --resume" if lost else getattr(error, "message", error)
+            text = f"a process is lost; --resume goes on ({error})" if lost else getattr(error, "message", error)
             raise click.ClickException(f"step {self.step}{', saved' * saved}: {text}") from error
         if self.folder and not error:
             self.writer.close()
