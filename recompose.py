@@ -13,7 +13,6 @@ Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs,
 every slot alone, the result. A slot of a sound is a soft mask on its spectrum, or, by `--vocoder`, what it decodes to.
 """
 
-import functools
 import hashlib
 import io
 import json
@@ -69,7 +68,7 @@ def load_picture(path, size, crop):
             picture = picture.convert("RGB")
     except (OSError, RuntimeError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as e:
         raise click.UsageError(f"{path}: damaged, or no picture that is read; try magick {path.name} a.png") from e
-    return np.asarray(square(picture, crop, path).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(square(picture, crop, path).resize((size, size), Image.BILINEAR))
 
 
 def square(picture, crop, where):
@@ -120,8 +119,7 @@ def read_sound(path):
 
 def fit(waveform, n):
     """(..., samples) -> (..., n), cut off or zero-padded."""
-    more = max(0, n - waveform.shape[-1])
-    return np.pad(waveform, [(0, 0)] * (waveform.ndim - 1) + [(0, more)]) if more else waveform[..., :n]
+    return np.pad(waveform[..., :n], [(0, 0)] * (waveform.ndim - 1) + [(0, max(0, n - waveform.shape[-1]))])
 
 
 def resample_sound(waveform, rate, wanted):
@@ -258,11 +256,8 @@ HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 
 TILE, GAP, LINE, FRAME = 128, 10, 18, 4  # sides and distances in pixels
 ACCENT, INK, PAPER = (230, 81, 0), (40, 40, 40), (255, 255, 255)
 LOWEST = 32.7  # Hz: the C1 at which the models' logarithmic frequency axis begins
-
-
 # Its image is uint8 (H, W, 3), to be drawn TILE high, or a PIL picture, as it is; pale are slots that hold nothing.
 Tile = namedtuple("Tile", "image caption framed pale", defaults=("", False, False))
-load_font = functools.cache(ImageFont.load_default)  # which reads it anew each time
 
 
 def to_uint8(picture):
@@ -278,11 +273,11 @@ def heat_map(values, top=None):
 
 def with_scales(picture, top, unit, x=("", ""), y=("", "")):
     """A heat map (H, W, 3) -> a square PIL tile, with a bar from 0 to `top`, and what x and y run from and to."""
-    font, most = load_font(10), f"{top:.3g} {unit}"
+    font, most = ImageFont.load_default(10), f"{top:.3g} {unit}"
     left = round(max(map(font.getlength, y))) + 5 * any(y)
     right = left + TILE
     tile = Image.new("RGB", (right + 17 + round(font.getlength(most)), TILE + 14 * any(x)), PAPER)
-    tile.paste(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BOX), (left, 0))
+    tile.paste(Image.fromarray(picture).resize((TILE, TILE), Image.BOX), (left, 0))
     tile.paste(Image.fromarray(heat_map(np.linspace(1, 0, TILE)[:, None])).resize((6, TILE)), (right + 6, 0))
     draw = ImageDraw.Draw(tile)
     for place, text, anchor in (
@@ -298,11 +293,11 @@ def kl_tile(picture, kl_map, cell, chosen=None):
     """KL map (H_l, W_l) over its picture (H, W, 3), slots' numbers at cells (N, 2), the `chosen` (or all) in colour."""
     side, top = 3 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
-    heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8))
-    heat = heat.resize((side, side), Image.Resampling.NEAREST)
+    heat = np.dstack([heat_map(kl_map), opaque]).astype(np.uint8)
+    heat = Image.fromarray(heat).resize((side, side), Image.NEAREST)
     tile = Image.fromarray((0.6 * picture.mean(2)).astype(np.uint8)).convert("RGB").resize((side, side))
     tile.paste(heat, mask=heat)
-    draw, font = ImageDraw.Draw(tile), load_font(33)
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(33)
     for k in reversed(range(len(cell))):  # the first, those of highest KL, on top
         (y, x), marked = (cell[k] + 1) / 2 * side, chosen is None or k in chosen
         draw.circle((x, y), 20, outline=ACCENT if marked else PAPER, width=5)
@@ -324,39 +319,31 @@ def spectrum_tile(magnitude, top, seconds, rate):
     return with_scales(heat, 60, "dB", ("0", f"{seconds:.3g} s"), pitch)
 
 
-def panel(tile):
-    """A Tile -> a PIL picture: its caption above its image, a frame around this, and the gaps to the next panels."""
-    image, font = tile.image, load_font(12)
-    if isinstance(image, np.ndarray):
-        size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
-        image = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)  # pixels stay visible as squares
-    image = image.convert("RGB")
-    if tile.pale:
-        image = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.7)
-    framed = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, ACCENT if tile.framed else PAPER)
-    right = max(GAP - 2 * FRAME, round(font.getlength(tile.caption)) - image.width)
-    sheet = ImageOps.expand(framed, (0, LINE - FRAME, right, GAP - FRAME), PAPER)
-    ImageDraw.Draw(sheet).text((FRAME, 1), tile.caption, ACCENT if tile.framed else INK, font)
-    return sheet
-
-
 def contact_sheet(rows, title="", labels=()):
     """Rows of Tiles -> a PIL picture, `title` above, `labels` to the left; the last tile of a row widens no column."""
-    rows = [[panel(tile) for tile in row] for row in rows]
-    font, large = load_font(12), load_font(15)
+    font, large = ImageFont.load_default(12), ImageFont.load_default(15)
+    panels = [[] for _ in rows]  # of every tile: caption above image, a frame around this, the gaps to the next panels
+    for y, (image, caption, framed, pale) in ((y, tile) for y, row in enumerate(rows) for tile in row):
+        if isinstance(image, np.ndarray):
+            size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
+            image = Image.fromarray(image).resize(size, Image.NEAREST)  # pixels stay visible as squares
+        image = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, PAPER), 0.7 * pale)
+        right = max(GAP - 2 * FRAME, round(font.getlength(caption)) - image.width)
+        image = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, ACCENT if framed else PAPER)
+        panels[y].append(ImageOps.expand(image, (0, LINE - FRAME, right, GAP - FRAME), PAPER))
+        ImageDraw.Draw(panels[y][-1]).text((FRAME, 1), caption, ACCENT if framed else INK, font)
     start = GAP - FRAME + (round(max(map(font.getlength, labels))) + GAP if labels else 0)
-    widths = [max(row[c].width for row in rows if row[c + 1 :]) for c in range(max(map(len, rows)) - 1)]
+    widths = [max(row[c].width for row in panels if row[c + 1 :]) for c in range(max(map(len, panels)) - 1)]
     left = [*accumulate(widths, initial=start)]
-    top = [*accumulate((max(one.height for one in row) for row in rows), initial=GAP + 24 * bool(title))]
-    width = max(left[len(row) - 1] + row[-1].width + FRAME for row in rows)
+    top = [*accumulate((max(one.height for one in row) for row in panels), initial=GAP + 24 * bool(title))]
+    width = max(left[len(row) - 1] + row[-1].width + FRAME for row in panels)
     sheet = Image.new("RGB", (max(width, round(large.getlength(title)) + 2 * GAP), top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP - 2), title, INK, large)
-    for label, above, below in zip(labels, top, top[1:], strict=False):
-        draw.text((GAP, (above + below + LINE - GAP) / 2), label, INK, font, "lm")
-    for row, y in zip(rows, top, strict=False):
-        for picture, x in zip(row, left, strict=False):
-            sheet.paste(picture, (x, y))
+    for label, row, (y, below) in zip(labels or [""] * len(rows), panels, pairwise(top), strict=True):
+        draw.text((GAP, (y + below + LINE - GAP) / 2), label, INK, font, "lm")
+        for panel, x in zip(row, left, strict=False):
+            sheet.paste(panel, (x, y))
     return sheet
 
 
