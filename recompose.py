@@ -56,8 +56,7 @@ def load_picture(path, size, crop):
         with Image.open(path) as picture:
             if getattr(picture, "n_frames", 1) > 1 or picture.width * picture.height > LONGEST:
                 raise click.UsageError(f"{path}: animated, or of over {LONGEST:,} pixels; expected a still picture")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
+            ImageOps.exif_transpose(picture, in_place=True)  # which loads it first
             if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper
                 values = np.asarray(picture, np.float32)
                 if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -219,11 +218,9 @@ def split_at_onsets(waveform, rate, longest):
 
 
 def follow(mu, cell, kl):
-    """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N).
-
-    Clusters of one slot of every window, in order of KL, in which the density of each slot's latents among those of the
-    other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
-    """
+    """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N)."""
+    # Clusters of a slot of every window, in order of KL, in which the density of each slot's latents among those of the
+    # other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
     from scipy.optimize import linear_sum_assignment
 
     (windows, n), order, before, tried = kl.shape, [], cell[0] + np.inf, []
@@ -279,13 +276,10 @@ def with_scales(picture, top, unit, x=("", ""), y=("", "")):
     tile = Image.new("RGB", (right + 17 + round(font.getlength(most)), TILE + 14 * any(x)), PAPER)
     tile.paste(Image.fromarray(picture).resize((TILE, TILE), Image.BOX), (left, 0))
     tile.paste(Image.fromarray(heat_map(np.linspace(1, 0, TILE)[:, None])).resize((6, TILE)), (right + 6, 0))
-    draw = ImageDraw.Draw(tile)
-    for place, text, anchor in (
-        ((right + 15, TILE), "0", "ls"), ((right + 15, 1), most, "lt"),
-        ((left, TILE + 2), x[0], "la"), ((right, TILE + 2), x[1], "ra"),
-        ((left - 3, TILE), y[0], "rs"), ((left - 3, 1), y[1], "rt"),
-    ):  # fmt: skip
-        draw.text(place, text, INK, font, anchor)
+    texts, anchors = ("0", most, *x, *y), ("ls", "lt", "la", "ra", "rs", "rt")
+    places = (right + 15, TILE), (right + 15, 1), (left, TILE + 2), (right, TILE + 2), (left - 3, TILE), (left - 3, 1)
+    for text, anchor, place in zip(texts, anchors, places, strict=True):
+        ImageDraw.Draw(tile).text(place, text, INK, font, anchor)
     return tile
 
 
@@ -308,8 +302,7 @@ def kl_tile(picture, kl_map, cell, chosen=None):
 
 def spectrum_levels(magnitude, top, rate):
     """STFT magnitudes (F, T) -> (TILE, T): dB of the 60 below `top`, rows in equal steps of pitch, highest first."""
-    frequency = np.geomspace(rate / 2, LOWEST, TILE)
-    bins = (frequency / (rate / 2) * (len(magnitude) - 1)).round().astype(int)
+    bins = (np.geomspace(rate / 2, LOWEST, TILE) / (rate / 2) * (len(magnitude) - 1)).round().astype(int)
     return np.maximum(60 + 20 * np.log10(np.maximum(magnitude[bins] / max(top, 1e-20), 1e-9)), 0)
 
 
@@ -439,17 +432,16 @@ def recompose_pictures(model, inputs, kept, crop=None):
 
 def recompose_sounds(model, inputs, kept, vocoder=False):
     """Sound files, slots as above -> the recomposition (channels, n), its rate, both the first input's, the figure."""
-    own, result, rows, form = model.about["sample_rate"], None, [], None
+    own, length, n_fft, hop = (model.about[name] for name in ("sample_rate", "samples", "n_fft", "hop"))
+    rows, result, form = [], None, None
     for path, slots in zip(inputs, kept, strict=True):  # one after the other: ten minutes take 200 MB
         samples, found = read_sound(path)
         rate, channels = form = form or (found, samples.shape[1])
         samples = samples if samples.shape[1] == channels else samples.mean(1, keepdims=True).repeat(channels, 1)
         part = recompose_sound(model, path, resample_sound(samples.T, found, rate), rate, slots, vocoder, rows)
-        both = [part] if result is None else [fit(one, max(part.shape[1], result.shape[1])) for one in (part, result)]
-        result = sum(both[1:], both[0])
+        result = part if result is None else sum(fit(one, max(part.shape[1], result.shape[1])) for one in (part, result))
     heard = resample_sound(result.mean(0), rate, own)
-    step = model.about["hop"] * max(1, len(heard) // model.about["samples"])
-    magnitude = np.abs(stft(heard, model.about["n_fft"], step))
+    magnitude = np.abs(stft(heard, n_fft, hop * max(1, len(heard) // length)))
     tile = spectrum_tile(magnitude, magnitude.max(), result.shape[1] / rate, own)
     return result, rate, explain(model, rows, tile, "note")
 
