@@ -82,7 +82,7 @@ def square(picture, crop, where):
         picture.thumbnail((4096, 4096))  # a line of 100,000 pixels would fill a square of as many
         return ImageOps.pad(picture, (max(picture.size),) * 2, color=picture.reduce(picture.size).getpixel((0, 0)))
     left, top, side = 0.2 * width, height / 2 + width / 64 - 0.3 * width, 0.6 * width
-    if crop != "clevr" or top < 0 or top + side > height:
+    if crop != "clevr" or top + side > height:
         expected = "a square, or for CLEVR's crop a height of at least 0.64 W; recompose.py --crop takes others"
         raise click.UsageError(f"{where}: {width}x{height} pixels; expected {expected}")
     return picture.crop((round(left), round(top), round(left + side), round(top + side)))
@@ -433,17 +433,17 @@ def recompose_pictures(model, inputs, kept, crop=None):
 def recompose_sounds(model, inputs, kept, vocoder=False):
     """Sound files, slots as above -> the recomposition (channels, n), its rate, both the first input's, the figure."""
     own, length, n_fft, hop = (model.about[name] for name in ("sample_rate", "samples", "n_fft", "hop"))
-    rows, result, form = [], None, None
+    rows, mix, form = [], None, None
     for path, slots in zip(inputs, kept, strict=True):  # one after the other: ten minutes take 200 MB
         samples, found = read_sound(path)
         rate, channels = form = form or (found, samples.shape[1])
         samples = samples if samples.shape[1] == channels else samples.mean(1, keepdims=True).repeat(channels, 1)
         part = recompose_sound(model, path, resample_sound(samples.T, found, rate), rate, slots, vocoder, rows)
-        result = part if result is None else sum(fit(one, max(part.shape[1], result.shape[1])) for one in (part, result))
-    heard = resample_sound(result.mean(0), rate, own)
+        mix = part if mix is None else sum(fit(one, max(part.shape[1], mix.shape[1])) for one in (part, mix))
+    heard = resample_sound(mix.mean(0), rate, own)
     magnitude = np.abs(stft(heard, n_fft, hop * max(1, len(heard) // length)))
-    tile = spectrum_tile(magnitude, magnitude.max(), result.shape[1] / rate, own)
-    return result, rate, explain(model, rows, tile, "note")
+    tile = spectrum_tile(magnitude, magnitude.max(), mix.shape[1] / rate, own)
+    return mix, rate, explain(model, rows, tile, "note")
 
 
 def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
