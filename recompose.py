@@ -333,7 +333,7 @@ def contact_sheet(rows, title="", labels=()):
     sheet = Image.new("RGB", (max(width, round(large.getlength(title)) + 2 * GAP), top[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP - 2), title, INK, large)
-    for label, row, (y, below) in zip(labels or [""] * len(rows), panels, pairwise(top), strict=True):
+    for label, row, (y, below) in zip([*labels, *[""] * len(rows)], panels, pairwise(top), strict=False):
         draw.text((GAP, (y + below + LINE - GAP) / 2), label, INK, font, "lm")
         for panel, x in zip(row, left, strict=False):
             sheet.paste(panel, (x, y))
