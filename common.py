@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchaudio.transforms import GriffinLim
 from torchvision.datasets.utils import download_url
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from recompose import LONGEST, SOUNDS, fit, read_sound, resample_sound, save_sound, write_atomically
 
@@ -162,6 +162,53 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class FlowPrior(nn.Module):
+    """p(z | context): N(0, I) through couplings, nets of half a vector that shift and scale the other, in turn (Dinh et
+    al. 2017); with a context (..., C) as one more input of each. It starts as N(0, I)."""
+
+    def __init__(self, d, context=0, couplings=6, width=256):
+        super().__init__()
+        self.halves = given, changed = d // 2, d - d // 2
+        layers = (given + context, width), (width, width), (width, 2 * changed)
+        nets = ([nn.Linear(*sizes) for sizes in layers] for _ in range(couplings))
+        self.nets = nn.ModuleList(nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c) for a, b, c in nets)
+        for parameter in (p for net in self.nets for p in net[-1].parameters()):
+            nn.init.zeros_(parameter)
+
+    def coupling(self, net, z, context):
+        given, changed = z.split(self.halves, dim=-1)
+        shift, log_scale = net(given if context is None else torch.cat([given, context], -1)).float().chunk(2, dim=-1)
+        return given, changed, shift, 2 * torch.tanh(log_scale / 2)  # bounded: a step too far does not overflow
+
+    def log_prob(self, z, context=None):
+        """log p(z | context) of z (..., D): (...), in nats."""
+        log_volume = 0.0
+        for net in self.nets:
+            given, changed, shift, log_scale = self.coupling(net, z, context)
+            z = torch.cat([given, (changed - shift) * (-log_scale).exp()], dim=-1).flip(-1)
+            log_volume = log_volume - log_scale.sum(-1)
+        return log_volume - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+
+    def sample(self, noise, context=None):
+        """Standard normal noise (..., D) -> z (..., D) of this density."""
+        for net in reversed(self.nets):
+            given, changed, shift, log_scale = self.coupling(net, noise.flip(-1), context)
+            noise = torch.cat([given, shift + changed * log_scale.exp()], dim=-1)
+        return noise
+
+
+def fit_density(model, negative_log_prob, steps, rate=2e-3):
+    """So many steps of Adam down the mean of negative_log_prob(step), (B,); the rate rises and falls once."""
+    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(2, steps), pct_start=0.1, cycle_momentum=False)
+    for step in trange(steps, desc="prior", disable=None):
+        optimizer.zero_grad()
+        negative_log_prob(step).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        optimizer.step()
+        schedule.step()
 
 
 def gather_cells(values, index):

@@ -29,7 +29,7 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    SPLITS, Graph, ResBlock, Run, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
+    SPLITS, FlowPrior, Graph, ResBlock, Run, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
     load_model, optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import Tile, contact_sheet
@@ -137,39 +137,6 @@ def conv(d, channels):
         nn.Conv2d(small, 4, 3, padding=1), nn.PixelShuffle(2), nn.Flatten(),  # 14 x 14 -> 28 x 28 -> 784
     )  # fmt: skip
     return encoder, decoder
-
-
-class FlowPrior(nn.Module):
-    """N(0, I) through couplings: nets of half a vector shift and scale the other, in turn (Dinh et al. 2017)."""
-
-    def __init__(self, d, couplings=6, width=256):
-        super().__init__()
-        self.halves = given, changed = d // 2, d - d // 2
-        layers = [tuple(map(nn.Linear, (given, width, width), (width, width, 2 * changed))) for _ in range(couplings)]
-        self.nets = nn.ModuleList(nn.Sequential(a, nn.SiLU(), b, nn.SiLU(), c) for a, b, c in layers)
-        for parameter in (p for net in self.nets for p in net[-1].parameters()):
-            nn.init.zeros_(parameter)
-
-    def coupling(self, net, z):
-        given, changed = z.split(self.halves, dim=-1)
-        shift, log_scale = net(given).float().chunk(2, dim=-1)
-        return given, changed, shift, 2 * torch.tanh(log_scale / 2)  # bounded: a step too far does not overflow
-
-    def log_prob(self, z):
-        """log p(z) of z (..., D): (...), in nats."""
-        log_volume = 0.0
-        for net in self.nets:
-            given, changed, shift, log_scale = self.coupling(net, z)
-            z = torch.cat([given, (changed - shift) * (-log_scale).exp()], dim=-1).flip(-1)
-            log_volume = log_volume - log_scale.sum(-1)
-        return log_volume - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
-
-    def sample(self, noise):
-        """Standard normal noise (..., D) -> z (..., D) of this density."""
-        for net in reversed(self.nets):
-            given, changed, shift, log_scale = self.coupling(net, noise.flip(-1))
-            noise = torch.cat([given, shift + changed * log_scale.exp()], dim=-1)
-        return noise
 
 
 class VAE(nn.Module):

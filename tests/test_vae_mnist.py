@@ -19,6 +19,7 @@ from PIL import Image
 import common
 import export
 import train_vae_mnist as stage
+from common import FlowPrior
 
 CPU = torch.device("cpu")
 NORMAL = torch.distributions.Normal(0.0, 1.0)
@@ -164,7 +165,7 @@ def test_active_units_are_those_whose_mean_varies(monkeypatch):
 
 def flow(d, prior=None):
     """A flow with weights as if trained: its last layers, zero at first, are of the size of the others."""
-    prior = prior or stage.FlowPrior(d, width=16)
+    prior = prior or FlowPrior(d, width=16)
     for net in prior.nets:
         torch.nn.init.normal_(net[-1].weight, std=0.4, generator=generator("flow"))
         torch.nn.init.normal_(net[-1].bias, std=0.4, generator=generator("bias"))
@@ -178,7 +179,7 @@ def test_the_learned_prior_s_density_integrates_to_one_and_starts_as_the_standar
     density = flow(2).log_prob(z).exp()
     assert density.sum() * (at[1] - at[0]) ** 2 == pytest.approx(1, abs=1e-3)
     assert (density - NORMAL.log_prob(z).sum(1).exp()).abs().max() > 0.05  # and is another than N(0, I)
-    torch.testing.assert_close(stage.FlowPrior(2).log_prob(z[::997]), NORMAL.log_prob(z[::997]).sum(1))
+    torch.testing.assert_close(FlowPrior(2).log_prob(z[::997]), NORMAL.log_prob(z[::997]).sum(1))
 
 
 @pytest.mark.parametrize("d", [2, 5])
@@ -197,7 +198,7 @@ class Mapped(LinearGaussian):
         super().__init__(wider)
         self.mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
         self.precision = torch.eye(2, dtype=torch.float64) / 4 + self.weight.T @ self.weight / self.s**2
-        self.prior = stage.FlowPrior(2, couplings=2, width=4).double()  # each coupling changes one latent
+        self.prior = FlowPrior(2, couplings=2, width=4).double()  # each coupling changes one latent
         for net, k in zip(self.prior.nets, (1, 0), strict=True):
             net[-1].bias.data = torch.tensor([self.mean[k], 2 * math.atanh(math.log(2) / 2)])
 
