@@ -53,7 +53,7 @@ BLOCK, POOL, SCENES = 64, 10_000, 320  # drawn, or read, at a time; for training
 
 
 class Pool:
-    """Pictures, and scenes with labels, drawn by a subclass: every block, and every split, has its own generator."""
+    """Pictures and labelled scenes, read by a subclass, or drawn, every block and split by a generator of its own."""
 
     def __init__(self, size, objects, seed, device, length=None):
         self.size, self.objects, self.seed, self.device, self.length = size, objects, seed, device, length or POOL
@@ -224,11 +224,10 @@ class BuiltInClevr(Pool):
         # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
-        rays = crop_rays(small, scene["camera"])
-        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)  # (n, small^2, 3)
+        few, rays = (crop_rays(n, scene["camera"]) for n in (small, side))  # to the ground, to objects
+        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene)  # (n, small^2, 3)
         ground = ground.mT.unflatten(2, (small, small))
         light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
-        rays = crop_rays(side, scene["camera"])
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
         i, pixel = torch.nonzero(label, as_tuple=True)
         point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
@@ -485,11 +484,11 @@ OCTAVES = 7  # of the Fourier features of a place along the frequency
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1)."""
+    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, size, 1)."""
 
-    def __init__(self, d, channels, parts, height):
+    def __init__(self, d, channels, parts, size):
         super().__init__()
-        self.register_buffer("grid", position_grid(height, 1), persistent=False)
+        self.register_buffer("grid", position_grid(size // UPSCALE_SOUND, 1), persistent=False)
         self.from_latent = nn.Linear(d, 2 * channels)
         self.from_offset, self.from_place = (nn.Conv2d(2 + 4 * OCTAVES, channels, 1) for _ in range(2))
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
@@ -500,7 +499,7 @@ class BroadcastDecoder(nn.Module):
         told = []
         for at in (self.grid - cell[..., None, None], self.grid[None]):
             waves = [f(math.pi * 2**k * at) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
-            told.append(torch.cat([at, *waves], dim=1))  # (M or 1, 2 + 4 * OCTAVES, H, 1), of rising frequency
+            told.append(torch.cat([at, *waves], dim=1))  # (M or 1, 2 + 4 * OCTAVES, size / 2, 1)
         scale, shift = self.from_latent(z)[:, :, None, None].chunk(2, dim=1)  # FiLM (Perez et al. 2018)
         h = (1 + scale) * self.from_offset(told[0]) + shift + self.from_place(told[1])
         return self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)  # of sub-pixels
@@ -531,8 +530,7 @@ class CanvasDecoder(nn.Module):
         self.start, self.extent = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2), nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
         self.coarse = nn.Sequential(nn.SiLU(), first, nn.PixelShuffle(2), nn.SiLU())
-        out = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1)
-        norm = ResBlock(channels, norm=True)
+        out, norm = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1), ResBlock(channels, norm=True)
         self.body = nn.Sequential(second, nn.PixelShuffle(2), norm, nn.SiLU(), out, nn.PixelShuffle(fine))
         self.shade = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)) if shaded else None
         self.mean = nn.Parameter(torch.zeros(parts + masked, CANVAS * fine, CANVAS * fine))
@@ -594,8 +592,7 @@ class CloserLook(nn.Module):
     def __init__(self, d, d_cell, channels):
         super().__init__()
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU(), ResBlock(channels, norm=True), nn.SiLU()]
-        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers, nn.Conv2d(channels, channels, 4, 2, padding=1), nn.SiLU(), nn.Flatten())
         first = nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128)
         self.head = nn.Sequential(first, nn.SiLU(), nn.Linear(128, 2 * d))
 
@@ -673,8 +670,7 @@ class MVAE(nn.Module):
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
         outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
         canvas = d, d_cell, channels, parts, side, 1 + (size > 64), outside, masked, masked and at_data
-        spectrum = d, channels, parts, size // UPSCALE_SOUND
-        self.slot_decoder = BroadcastDecoder(*spectrum) if self.sound else CanvasDecoder(*canvas)
+        self.slot_decoder = BroadcastDecoder(d, channels, parts, size) if self.sound else CanvasDecoder(*canvas)
         self.closer, self.to_image = CloserLook(detail, d_cell, channels) if detail else None, nn.Identity()
         if not at_data:
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
@@ -820,8 +816,7 @@ def adjusted_rand_index(predicted, true):
 
 def match(segment, label, n_slots):
     """Hungarian, by IoU: segment, label (H, W) -> label, slot, IoU of all matches, shared pixels (K, N), slot sizes."""
-    true, found = F.one_hot(label.flatten()).double(), F.one_hot(segment.flatten(), n_slots + 1).double()
-    table = true.T @ found  # (labels, N + 1), pixels
+    table = F.one_hot(label.flatten()).double().T @ F.one_hot(segment.flatten(), n_slots + 1).double()  # in pixels
     objects = 1 + torch.nonzero(table[1:].sum(1) >= SMALLEST * label.numel())[:, 0]  # (K,)
     shared, sizes = table[objects, 1:], table[:, 1:].sum(0)
     iou = shared / (table[objects].sum(1, keepdim=True) + sizes - shared).clamp(min=1)
