@@ -53,10 +53,11 @@ BLOCK, POOL, SCENES = 64, 10_000, 320  # drawn, or read, at a time; for training
 
 
 class Pool:
-    """So many pictures to train on, of which a subclass gives those of any numbers, uint8 (n, 3, size, size)."""
+    """Pictures and labelled scenes, read by a subclass, or drawn, every block and split by a generator of its own."""
 
-    def __init__(self, size, objects, seed, device, length):
-        self.size, self.objects, self.seed, self.device, self.length = size, objects, seed, device, length
+    def __init__(self, size, objects, seed, device, length=None):
+        self.size, self.objects, self.seed, self.device, self.length = size, objects, seed, device, length or POOL
+        self.blocks = {}  # of pictures that have been drawn
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
@@ -68,20 +69,11 @@ class Pool:
             index = torch.where(epoch == e, order[index], index)
         return self.pictures(index).to(self.device, non_blocking=True).float() / 255
 
-
-class Drawn(Pool):
-    """Scenes drawn by their subclass, dicts of tensors: every block, and every split, has a generator of its own."""
-
-    def __init__(self, size, objects, seed, device, length=None):
-        super().__init__(size, objects, seed, device, length or POOL)
-        self.images, self.made = torch.empty((self.length, 3, size, size), dtype=torch.uint8), set()
-
     def pictures(self, index):
-        for block in {int(i) // BLOCK for i in index} - self.made:  # each is drawn once, when it is needed
-            first, last = block * BLOCK, min((block + 1) * BLOCK, self.length)
-            self.images[first:last] = self.make(first, last)
-            self.made.add(block)
-        return self.images[index]
+        """Those of any numbers: uint8 (n, 3, size, size)."""
+        for block in set((index // BLOCK).tolist()) - self.blocks.keys():  # each is drawn once, when it is needed
+            self.blocks[block] = self.make(block * BLOCK, min((block + 1) * BLOCK, self.length)).cpu().contiguous()
+        return torch.stack([self.blocks[i // BLOCK][i % BLOCK] for i in index.tolist()])
 
     def make(self, first, last):
         scene = self.sample(last - first, random_generator(self.name, self.seed, first, device=self.device))
@@ -112,7 +104,7 @@ class Drawn(Pool):
         return chosen
 
 
-class Sprites(Drawn):
+class Sprites(Pool):
     """Coloured ellipses, squares and triangles on black, or real dSprites; scenes are dicts of tensors (n, K, ...)."""
 
     name, crop = "sprites", "none"
@@ -142,28 +134,26 @@ class Sprites(Drawn):
             scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
         return scene
 
-    def outlines(self, scene, side):
-        """The pixels of every object: (n, K, side, side) bool."""
-        shape, present = (scene[name][..., None, None] for name in ("shape", "present"))
-        if self.library is not None:
-            images = self.library[scene["shape"].cpu()].to(self.device).bool()
-            return images[..., :: 64 // side, :: 64 // side] & present
-        offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, side, side)
-        point = (offset / scene["radius"][..., None, None, None]).flip(2).movedim(2, -1)  # (x, y), as `turn` has it
-        u, v = turn(point, scene["angle"][..., None, None]).unbind(-1)
-        ellipse, box = u.square() + (v / 0.75).square() < 1, torch.maximum(u.abs(), v.abs()) < 0.8
-        triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1)
-        return torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle)) & present
+    def label(self, scene, side):
+        """k where object k - 1 is seen, the last on top, and 0 where none is: (n, side, side)."""
+        if self.library is None:
+            offset = position_grid(side, side).to(self.device) - scene["centre"][..., None, None]  # (n, K, 2, ...)
+            point = (offset / scene["radius"][..., None, None, None]).flip(2).movedim(2, -1)  # (x, y), as `turn` has it
+            u, v = turn(point, scene["angle"][..., None, None]).unbind(-1)
+            ellipse, box = u.square() + (v / 0.75).square() < 1, torch.maximum(u.abs(), v.abs()) < 0.8
+            triangle, shape = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.1), scene["shape"][..., None, None]
+            inside = torch.where(shape == 0, ellipse, torch.where(shape == 1, box, triangle))  # (n, K, side, side)
+        else:
+            inside = self.library[scene["shape"].cpu()].to(self.device).bool()[..., :: 64 // side, :: 64 // side]
+        number = torch.arange(1, inside.shape[1] + 1, device=self.device) * scene["present"]  # (n, K)
+        return (inside * number[..., None, None]).amax(1)
 
     def render(self, scene):
         """scene -> image (n, 3, size, size) in [0, 1], label (n, size, size): 0 background, k = object k - 1."""
-        outlines = self.outlines(scene, 2 * self.size if self.library is None else min(2 * self.size, 64))
-        number = torch.arange(1, outlines.shape[1] + 1, device=self.device)[:, None, None]
-        label = (outlines * number).amax(1)  # the last on top
+        fine = self.label(scene, 2 * self.size if self.library is None else min(2 * self.size, 64))
         palette = F.pad(scene["rgb"], (0, 0, 1, 0))  # (n, K + 1, 3), black first
-        image = palette[torch.arange(len(label), device=self.device)[:, None, None], label].permute(0, 3, 1, 2)
-        fine = label.shape[-1] // self.size
-        return F.avg_pool2d(image, fine), (self.outlines(scene, self.size) * number).amax(1)  # in the middle of pixels
+        image = palette[torch.arange(len(fine), device=self.device)[:, None, None], fine].permute(0, 3, 1, 2)
+        return F.avg_pool2d(image, fine.shape[-1] // self.size), self.label(scene, self.size)  # in the middle of pixels
 
 
 # ---------------------------------------------------------------- Data: CLEVR, drawn here
@@ -211,7 +201,7 @@ def hit_distance(shape, half, origin, ray):
     return torch.where(near < far, near, torch.inf)
 
 
-class BuiltInClevr(Drawn):
+class BuiltInClevr(Pool):
     """CLEVR-like scenes by a ray caster; dicts of objects (n, K, ...), camera (n, 3) and lamps (n, 3, 3)."""
 
     name, crop, source = "clevr", "clevr", "built-in CLEVR-like renderer"
@@ -234,11 +224,10 @@ class BuiltInClevr(Drawn):
         # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
-        rays = crop_rays(small, scene["camera"])
-        ground = self.shade_ground(camera - camera[..., 2:] / rays[..., 2:] * rays, centre, scene)  # (n, small^2, 3)
+        few, rays = (crop_rays(n, scene["camera"]) for n in (small, side))  # to the ground, to objects
+        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene)  # (n, small^2, 3)
         ground = ground.mT.unflatten(2, (small, small))
         light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
-        rays = crop_rays(side, scene["camera"])
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
         i, pixel = torch.nonzero(label, as_tuple=True)
         point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
@@ -341,15 +330,12 @@ class PictureFolder(Pool):
         """{split: paths relative to images/} of scenes of so many objects, as scenes/*.json says; `test` is val."""
         found = {}
         for split in ("train", "val"):
-            names = sorted(path.name for path in (self.folder / split).glob("*.png"))
-            annotation = self.root / "scenes" / f"CLEVR_{split}_scenes.json"
-            if annotation.is_file():
-                listed = load_file(annotation, read_json, {"scenes": list}, click.UsageError)["scenes"]
-                counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
-                names = [name for name in names if low <= counts.get(name, low) <= high]
-            if len(names) < 1 + (split == "train"):  # valid takes one
+            files, path = sorted((self.folder / split).glob("*.png")), self.root / f"scenes/CLEVR_{split}_scenes.json"
+            listed = load_file(path, read_json, {"scenes": list}, click.UsageError)["scenes"] if path.is_file() else []
+            counts = {scene["image_filename"]: len(scene["objects"]) for scene in listed}
+            found[split] = [f"{split}/{png.name}" for png in files if low <= counts.get(png.name, low) <= high]
+            if len(found[split]) < 1 + (split == "train"):  # valid takes one
                 raise click.UsageError(f"{self.folder}/{split}: no PNG of a scene with {low} to {high} objects")
-            found[split] = [f"{split}/{name}" for name in names]
         train, kept = found["train"], -min(320, max(1, len(found["train"]) // 10))
         return {"train": train[:kept], "valid": train[kept:], "test": found["val"]}  # the last tenth, at most 320
 
@@ -397,13 +383,11 @@ class SoundLevels(nn.Module):
     def as_loud(self, waveform):
         """Levels (B, FRAMES, bands, 1) of waveforms (B, SAMPLES) as loud as they are."""
         magnitude = self.magnitude(F.pad(waveform, (0, -waveform.shape[1] % HOP)))  # (B, F, FRAMES * SPAN)
-        bands = self.bank() @ F.avg_pool1d(magnitude, SPAN)  # (B, bands, FRAMES)
-        return log_compress(bands).transpose(1, 2)[..., None]
+        return log_compress(self.bank() @ F.avg_pool1d(magnitude, SPAN)).transpose(1, 2)[..., None]
 
     def to_stft_magnitude(self, level):
         """Levels (B, FRAMES, bands, 1) -> STFT magnitudes (B, F, T), interpolated between bands and times."""
-        bands = log_expand(level[..., 0].transpose(1, 2))  # (B, bands, FRAMES)
-        bank = self.bank()
+        bands, bank = log_expand(level[..., 0].transpose(1, 2)), self.bank()  # (B, bands, FRAMES), (bands, F)
         return (bank / bank.sum(0).clamp(min=1e-9)).T @ F.interpolate(bands, scale_factor=float(SPAN), mode="linear")
 
 
@@ -499,33 +483,25 @@ Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
 OCTAVES = 7  # of the Fourier features of a place along the frequency
 
 
-def fourier_features(position):
-    """(..., 2, h, w) -> (..., 2 + 4 * OCTAVES, h, w): positions, and sines and cosines of them of rising frequency."""
-    waves = [f(math.pi * 2**k * position) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
-    return torch.cat([position, *waves], dim=-3)
-
-
 class BroadcastDecoder(nn.Module):
-    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, H, 1)."""
+    """Spatial-broadcast decoder (Watters et al. 2019) of sounds: z (M, D), cell (M, 2) -> layer (M, C, size, 1)."""
 
-    def __init__(self, d, channels, parts, height):
+    def __init__(self, d, channels, parts, size):
         super().__init__()
-        self.register_buffer("grid", position_grid(height, 1), persistent=False)
+        self.register_buffer("grid", position_grid(size // UPSCALE_SOUND, 1), persistent=False)
         self.from_latent = nn.Linear(d, 2 * channels)
         self.from_offset, self.from_place = (nn.Conv2d(2 + 4 * OCTAVES, channels, 1) for _ in range(2))
         self.body = nn.Sequential(*[ResBlock(channels, conv=column_conv) for _ in range(2)], nn.SiLU())
         self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
 
-    def start_at(self, colour):
-        """Slots of one spectrum (C,) at every band."""
-        self.out.weight.mul_(0.3)
-        self.out.bias.copy_(colour.repeat_interleave(UPSCALE_SOUND))
-
     def forward(self, z, cell):
         # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
-        offset, place = (fourier_features(grid) for grid in (self.grid - cell[..., None, None], self.grid[None]))
+        told = []
+        for at in (self.grid - cell[..., None, None], self.grid[None]):
+            waves = [f(math.pi * 2**k * at) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
+            told.append(torch.cat([at, *waves], dim=1))  # (M or 1, 2 + 4 * OCTAVES, size / 2, 1)
         scale, shift = self.from_latent(z)[:, :, None, None].chunk(2, dim=1)  # FiLM (Perez et al. 2018)
-        h = (1 + scale) * self.from_offset(offset) + shift + self.from_place(place)
+        h = (1 + scale) * self.from_offset(told[0]) + shift + self.from_place(told[1])
         return self.out(self.body(h)).unflatten(1, (-1, UPSCALE_SOUND)).transpose(2, 3).flatten(2, 3)  # of sub-pixels
 
 
@@ -554,8 +530,7 @@ class CanvasDecoder(nn.Module):
         self.start, self.extent = nn.Linear(d, 2 * channels * (CANVAS // 4) ** 2), nn.Linear(d_cell, 1)
         first, second = (nn.Conv2d(c, 4 * channels, 3, padding=1) for c in (2 * channels, channels))
         self.coarse = nn.Sequential(nn.SiLU(), first, nn.PixelShuffle(2), nn.SiLU())
-        out = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1)
-        norm = ResBlock(channels, norm=True)
+        out, norm = nn.Conv2d(channels, (parts + masked) * fine**2, 3, padding=1), ResBlock(channels, norm=True)
         self.body = nn.Sequential(second, nn.PixelShuffle(2), norm, nn.SiLU(), out, nn.PixelShuffle(fine))
         self.shade = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.PixelShuffle(2)) if shaded else None
         self.mean = nn.Parameter(torch.zeros(parts + masked, CANVAS * fine, CANVAS * fine))
@@ -594,8 +569,7 @@ class CanvasDecoder(nn.Module):
         layer = resample(self.window * (canvas - self.beyond[-len(canvas[0]) :]), scale, offset, self.side)
         if self.shade:
             shade = -DARKEST * self.shade(h).to(place.dtype).sigmoid() * self.shade_window
-            shade = resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side)
-            layer = torch.cat([shade, layer], dim=1)
+            layer = torch.cat([resample(shade, scale / SHADE_EXTENT, offset / SHADE_EXTENT, self.side), layer], dim=1)
         if self.masked:  # on a ground that is seen from above, what ends lower in the picture is nearer
             near = (place[:, 0] + half)[:, None, None, None].expand(-1, 1, *layer.shape[2:])
             layer = torch.cat([near, layer], dim=1)
@@ -618,8 +592,7 @@ class CloserLook(nn.Module):
     def __init__(self, d, d_cell, channels):
         super().__init__()
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU(), ResBlock(channels, norm=True), nn.SiLU()]
-        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers, nn.Conv2d(channels, channels, 4, 2, padding=1), nn.SiLU(), nn.Flatten())
         first = nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128)
         self.head = nn.Sequential(first, nn.SiLU(), nn.Linear(128, 2 * d))
 
@@ -652,9 +625,7 @@ class Encoder(nn.Module):
         self.register_buffer("grid", position_grid(*shape[1:]) if sound else None, persistent=False)
 
     def forward(self, x):
-        if self.grid is not None:
-            x = torch.cat([x, self.grid.expand(x.shape[0], -1, -1, -1)], dim=1)
-        h = self.trunk(x)
+        h = self.trunk(x if self.grid is None else torch.cat([x, self.grid.expand(x.shape[0], -1, -1, -1)], dim=1))
         mu, logvar = self.head(h).to(self.middles.dtype).chunk(2, dim=1)
         place = self.middles.expand(x.shape[0], -1, -1, -1)
         if self.shift is not None:
@@ -699,8 +670,7 @@ class MVAE(nn.Module):
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
         outside = {"max": -NEUTRAL, "min": NEUTRAL}.get(op, 0.0)
         canvas = d, d_cell, channels, parts, side, 1 + (size > 64), outside, masked, masked and at_data
-        spectrum = d, channels, parts, size // UPSCALE_SOUND
-        self.slot_decoder = BroadcastDecoder(*spectrum) if self.sound else CanvasDecoder(*canvas)
+        self.slot_decoder = BroadcastDecoder(d, channels, parts, size) if self.sound else CanvasDecoder(*canvas)
         self.closer, self.to_image = CloserLook(detail, d_cell, channels) if detail else None, nn.Identity()
         if not at_data:
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
@@ -717,7 +687,8 @@ class MVAE(nn.Module):
             self.to_image[2].bias.copy_(colour.repeat_interleave(UPSCALE**2))
         elif self.sound:  # so that layers, once combined, are the mean; times without sound have no logarithm
             share = log_expand(colour) / (self.n_slots if self.op == "sum" else 1)
-            self.slot_decoder.start_at(share.clamp(min=1e-4).log())
+            self.slot_decoder.out.weight.mul_(0.3)
+            self.slot_decoder.out.bias.copy_(share.clamp(min=1e-4).log().repeat_interleave(UPSCALE_SOUND))
         else:  # with "sum" layers are what a slot adds to it
             self.background.picture.copy_(mean)
             self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
@@ -771,8 +742,8 @@ class MVAE(nn.Module):
             return masks if self.compose_at == "data" else F.interpolate(masks, scale_factor=UPSCALE, mode="bilinear")
         beyond = self.slot_decoder.beyond.expand(len(layer), 1, -1, *layer.shape[3:])  # a slot that draws nothing
         neutral = self.compose(beyond, background)  # whose mean absolute change by a slot is compared with VISIBLE
-        change = [(alone - neutral).abs().mean(1) for alone in self.alone(layer, background).unbind(1)]
-        return torch.stack([torch.full_like(change[0], VISIBLE), *change], dim=1)
+        change = (self.alone(layer, background) - neutral[:, None]).abs().mean(2)  # (B, N, H, W)
+        return F.pad(change, (0, 0, 0, 0, 1, 0), value=VISIBLE)
 
     def alone(self, layer, background=None):
         """Every slot composed alone with the background: layer (B, N, C, h, w) -> (B, N, C, H, W)."""
@@ -780,8 +751,7 @@ class MVAE(nn.Module):
 
     def decode(self, z, cell):
         """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
-        layer = self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1))  # (B * N, C, h, w)
-        return layer.to(cell.dtype).unflatten(0, z.shape[:2])
+        return self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1)).to(cell.dtype).unflatten(0, z.shape[:2])
 
     def compose(self, layer, background=None):
         """layer (B, M, C, h, w) of any M slots, background (B, C, h, w) -> image (B, C, H, W), levels of a sound."""
@@ -846,14 +816,12 @@ def adjusted_rand_index(predicted, true):
 
 def match(segment, label, n_slots):
     """Hungarian, by IoU: segment, label (H, W) -> label, slot, IoU of all matches, shared pixels (K, N), slot sizes."""
-    values, sizes = label.unique(return_counts=True)
-    objects = values[(values > 0) & (sizes >= SMALLEST * label.numel())]
-    masks = label.flatten() == objects[:, None]  # (K, P)
-    slots = segment.flatten() == torch.arange(1, n_slots + 1, device=segment.device)[:, None]  # (N, P)
-    shared = masks.double() @ slots.double().T
-    iou = shared / (masks.sum(1)[:, None] + slots.sum(1) - shared).clamp(min=1)
+    table = F.one_hot(label.flatten()).double().T @ F.one_hot(segment.flatten(), n_slots + 1).double()  # in pixels
+    objects = 1 + torch.nonzero(table[1:].sum(1) >= SMALLEST * label.numel())[:, 0]  # (K,)
+    shared, sizes = table[objects, 1:], table[:, 1:].sum(0)
+    iou = shared / (table[objects].sum(1, keepdim=True) + sizes - shared).clamp(min=1)
     rows, columns = linear_sum_assignment(-iou.cpu().numpy())
-    return objects[rows], columns, iou[rows, columns], shared, slots.sum(1)
+    return objects[rows], columns, iou[rows, columns], shared, sizes
 
 
 def segmentation_scores(responsibility, label):
@@ -874,8 +842,9 @@ def segmentation_scores(responsibility, label):
 
 
 def averages(scores):
-    """Dicts of the same numbers, empty ones left out -> means; of "unexplained" the 95 % quantile too: describe."""
-    columns = {name: [score[name] for score in scores if score] for name in next(filter(None, scores), {})}
+    """Dicts of numbers -> means, each over those that have it; of "unexplained" the 95 % quantile too: describe."""
+    names = dict.fromkeys(itertools.chain(*scores))
+    columns = {name: [score[name] for score in scores if name in score] for name in names}
     most = {"unexplained_95": float(np.quantile(columns["unexplained"], 0.95))} if "unexplained" in columns else {}
     return {name: float(np.mean(column)) for name, column in columns.items()} | most
 
@@ -890,17 +859,16 @@ def reconstruct(model, image):
 @torch.no_grad()
 def evaluate_pictures(model, data, split, n, sigma):
     """Scores on n scenes, z = mu: with masks ARI-FG and its companions; MSE, of the mean picture too."""
-    images, labels = data.scenes(split, n)
-    scores, segmentations = [], []
+    (images, labels), scores = data.scenes(split, n), []
     for i, image in enumerate(images.split(1)):
         encoding, layer, mean = reconstruct(model, image)
+        owned = model.responsibilities(layer, encoding.background)[0]
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
         score["unexplained"] = unexplained(mean, image)
-        scores.append({name: value.item() for name, value in score.items()})
-        if labels is not None:
-            segmentations.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], labels[i]))
-    return averages(segmentations) | averages(scores) | {"scenes": len(images)}
+        scores.append({} if labels is None else segmentation_scores(owned, labels[i]))
+        scores[-1] |= {name: value.item() for name, value in score.items()}
+    return averages(scores) | {"scenes": len(images)}
 
 
 def si_sdr(estimate, target):
@@ -944,24 +912,16 @@ def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
     for some in data.mixtures(split, n).to(data.device).split(BLOCK):
-        found = separate(model, data.levels, some)
-        magnitude = data.levels.to_stft_magnitude(found.mean).cpu().numpy()
+        level, mean, encoding, *_, gain = separate(model, data.levels, some)
+        magnitude = data.levels.to_stft_magnitude(mean).cpu().numpy()
         heard = magnitude, np.abs(stft(some.sum(1).cpu().numpy(), SOUND_FFT, HOP))
-        score = {"mse": (found.mean - found.level).square().mean((1, 2, 3)), "kl": found.encoding.kl_all}
-        score["log_likelihood"] = gaussian_log_likelihood(found.level, found.mean, sigma)
-        score["lsd"] = log_spectral_distance(found.mean, found.level, bins=2)
+        score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
+        score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
         score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
-            own, silent = data.levels.as_loud(some.flatten(0, 1)).unflatten(0, some.shape[:2]), found.gained.isnan()
-            apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
-            recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
-            remix = data.levels.as_loud(some[:, 0] + some.roll(1, 0)[:, 1])  # of the stems of two mixtures
-            nearest = apart.diagonal(dim1=1, dim2=2) <= apart.masked_fill(silent[:, None], math.inf).amin(2)  # (B, S)
-            score |= {"si_sdr_gained": found.gained.nanmean(1), "own_instrument": (nearest | silent).all(1).float()}
-            score["slot_count_error"] = ((found.encoding.kl >= EMPTY["mvae-sound"]).sum(1) - (~silent).sum(1)).abs()
-            score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
-            score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)  # the first mixture's
-            gained += found.gained[~silent].tolist()
+            holding, sounding = (encoding.kl >= EMPTY["mvae-sound"]).sum(1), (~gain.isnan()).sum(1)
+            score |= {"si_sdr_gained": gain.nanmean(1), "slot_count_error": (holding - sounding).abs()}
+            gained += gain[~gain.isnan()].tolist()
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
     return averages(scores) | median | {"mixtures": len(scores)}
@@ -999,8 +959,7 @@ def show_sounds(model, data, run, n=5, heard=2):
             sounds = ~found.gained[b].isnan()
             slots = torch.stack([data.levels.as_loud(stems[b])[sounds], slots[sounds]], dim=1).flatten(0, 1)
             names = sum(((f"stem {k}", f"its slot: {db:+.1f} dB") for k, db in enumerate(found.gained[b][sounds])), ())
-        level = torch.stack([found.level[b], found.mean[b], *slots])
-        magnitude = data.levels.to_stft_magnitude(level).cpu().numpy()  # (n, F, T)
+        magnitude = data.levels.to_stft_magnitude(torch.stack([found.level[b], found.mean[b], *slots])).cpu().numpy()
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
         named = zip(tiles, (f"mixture {b}", "reconstruction", *names), strict=True)
         row = [Tile(tile, name, known and "slot" in name) for tile, name in named]

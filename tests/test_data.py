@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import train_mvae
 from common import random_generator, split_files
-from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, Drawn, PictureFolder, Sprites
+from train_mvae import CUBE, CYLINDER, SPHERE, BuiltInClevr, PictureFolder, Pool, Sprites
 
 CPU = torch.device("cpu")
 
@@ -215,7 +215,7 @@ def test_pairs_are_two_scenes_that_fit_into_one(clevr):
 # ---------------------------------------------------------------- Pools, splits, folders
 
 
-class Numbers(Drawn):
+class Numbers(Pool):
     """Picture k has the value k everywhere."""
 
     def __init__(self, length):

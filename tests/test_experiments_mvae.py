@@ -37,10 +37,12 @@ def test_recompositions_of_a_run_are_scored_and_its_slots_drawn(kind, request, m
         assert (folder / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
-def test_slots_of_mixtures_are_remixed(duo_run):
-    invoke(slots.main, duo_run)
+def test_slots_of_mixtures_are_remixed_and_scored(duo_run):
+    assert "| lsd_recomposed | " in invoke(slots.main, duo_run)
     assert (duo_run / "figures" / "remix.png").stat().st_size > 10_000
-    assert not (duo_run / "recomposition.json").exists()
+    scores = json.loads((duo_run / "recomposition.json").read_text())
+    assert 0 <= scores["own_instrument"] <= 1 and 0 <= scores["step_0/own_instrument"] <= 1
+    assert scores["lsd_recomposed"] > 0 and scores["lsd_recomposed_baseline"] > 0
 
 
 def test_the_start_of_a_run_is_what_it_was_trained_from(sprites_run):

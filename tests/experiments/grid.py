@@ -68,13 +68,13 @@ def train(folder, options, steps, change=""):
 
 
 def recomposition(folder, steps):
-    """Recomposition scores of a run on built-in pictures, from its recomposition.json where that is of its end."""
+    """Recomposition scores of a run, from its recomposition.json where that is of its end; {} on folders' pictures."""
     done = folder / "recomposition.json"
     scores = json.loads(done.read_text()) if done.is_file() else {"step": 0}
     if scores["step"] < steps:
         model, data = load_run(folder)
-        scores = measure_recomposition(folder, model, data) if hasattr(data, "render") else {}
-    return {name: value for name, value in scores.items() if "psnr" in name}
+        scores = measure_recomposition(folder, model, data) if model.sound or hasattr(data, "render") else {}
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def cell(values):

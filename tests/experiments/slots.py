@@ -3,8 +3,9 @@
     python -m tests.experiments.slots runs/mvae-sprites-alpha-N4-seed0
     python -m tests.experiments.slots runs/mvae-clevr-alpha-N6-seed0 --data-root CLEVR_v1.0
 
-Of a run on pictures: recomposition.json, PSNRs on pairs of built-in test scenes, which can be drawn anew, of the
-trained model, of that of step 0 and of a trivial baseline; of CLEVR besides, how many of 7 to 10 objects it finds.
+Scores in RUN_DIR/recomposition.json, of the trained model, of that of step 0 and of a trivial baseline: of a run on
+pictures PSNRs on pairs of built-in test scenes, which can be drawn anew, of CLEVR besides, how many of 7 to 10 objects
+it finds; of sounds, on the test mixtures, how near slots are to their stems, and slots of two mixtures to the true mix.
 Of every run figures of the valid split in RUN_DIR/figures: of pictures traversals.png, moved.png and recomposition.png;
 of sounds remix.png.
 """
@@ -12,17 +13,16 @@ of sounds remix.png.
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 
 import train_mvae
-from common import FOLDER, RATE, SAMPLES, gaussian_kl, random_generator, write_json
+from common import FOLDER, RATE, SAMPLES, gaussian_kl, log_spectral_distance, random_generator, write_json
 from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
 from train_mvae import VISIBLE, BuiltInClevr, averages, match, reconstruct, segmentation_scores, separate
 
 PAIRS = 64  # of scenes recomposed, and scenes that an object is taken out of
-PRINTED = ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr",
-           "removal_psnr", "removal_psnr_shadow", "whole_reconstruction_psnr")  # fmt: skip
+PRINTED = ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr", "removal_psnr",
+           "removal_psnr_shadow", "whole_reconstruction_psnr", "own_instrument", "lsd_recomposed")  # fmt: skip
 
 
 def load_run(folder, data_root=None):
@@ -135,8 +135,7 @@ def score_removal(model, data, split, n):
             score["removal_psnr_shadow"] = psnr(left, truth[k], shadow)
             score["removal_psnr_shadow_baseline"] = psnr(image[k], truth[k], shadow)
         scores.append(score)
-    names = dict.fromkeys(name for score in scores for name in score)
-    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
+    return averages(scores)
 
 
 @torch.no_grad()
@@ -153,18 +152,43 @@ def score_crowds(model, n):
     return {f"crowds/{name}": score for name, score in averages(scores).items()}
 
 
+@torch.no_grad()
+def score_remixes(model, data, split, n):
+    """Scores of n mixtures of a split; a slot of each and a slot of another are held against their stems' true mixture.
+
+    "own_instrument": the share of mixtures all of whose slots are nearest, in levels, to their own stem. The baseline
+    of "lsd_recomposed", a log-spectral distance in dB, is the first of the two mixtures as it is.
+    """
+    scores = []
+    for stems in data.mixtures(split, n).to(data.device).split(train_mvae.BLOCK):
+        found = separate(model, data.levels, stems)
+        own, silent = data.levels.as_loud(stems.flatten(0, 1)).unflatten(0, stems.shape[:2]), found.gained.isnan()
+        apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
+        nearest = apart.diagonal(dim1=1, dim2=2) <= apart.masked_fill(silent[:, None], torch.inf).amin(2)  # (B, S)
+        recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
+        remix = data.levels.as_loud(stems[:, 0] + stems.roll(1, 0)[:, 1])
+        score = {"own_instrument": (nearest | silent).all(1).float()}
+        score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
+        score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)
+        scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(stems))]
+    return averages(scores)
+
+
 def measure(model, data):
+    if model.sound:
+        return score_remixes(model, data, "test", train_mvae.MIXTURES)
     scores = score_recomposition(model, data, "test", PAIRS) | score_removal(model, data, "test", PAIRS)
     return scores | (score_crowds(model, PAIRS) if isinstance(data, BuiltInClevr) else {})
 
 
 def measure_recomposition(folder, model, data):
-    """Scores of a run on pictures, on built-in test scenes, written to recomposition.json; and those at step 0."""
-    drawn = data  # what a folder holds cannot be drawn anew: scenes like those are
-    if not hasattr(data, "render"):
+    """Scores of a run, on pictures of built-in test scenes, written to recomposition.json; and those at step 0."""
+    drawn = data  # pictures that a folder holds cannot be drawn anew: scenes like those are
+    if not (model.sound or hasattr(data, "render")):
         drawn = BuiltInClevr(model.size, (3, 6), 0, torch.device("cpu"))
     scores, start = measure(model, drawn), measure(load_start(model, data), drawn)
-    about = {"split": "test", "pairs": PAIRS, "step": model.config["step"], "data": drawn.source}
+    pairs = train_mvae.MIXTURES if model.sound else PAIRS
+    about = {"split": "test", "pairs": pairs, "step": model.config["step"], "data": drawn.source}
     scores |= {f"step_0/{name}": score for name, score in start.items() if not name.endswith("baseline")}
     write_json(folder / "recomposition.json", about | scores)
     return scores
@@ -282,8 +306,8 @@ def remix_figure(model, data, rows=4):
 
 def table_lines(scores):
     """The trained model beside its start, and the baseline; and crowded scenes."""
-    yield "| PSNR, dB | trained | step 0 | baseline: the picture itself |\n|-|-|-|-|"
-    for name in PRINTED:
+    yield "| PSNR, LSD in dB | trained | step 0 | baseline: the picture, or mixture, itself |\n|-|-|-|-|"
+    for name in (name for name in PRINTED if name in scores):
         values = (scores.get(key) for key in (name, f"step_0/{name}", f"{name}_baseline"))
         yield f"| {name} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |"
     for name in (name for name in scores if name.startswith("crowds/")):
@@ -308,10 +332,10 @@ def main(run_dir, data_root):
     for name, figure in figures.items():
         figure.save(run_dir / "figures" / f"{name}.png")
     click.echo(f"written: {', '.join(f'{run_dir}/figures/{name}.png' for name in figures)}")
-    if not model.sound:
-        scores = measure_recomposition(run_dir, model, data)
-        click.echo(f"{PAIRS} pairs of built-in test scenes; trained on: {data.source}")
-        click.echo("\n".join(table_lines(scores)))
+    scores = measure_recomposition(run_dir, model, data)
+    what = f"{train_mvae.MIXTURES} test mixtures" if model.sound else f"{PAIRS} pairs of built-in test scenes"
+    click.echo(f"{what}; trained on: {data.source}")
+    click.echo("\n".join(table_lines(scores)))
 
 
 if __name__ == "__main__":
