@@ -629,32 +629,28 @@ class Run:
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
         self.folder = None
-        if rank == 0:
-            words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
-            session = {"command": shlex.join(["python", *words]), "processes": world, "versions": versions()}
-            config = {"script": script, "data": data, "history": [*history, session]}
-            config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
-            self.folder = self.open_folder(folder, name, config)
-            sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}"
-            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}\n{sizes}")
-
-    def open_folder(self, folder, name, config):
-        """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., for this run alone."""
-        try:
+        if rank > 0:
+            return
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
+        session = {"command": shlex.join(["python", *words]), "processes": world, "versions": versions()}
+        config = {"script": script, "data": data, "history": [*history, session]}
+        config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
+        try:  # the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., is for this run alone
             for k in itertools.count(1):
-                free = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
+                self.folder = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
                 with contextlib.suppress(FileExistsError):
-                    free.mkdir(parents=True, exist_ok=bool(folder))
+                    self.folder.mkdir(parents=True, exist_ok=bool(folder))
                     break
-            self.lock = FileLock(free / ".lock", timeout=0)  # the system opens it when the process ends, however
+            self.lock = FileLock(self.folder / ".lock", timeout=0)  # the system opens it when the process ends, however
             self.lock.acquire()
-            write_json(free / "config.json", config)  # first: what has one can be resumed
-            (free / "figures").mkdir(exist_ok=True)
-            self.writer = SummaryWriter(free)
+            write_json(self.folder / "config.json", config)  # first: what has one can be resumed
+            (self.folder / "figures").mkdir(exist_ok=True)
+            self.writer = SummaryWriter(self.folder)
         except OSError as error:  # the lock's among them, without a text
             why = error.strerror or "another run is at work there; expected a folder of its own"
             raise click.UsageError(f"--out {folder or 'runs'} cannot be written: {why}") from error
-        return free
+        sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}"
+        click.echo(f"data: {self.source}; device: {device}; run folder: {self.folder}\n{sizes}")
 
     def __enter__(self):
         def stop(*_):
