@@ -73,8 +73,7 @@ def split_files(root, suffixes, most, skipped=()):
     for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
         place = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if name[0] != "." and (place / name).as_posix() not in skipped]
-        for name in (name for name in names if name[0] != "." and name.lower().endswith(suffixes)):
-            path = (place / name).as_posix()
+        for path in ((place / name).as_posix() for name in names if name[0] != "." and name.lower().endswith(suffixes)):
             share = int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest()) / 2**64
             files, total = found[SPLITS[(share >= 0.8) + (share >= 0.9)]], total + 1
             files.append((share, path))
@@ -257,8 +256,7 @@ def log_expand(level):
 def log_spectral_distance(level, reference, bins=1):
     """Log-spectral distance (Gray & Markel 1976) of levels, two of (B, F, T), in dB: (B,). `bins`: their axis F."""
     # Levels have 0.01 added to every magnitude: bins below what can be heard do not decide it.
-    decibels = 20 / math.log(10) * (level - reference)
-    return decibels.square().mean(bins).sqrt().flatten(1).mean(1)
+    return (20 / math.log(10) * (level - reference)).square().mean(bins).sqrt().flatten(1).mean(1)
 
 
 class Vocoder(nn.Module):
@@ -290,9 +288,9 @@ KEPT = 16_000  # notes of a split kept in memory: 2 GB
 Note = namedtuple("Note", "name family pitch instrument velocity path semitones window windows",
                   defaults=(None, 0, 0, 1))  # fmt: skip
 # A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
-# stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); vibrato in semitones; breath, noise beside
-# the tone; pluck, where a string is plucked, as a share of its length; odd, weight of even harmonics; formants in Hz.
-Timbre = namedtuple("Timbre", "pitches rolloff attack decay stiffness vibrato breath pluck odd formants",
+# vibrato in semitones; breath, noise beside the tone; pluck, where a string is plucked, as a share of its length;
+# stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); odd, weight of even ones; formants in Hz.
+Timbre = namedtuple("Timbre", "pitches rolloff attack decay vibrato breath pluck stiffness odd formants",
                     defaults=(math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, ()))  # fmt: skip
 TIMBRES = {
     "bass": Timbre((28, 55), rolloff=1.6, attack=0.008, decay=1.4, stiffness=5e-5, pluck=0.2),
@@ -307,17 +305,14 @@ TIMBRES = {
 def synthesise(note):
     """One note of a built-in instrument, held for three seconds: (SAMPLES,), the same in every run."""
     timbre, instrument = TIMBRES[note.family], random_generator("instrument", note.instrument)
-    rolloff, attack, decay, vibrato, breath, pluck = (
-        getattr(timbre, name) * math.exp(0.25 * torch.randn((), generator=instrument))
-        for name in ("rolloff", "attack", "decay", "vibrato", "breath", "pluck")
-    )
+    own = (value * math.exp(0.25 * torch.randn((), generator=instrument)) for value in timbre[1:7])  # of the instrument
+    rolloff, attack, decay, vibrato, breath, pluck = own
     colour = (0.3 * torch.randn(64, generator=instrument)).exp()  # of every harmonic
-    generator, t = random_generator("note", note.name), torch.arange(SAMPLES) / RATE
+    generator, t, h = random_generator("note", note.name), torch.arange(SAMPLES) / RATE, torch.arange(1, 65)
     frequency, since = 440 * 2 ** ((note.pitch - 69) / 12), (t - 0.3).clamp(min=0)
     # Vibrato sets in at 0.3 s, from phase 0 and within 0.3 s more, so that neither phase nor frequency jumps.
     wobble = vibrato * math.log(2) / 12 * (since / 0.3).clamp(max=1) * torch.sin(2 * math.pi * 5.5 * since)
     phase = 2 * math.pi * frequency * (t + wobble / (2 * math.pi * 5.5))
-    h = torch.arange(1, 65)
     sharp = h * (1 + timbre.stiffness * h**2) ** 0.5
     h, sharp, colour = (v[sharp * frequency < 0.47 * RATE] for v in (h, sharp, colour))
     amplitude = colour * h ** -(rolloff + 0.6 * (1 - note.velocity / 127))  # soft notes are duller
@@ -408,8 +403,7 @@ def read_note(note):
     """All windows of a note's file, one channel at RATE, transposed: (SAMPLES,) of 16 bits each, or None if silent."""
     samples, rate = read_sound(note.path) if note.path else (synthesise(note).numpy()[:, None], RATE)  # (n, channels)
     waveform = resample_sound(samples.mean(1), rate, RATE)[: note.windows * SAMPLES]
-    if note.semitones:
-        waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
+    waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
     windows = fit(waveform, note.windows * SAMPLES).reshape(-1, SAMPLES)
     silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
     bits = torch.from_numpy((windows.clip(-1, 1) * 32767).round()).short()
@@ -577,15 +571,6 @@ def start_device(name, seed):
     return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
-def reduce_over_processes(values, device, op):
-    """Numbers, the same in all processes afterwards: reduced by `op`, a dist.ReduceOp."""
-    if not dist.is_initialized():
-        return values
-    shared = torch.tensor([float(v) for v in values], dtype=torch.float64).to(device)
-    dist.all_reduce(shared, op=op)
-    return shared.tolist()
-
-
 def optimizer_step(loss, terms, optimizer, lr, clip):
     """One step down `loss`, gradients averaged over processes and clipped to a norm; returns numbers to log."""
     optimizer.zero_grad(set_to_none=True)
@@ -613,18 +598,14 @@ def load_config(folder):
 def load_checkpoint(folder, device, **modules):
     """The `checkpoint.pt` of a run folder, loaded into `modules` too, or click.ClickException where it does not fit."""
     kinds = {"model": dict, "optimizer": dict, "step": int, "elapsed": float, "progress": float}
-
-    def read(path):
-        if zipfile.ZipFile(path).testzip():  # torch.load takes flipped bits for weights
-            raise ValueError
-        return torch.load(path, map_location=device, weights_only=True)
-
-    state = load_file(Path(folder) / "checkpoint.pt", read, kinds, click.ClickException)
+    path, load = Path(folder) / "checkpoint.pt", partial(torch.load, map_location=device, weights_only=True)
+    # torch.load takes flipped bits for weights; testzip finds them, and gives a name, which load_file refuses.
+    state = load_file(path, lambda path: zipfile.ZipFile(path).testzip() or load(path), kinds, click.ClickException)
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise click.ClickException(f"{folder}/checkpoint.pt does not fit; config.json names its commit") from fault
+        raise click.ClickException(f"{path} does not fit; config.json names its commit") from fault
     return state
 
 
@@ -695,32 +676,28 @@ class Run:
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
         self.folder = None
-        if rank == 0:
-            words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
-            session = {"command": shlex.join(["python", *words]), "processes": world, "versions": versions()}
-            config = {"script": script, "data": data, "history": [*history, session]}
-            config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
-            self.folder = self.open_folder(folder, name, config)
-            sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}"
-            click.echo(f"data: {data['source']}; device: {device}; run folder: {self.folder}\n{sizes}")
-
-    def open_folder(self, folder, name, config):
-        """Make the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., for this run alone."""
-        try:
+        if rank > 0:
+            return
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
+        session = {"command": shlex.join(["python", *words]), "processes": world, "versions": versions()}
+        config = {"script": script, "data": data, "history": [*history, session]}
+        config["options"] = {k: v for k, v in options.items() if k not in ("resume", "out", "dry_run")}
+        try:  # the folder, by default the first free one of runs/NAME, runs/NAME-2, ..., is for this run alone
             for k in itertools.count(1):
-                free = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
+                self.folder = folder or Path("runs") / (f"{name}-{k}" if k > 1 else name)
                 with contextlib.suppress(FileExistsError):
-                    free.mkdir(parents=True, exist_ok=bool(folder))
+                    self.folder.mkdir(parents=True, exist_ok=bool(folder))
                     break
-            self.lock = FileLock(free / ".lock", timeout=0)  # the system opens it when the process ends, however
+            self.lock = FileLock(self.folder / ".lock", timeout=0)  # the system opens it when the process ends, however
             self.lock.acquire()
-            write_json(free / "config.json", config)  # first: what has one can be resumed
-            (free / "figures").mkdir(exist_ok=True)
-            self.writer = SummaryWriter(free)
+            write_json(self.folder / "config.json", config)  # first: what has one can be resumed
+            (self.folder / "figures").mkdir(exist_ok=True)
+            self.writer = SummaryWriter(self.folder)
         except OSError as error:  # the lock's among them, without a text
             why = error.strerror or "another run is at work there; expected a folder of its own"
             raise click.UsageError(f"--out {folder or 'runs'} cannot be written: {why}") from error
-        return free
+        sizes = f"{sum(p.numel() for p in model.parameters()):,} parameters; batches of {self.total}"
+        click.echo(f"data: {self.source}; device: {device}; run folder: {self.folder}\n{sizes}")
 
     def __enter__(self):
         def stop(*_):
@@ -754,8 +731,11 @@ class Run:
         """Share of the run that is done, by steps or minutes, and whether to stop: the same in all processes."""
         self.elapsed = time.monotonic() - self.started
         steps, minutes = (self.options[limit] or math.inf for limit in ("steps", "minutes"))
-        done = min(1.0, max(self.step / steps, self.elapsed / (60 * minutes)))
-        self.share, self.stopped = reduce_over_processes((done, self.stopped), self.device, dist.ReduceOp.MAX)
+        self.share = min(1.0, max(self.step / steps, self.elapsed / (60 * minutes)))
+        if dist.is_initialized():
+            shared = torch.tensor([self.share, self.stopped], dtype=torch.float64).to(self.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            self.share, self.stopped = shared.tolist()
         self.progress = max(self.progress, self.share)
 
     def steps(self):
@@ -804,23 +784,22 @@ class Run:
 
     def report(self, scores):
         """Scores of the valid split, checked as `log` does: a line, a point of curve.json, TensorBoard."""
-        self.say("valid", scores)
+        curve, point = self.folder / "curve.json", self.say("valid", scores)
         self.scalars("valid", scores)
-        curve, point = self.folder / "curve.json", {"step": self.step, "minutes": self.elapsed / 60} | scores
         before = read_json(curve) if curve.is_file() else []
         write_json(curve, [*(earlier for earlier in before if earlier["step"] < self.step), point])
 
     def say(self, split, scores):
+        """A line of scores of a split; returns them, after the steps and minutes of training that they took."""
         self.check_finite(scores)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
         tqdm.write(f"step {self.step}, {self.elapsed / 60:.1f} min, {split}: {shown}")
+        return {"step": self.step, "minutes": self.elapsed / 60} | scores
 
     def finish(self, scores, untrained):
         """Scores of the test split, and those before the first step, checked as `log` does: a line, metrics.json."""
         scores = scores | {f"step_0/{name}": score for name, score in untrained.items()}
-        self.say("test", scores)
-        about = {"split": "test", "step": self.step, "minutes": self.elapsed / 60, "data": self.source}
-        write_json(self.folder / "metrics.json", about | scores)
+        write_json(self.folder / "metrics.json", {"split": "test", "data": self.source} | self.say("test", scores))
 
     def figure(self, name, image):
         """`image`: a PIL picture; figures/<name>.png always holds the newest."""

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from common import (  # isort: skip
     COMPRESSION, PITCHES, RATE, SAMPLES, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
     build_model, families_option, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
-    log_expand, log_spectral_distance, optimizer_step, random_generator, reduce_over_processes, reparameterize,
-    settle_options, start_device, training_command,
+    log_expand, log_spectral_distance, optimizer_step, random_generator, reparameterize, settle_options,
+    start_device, training_command,
 )  # fmt: skip
 from recompose import TILE, Tile, contact_sheet, heat_map, with_scales
 
@@ -333,6 +333,15 @@ def start_at_notes(model, split):
 # ---------------------------------------------------------------- Objective
 
 
+def mean_over_processes(value):
+    """A number, averaged over all processes, in which it is the same afterwards."""
+    if not dist.is_initialized():
+        return value
+    total = value.double()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
 def objective(model, level, label, noise, beta):
     """The loss of a batch, and its terms in nats per note: levels (B, bins, T), label (B, n_labels), noise (B, D).
 
@@ -343,9 +352,7 @@ def objective(model, level, label, noise, beta):
     mu, logvar = model.encode(level, label)
     decoded = model.decode(reparameterize(mu, logvar, noise), label)
     error = (decoded - model.spectrogram.scale(level)).square().mean()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    variance = reduce_over_processes([error.detach()], level.device, dist.ReduceOp.SUM)[0] / world
-    variance = torch.as_tensor(variance, dtype=torch.float32)
+    variance = torch.as_tensor(mean_over_processes(error.detach()), dtype=torch.float32)
     kl, values = gaussian_kl(mu, logvar).sum(1).mean(), level[0].numel()
     reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance)
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.sqrt()}
