@@ -7,6 +7,8 @@
 
     python recompose.py a.png b.png --slots 0,2 --slots 1  # slots 0 and 2 of a.png, slot 1 of b.png
     python recompose.py a.png --move 0:0.2,-0.1            # slot 0 further right and up, by shares of the width
+    python recompose.py a.png --slots 0,2 --complete       # and a new scene around them
+    python recompose.py --sample 4                         # four new scenes; of sounds: --out new.wav
     python recompose.py a.wav b.wav --slots 0 --slots 1 --transpose 1.1:3 --out mix.mp3  # one instrument of each
 
 Writes the recomposed picture or sound (`--out`) and beside it a figure: inputs, KL maps with the chosen cells marked,
@@ -349,13 +351,13 @@ EDITS = {"move": "moved by {:+g} {:+g}", "front": "in front", "transpose": "{:+g
 class Model:
     """An exported folder's graphs, in onnxruntime; raises click.UsageError where one is missing, or of another kind."""
 
-    def __init__(self, folder, kind, n_slots=None, vocoder=False):
+    def __init__(self, folder, kind, n_slots=None, others=()):
         import onnxruntime  # here, so that `--help` and wrong arguments answer at once
 
         self.sessions, options, sums = {}, onnxruntime.SessionOptions(), folder / "SHA256SUMS"
         options.log_severity_level = 3  # errors alone
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # others take longer
-        for name in ("encoder", "decoder", "composer", "vocoder")[: 3 + vocoder]:
+        for name in ("encoder", "decoder", "composer", *others):
             path = folder / f"{name}.onnx"
             try:
                 if sums.exists() and hashlib.sha256(path.read_bytes()).hexdigest() not in sums.read_text():
@@ -383,6 +385,20 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
+    def imagine(self, noise, z, cell, light=None):
+        """Slots z (1, M, D), cell (1, M, 2), none or some, and the prior's -> as many as a scene has; background."""
+        shapes = {given.name: given.shape[1:] for given in self.sessions["prior"].get_inputs()}
+        inputs = {"noise": noise.standard_normal((1, *shapes["noise"]), np.float32), "kept": np.array([z.shape[1]])}
+        for name, kept in (("kept_z", z), ("kept_cell", cell)):
+            if z.shape[1] > shapes[name][0]:
+                raise click.UsageError(f"--complete: {z.shape[1]} slots; expected at most {shapes[name][0]}")
+            inputs[name] = np.pad(kept, [(0, 0), (0, shapes[name][0] - z.shape[1]), (0, 0)])
+        if "light" in shapes:
+            inputs["light"] = np.zeros((1, *shapes["light"]), np.float32) if light is None else light
+        made = self.run("prior", **inputs)
+        n = max(1, made["count"][0])
+        return made["z"][:, :n], made["cell"][:, :n], made.get("background")
+
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
         behind = {} if background is None else {"background": background.repeat(len(layer), 0)}
@@ -408,9 +424,30 @@ def explain(model, rows, result, what):
     return contact_sheet(sheet, "Inputs taken apart; the framed slots put together", labels)
 
 
-def recompose_pictures(model, inputs, kept, crop=None):
-    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL."""
-    rows, parts, backgrounds = [], [], []
+def sample(model, n, seed):
+    """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); and the figure."""
+    results, sheet, sound = [], [], model.about["kind"] == "mvae-sound"
+    for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
+        z, cell, background = model.imagine(noise, *(np.zeros((1, 0, k), np.float32) for k in (model.about["D"], 2)))
+        layer = model.run("decoder", z=z, cell=cell)["layer"]
+        drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
+        if sound:
+            results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"])
+            about = drawn[0].max(), model.about["samples"] / model.about["sample_rate"], model.about["sample_rate"]
+        else:
+            results.append(to_uint8(drawn[0]))
+        tiles = [spectrum_tile(one, *about) if sound else to_uint8(one) for one in drawn]
+        sheet.append(list(map(Tile, tiles, ["sample", *(f"slot {k}" for k in range(z.shape[1]))])))
+    result, figure = np.concatenate(results, axis=1), contact_sheet(sheet, "Samples of the prior, and slots alone")
+    return result if sound else Image.fromarray(result), figure
+
+
+def recompose_pictures(model, inputs, kept, crop=None, noise=None):
+    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL.
+
+    `noise`, a NumPy generator: the prior completes the scene.
+    """
+    rows, parts, backgrounds, places = [], [], [], []
     for path, slots in zip(inputs, kept, strict=True):
         picture = load_picture(path, model.about["size"], crop or model.about["crop"])
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
@@ -421,12 +458,17 @@ def recompose_pictures(model, inputs, kept, crop=None):
         misfit = unexplained(model.compose(layer, background), image)
         heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
         rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
-        backgrounds.append(background)
+        backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
+            places.append((z[:, [k]], moved))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
-    result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0])[0])
+    if noise:
+        given = [np.concatenate(values, axis=1) for values in zip(*places, strict=True)]
+        z, cell, _ = model.imagine(noise, *given, backgrounds[0][1])
+        parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
+    result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")
 
 
@@ -524,7 +566,7 @@ def kept_slots(slots, edits, n_inputs, n_slots):
 
 
 @click.command(help=__doc__.replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=FILE)
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=FILE)
 @click.option("--slots", multiple=True, metavar="K,K", help="Slots to keep, if not all: once, or once for each input.")
 @click.option("--n-slots", type=click.IntRange(1, 12), show_default="the model's", help="Slots to find in every input.")
 @click.option("--move", multiple=True, metavar=FORMS[2], help="Pictures: move slot K (of input I) by X, Y widths.")
@@ -534,34 +576,44 @@ def kept_slots(slots, edits, n_inputs, n_slots):
 @click.option("--model", "folder", type=PATH, show_default="the shipped model", help="Folder written by export.py.")
 @click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), help="Pictures: a crop other than the model's.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
+@click.option("--complete", is_flag=True, help="Pictures: let the prior fill the scene around the slots that are kept.")
+@click.option(
+    "--sample", "n", type=click.IntRange(1), help="Without INPUT: so many new scenes of the prior, or sounds."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of what the prior draws.")
 @click.option("--out", type=PATH, help="File to write, if not recomposed.png or .wav; NAME_figure.png explains it.")
-def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
+def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, **edits):
     # 1. Check the arguments, and read the model.
-    sound, *mixed = {path.suffix.lower() in SOUNDS for path in inputs}
+    if bool(inputs) == bool(n):
+        raise click.UsageError("expected pictures or sounds, INPUT..., or --sample")
+    sound, *mixed = {path.suffix.lower() in SOUNDS for path in inputs or [out or Path()]}
     if mixed:
         raise click.UsageError("pictures and sounds cannot be recomposed together")
     kind, suffixes = ("mvae-sound", WRITTEN) if sound else ("mvae-image", (".png",))
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    for name in ("crop", "move", "front") if sound else ("vocoder", "transpose", "gain"):
-        if (edits | {"crop": crop, "vocoder": vocoder})[name]:
+    for name in ("crop", "move", "front", "complete") if sound else ("vocoder", "transpose", "gain"):
+        if (edits | {"crop": crop, "vocoder": vocoder, "complete": complete})[name]:
             raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
             raise click.UsageError(f"--out: {path} is a folder, would overwrite an input, or its folder does not exist")
-    model = Model(folder or SHIPPED[kind], kind, n_slots, bool(vocoder or edits["transpose"]))
+    others = ["vocoder"] * bool(vocoder or edits["transpose"] or (n and sound)) + ["prior"] * bool(n or complete)
+    model = Model(folder or SHIPPED[kind], kind, n_slots, others)
     if edits["front"] and model.about["op"] != "alpha":
         raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")
-    kept = kept_slots(slots, edits, len(inputs), model.n_slots)
+    kept = [] if n else kept_slots(slots, edits, len(inputs), model.n_slots)
 
     # 2. Take the inputs apart, put the kept slots together, write the result and the figure that explains it.
     try:
-        if sound:
+        if n:
+            (result, figure), rate = sample(model, n, seed), model.about.get("sample_rate")
+        elif sound:
             result, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
         else:
-            result, figure = recompose_pictures(model, inputs, kept, crop)
+            result, figure = recompose_pictures(model, inputs, kept, crop, complete and np.random.default_rng(seed))
         if (np.abs(result).max() if sound else np.ptp(result)) < 1e-5:
             raise click.ClickException("the slots that are kept hold nothing; nothing is written")
         if sound:
@@ -571,7 +623,8 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, out, **edits):
         write_atomically(beside, lambda temporary: figure.save(temporary, format="PNG", compress_level=1))
     except OSError as error:
         raise click.ClickException(f"{out} cannot be written: {error.strerror}") from error
-    click.echo(f"{out}: {sum(map(len, kept))} of {model.n_slots * len(inputs)} slots; {beside} explains it")
+    what = f"{n} samples" if n else f"{sum(map(len, kept))} of {model.n_slots * len(inputs)} slots"
+    click.echo(f"{out}: {what}; {beside} explains it")
 
 
 if __name__ == "__main__":

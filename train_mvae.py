@@ -26,10 +26,11 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.datasets import CLEVRClassification
+from tqdm import trange
 
 from common import (  # isort: skip
-    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
-    beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, learning_rate_at,
+    COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, FlowPrior, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
+    beta_at, build_model, compose, families_option, fit_density, gather_cells, gaussian_kl, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
@@ -474,12 +475,13 @@ NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks,
 SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
 VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
 SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
+BLUR = 0.01  # half picture widths: with an error as wide, where a slot stands has a density
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
 # What the encoder says of B pictures or sounds, slots by falling KL: mu, logvar (B, N, D), cell (B, N, 2) as (y, x), kl
-# (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) or None, kl_all (B,): of all cells, background, closer looks.
+# (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) and its latents, light, or None, kl_all (B,): of all latents.
 # Of sounds that are encoded again, mu and logvar say what masks leave, among the slots asked for; KL is as before.
-Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
+Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background light kl_all")
 OCTAVES = 7  # of the Fourier features of a place along the frequency
 
 
@@ -634,7 +636,7 @@ class Encoder(nn.Module):
 
 
 class Background(nn.Module):
-    """Learned, shaded by latents: features (B, F), noise (B, BACKGROUND_D) or None -> picture (B, C, h, w), KL (B,)."""
+    """Learned, shaded by latents ("light"): features (B, F), noise (B, BACKGROUND_D) or None -> light, KL (B,)."""
 
     def __init__(self, shape, features):
         super().__init__()
@@ -648,9 +650,88 @@ class Background(nn.Module):
     def forward(self, features, noise):
         mu, logvar = self.posterior(features).to(features.dtype).chunk(2, dim=1)  # the KL in full precision
         logvar = logvar + LOGVAR_START
-        z = mu if noise is None else reparameterize(mu, logvar, noise)
-        knots = self.shade(z).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
-        return self.picture + self.up @ knots @ self.up.mT, gaussian_kl(mu, logvar).sum(1)
+        return mu if noise is None else reparameterize(mu, logvar, noise), gaussian_kl(mu, logvar).sum(1)
+
+    def draw(self, light):
+        """light (B, BACKGROUND_D) -> picture (B, C, h, w)."""
+        knots = self.shade(light).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
+        return self.picture + self.up @ knots @ self.up.mT
+
+
+ORDERS = ("independent", "autoregressive", "set")
+# Of B scenes: the background's latents (B, L), how many slots there are (B,), and these (B, N, E), 0 beyond: where they
+# stand, (y, x), of sounds y, then z.
+Scene = namedtuple("Scene", "light count slots")
+
+
+def choose(logits, noise):
+    """The category of logits (B, K) that standard normal noise (B,) stands for: (B,)."""
+    return (logits.softmax(1).cumsum(1)[:, :-1] < torch.special.ndtr(noise)[:, None]).sum(1)
+
+
+class SlotPrior(nn.Module):
+    """A density of Scenes: light, the number of slots, and slots one by one, each given light, number and those before.
+
+    "autoregressive": by falling KL. "set": in any order, a density of sets (Uria et al. 2014), which can go on from any
+    slots. "independent": each given nothing. A transformer chooses one of the slots before, or the scene (a pointer,
+    Vinyals et al. 2015); from what this suggests a flow goes on.
+    """
+
+    def __init__(self, order, e, n_slots, light, width=128, key=16):
+        super().__init__()
+        self.order, self.n_slots, self.sizes = order, n_slots, [key, e, width]
+        self.light = FlowPrior(light, couplings=4, width=64) if light else None
+        self.count = nn.Sequential(nn.Linear(light + 1, width), nn.SiLU(), nn.Linear(width, n_slots + 1))
+        self.whole, self.token = nn.Linear(light + n_slots + 1, width), nn.Linear(e, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.query, self.suggest = nn.Linear(width, key), nn.Linear(width + e, sum(self.sizes))
+        self.flow = FlowPrior(e, width, couplings=4, width=width)
+        self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
+
+    def given(self, values):
+        return torch.zeros_like(values) if self.order == "independent" else values
+
+    def count_logits(self, light):
+        return self.count(F.pad(self.given(light), (0, 1)))
+
+    def suggestions(self, light, count, slots):
+        """Of the scene and all but the last slot (J = N), for every slot: logits (B, N, J), means (B, J, E), the flow's
+        context (B, N, J, width)."""
+        before = F.pad(self.given(slots)[:, :-1], (0, 0, 1, 0))  # (B, N, E)
+        whole = self.whole(self.given(torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)))
+        tokens = torch.cat([whole[:, None], self.token(before[:, 1:])], dim=1)
+        h = self.body(tokens, self.later, is_causal=True)  # (B, N, width)
+        key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
+        return (self.query(h) @ key.mT).masked_fill(self.later, -1e4), mean, F.silu(h[:, :, None] + context[:, None])
+
+    def log_prob(self, scene, generator):
+        """log p of Scenes, (B,), in nats; by one order of a set, drawn by `generator`, whose mean is a lower bound."""
+        light, count, slots = scene
+        there, total = torch.arange(self.n_slots) < count[:, None], self.light.log_prob(light) if self.light else 0.0
+        total = total + self.count_logits(light).log_softmax(1).gather(1, count[:, None])[:, 0]
+        if self.order != "autoregressive":
+            order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
+            slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
+        logits, mean, context = self.suggestions(light, count, slots)
+        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean[:, None], context)  # (B, N, J)
+        return total + torch.where(there, each.logsumexp(2), 0.0).sum(1)
+
+    def sample(self, noise, kept, light, slots):
+        """Standard normal noise (B, N + 1, E + 1) -> Scene; where `kept` (B,) is not 0 with `light` (B, L), and so many
+        of `slots` (B, N, E), the first."""
+        if self.light:
+            light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
+        number = torch.arange(self.n_slots + 1)
+        few = number < kept[:, None]
+        count = choose(self.count_logits(light).masked_fill(few, -1e4), noise[:, 0, -1])
+        for k in range(self.n_slots):
+            logits, mean, context = self.suggestions(light, count, slots)
+            one = choose(logits[:, k], noise[:, k + 1, -1])[:, None, None]  # (B, 1, 1)
+            mean, context = (v.gather(1, one.expand(-1, 1, v.shape[2]))[:, 0] for v in (mean, context[:, k]))
+            slot = mean + self.flow.sample(noise[:, k + 1, :-1], context)
+            slots = torch.where(((number[:-1] == k) & ~few[:, 1:])[..., None], slot[:, None], slots)
+        return Scene(light, count, slots)
 
 
 class MVAE(nn.Module):
@@ -660,7 +741,7 @@ class MVAE(nn.Module):
     closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes.
     """
 
-    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset):
+    def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset, prior):
         super().__init__()
         self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
         self.op, self.compose_at = op, compose_at
@@ -678,6 +759,8 @@ class MVAE(nn.Module):
         self.background = None if self.sound else Background((parts, side, side), channels)
         self.most_slots = min(max(MOST_SLOTS, n_slots), grid[0] * grid[1])
         self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
+        self.axes, self.blur = (1, 1 / cells) if self.sound else (2, BLUR)  # of where a slot stands
+        self.prior = SlotPrior(prior, self.axes + d, n_slots, self.noise_sizes[1])  # last: the rest starts as without
 
     @torch.no_grad()
     def start_at_mean(self, mean):
@@ -697,7 +780,7 @@ class MVAE(nn.Module):
         """image (B, C, H, W), noise (B, BACKGROUND_D) -> Encoding of N slots, or choices `slots` (n,) < MOST_SLOTS."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
-        background, kl_all = (None, 0.0) if self.background is None else self.background(features, noise)
+        light, kl_all = (features[:, :0], 0.0) if self.sound else self.background(features, noise)
         kl_all = kl_all + kl_map.sum((1, 2))
         half = None if self.sound else self.slot_decoder.half(mu.flatten(2).transpose(1, 2))  # (B, H_l * W_l)
         kl, n = kl_map.flatten(1), self.n_slots if slots is None else self.most_slots
@@ -715,7 +798,8 @@ class MVAE(nn.Module):
             masked = log_compress((2 * self.decode(mu, place)).softmax(1) * log_expand(image)[:, None]).flatten(0, 1)
             found = (gather_cells(values, index.flatten()[:, None]) for values in self.encoder(masked)[:2])
             mu, logvar = (values[:, 0].unflatten(0, index.shape) for values in found)
-        return Encoding(mu, logvar, place, kl.gather(1, index), kl_map, background, kl_all)
+        background = None if self.sound else self.background.draw(light)
+        return Encoding(mu, logvar, place, kl.gather(1, index), kl_map, background, light, kl_all)
 
     @torch.no_grad()
     def select(self, kl, place, half, n):
@@ -762,6 +846,22 @@ class MVAE(nn.Module):
             return log_compress(compose(layer.clamp(max=8).exp(), background, self.op))  # none is as loud as exp(8)
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
+    def scene(self, encoding, generator):
+        """Encoding -> Scene: a sample of the posteriors of slots that hold something, a little beside their places."""
+        there = encoding.kl >= EMPTY["mvae-sound" if self.sound else "mvae-image"]  # (B, N)
+        z = reparameterize(encoding.mu, encoding.logvar, torch.randn(encoding.mu.shape, generator=generator))
+        place = encoding.cell[..., : self.axes]
+        place = place + self.blur * (2 * torch.rand(place.shape, generator=generator) - 1)
+        return Scene(encoding.light, there.sum(1), torch.cat([place, z], dim=2) * there[..., None])
+
+    def slots(self, scene):
+        """Scene -> z (B, N, D), cell (B, N, 2), of sounds the nearest; background (B, C, h, w) or None."""
+        cell, z = scene.slots.split([self.axes, self.d], dim=2)
+        if self.sound:
+            y = self.encoder.middles[0, :, 0]
+            cell = F.pad(y[(cell - y).abs().argmin(2, keepdim=True)], (0, 1))
+        return z, cell, None if self.sound else self.background.draw(scene.light)
+
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
         of_slots, of_background = noise.split(self.noise_sizes, dim=1)
@@ -804,6 +904,32 @@ def objective(image, mean, encoding, haze, beta, sigma):
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
+
+
+FITTED = 5_000  # updates of a prior, or as many as the run had
+
+
+@torch.no_grad()
+def posteriors(model, data, n, seed):
+    """Encodings of n examples to train on, BLOCK more or less, without maps and pictures: one Encoding."""
+    parts = []
+    for k in trange(math.ceil(n / BLOCK), desc="posteriors", disable=None):
+        image, generator = data.batch(k, slice(0, BLOCK), BLOCK), random_generator("light", seed, k)
+        noise = torch.randn(BLOCK, model.noise_sizes[1], generator=generator).to(image.device)
+        parts.append(model.encode(image, noise)._replace(kl_map=None, background=None))
+    return Encoding(*(None if one[0] is None else torch.cat(one).cpu() for one in zip(*parts, strict=True)))
+
+
+def fit_prior(prior, model, encoding, steps, seed, batch=128):
+    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020, ex-post density estimation)."""
+
+    def negative_log_prob(step):
+        generator = random_generator("prior", seed, step)
+        some = torch.randint(len(encoding.kl), (batch,), generator=generator)
+        sampled = model.scene(Encoding(*(value if value is None else value[some] for value in encoding)), generator)
+        return -prior.log_prob(sampled, generator)
+
+    fit_density(prior, negative_log_prob, steps)
 
 
 def adjusted_rand_index(predicted, true):
@@ -949,6 +1075,26 @@ def show_pictures(model, data, run, n=6):
 
 
 @torch.no_grad()
+def show_samples(model, data, run, n=6):
+    """Scenes, or mixtures, as the prior has them, beside their slots alone, a row each; mixtures as sounds too."""
+    shape, rows, none = (n, model.n_slots + 1, model.axes + model.d + 1), [], torch.zeros(n, dtype=torch.long)
+    noise = torch.randn(shape, generator=random_generator("samples"))
+    scene = model.prior.sample(noise, none, noise[:, 0, : model.noise_sizes[1]], noise[:, 1:, 1:])
+    z, cell, background = model.slots(scene)
+    for b, layer in enumerate(model.decode(z, cell).split(1)):
+        some, behind = layer[:, : scene.count[b]], None if model.sound else background[b : b + 1]
+        drawn = torch.cat([model.compose(some, behind), *model.alone(some, behind)])
+        if model.sound:
+            magnitude = data.levels.to_stft_magnitude(drawn)
+            tiles = [spectrum_tile(one.numpy(), magnitude[0].max().item(), SAMPLES / RATE, RATE) for one in magnitude]
+            run.sound(f"sample{b}", HEARD / LOUDNESS * Vocoder(SOUND_FFT)(magnitude[:1])[0])
+        else:
+            tiles = [to_uint8(one.numpy()) for one in drawn]
+        rows.append(list(map(Tile, tiles, ("sample", *(f"slot {k}" for k in range(len(tiles) - 1))))))
+    run.figure("samples", contact_sheet(rows, f"Samples of the prior ({model.prior.order}), and their slots alone"))
+
+
+@torch.no_grad()
 def show_sounds(model, data, run, n=5, heard=2):
     """Mixtures, KL maps, reconstructions, slots alone beside known stems, a row a mixture; some of them as sounds."""
     stems = data.mixtures("valid", n).to(data.device)
@@ -982,19 +1128,32 @@ def graphs(model):
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
     levels, inputs = (SoundLevels(model.size), {"waveform": waveform}) if sound else (nn.Identity(), {"image": image})
-    names = "mu", "logvar", "cell", "kl", "kl_map", "gain" if sound else "background"
+    names = "mu", "logvar", "cell", "kl", "kl_map", *(("gain",) if sound else ("background", "light"))
 
     def encode(data, slots=None):
-        *of_cells, background, _ = model.encode(levels(data), slots=slots)
-        return *of_cells, root_mean_square(data)[:, 0] / HEARD if sound else background
+        *of_cells, background, light, _ = model.encode(levels(data), slots=slots)
+        return *of_cells, *((root_mean_square(data)[:, 0] / HEARD,) if sound else (background, light))
 
     def compose(layer, background=None):
         composed = model.compose(layer, background)
         return HEARD / LOUDNESS * levels.to_stft_magnitude(composed) if sound else composed
 
-    encoder = Graph(names, encode, model, levels, optional=("slots",))
-    layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-1].contiguous()})
-    made = {"encoder": (encoder, inputs | {"slots": torch.arange(model.n_slots)})}
+    def imagine(noise, kept, kept_z, kept_cell, light=None):
+        light = noise[:, 0, :0] if light is None else light
+        kept_slots = torch.cat([kept_cell[..., : model.axes], kept_z], dim=2)
+        scene = model.prior.sample(noise, kept, light, kept_slots)
+        z, cell, background = model.slots(scene)
+        return z, cell, scene.count, *(() if sound else (background,))
+
+    encoder, n = Graph(names, encode, model, levels, optional=("slots",)), model.n_slots
+    layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
+    made = {"encoder": (encoder, inputs | {"slots": torch.arange(n)})}
+    kept_z, kept_cell = torch.randn(2, n, model.d, generator=generator), torch.zeros(2, n, 2)
+    noise = torch.randn(2, n + 1, model.axes + model.d + 1, generator=generator)
+    given = {"noise": noise, "kept": torch.tensor([0, 1]), "kept_z": kept_z, "kept_cell": kept_cell}
+    given |= {} if sound else {"light": noise[:, 0, : model.noise_sizes[1]].contiguous()}
+    outputs, used = ("z", "cell", "count", *(() if sound else ("background",))), (model.prior, model.background)
+    made["prior"] = (Graph(outputs, imagine, *filter(None, used)), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     if sound:
@@ -1062,6 +1221,7 @@ def check_options(options):
 @click.option("--op", type=click.Choice(OPS), default="alpha", help="How layers are combined.")
 @click.option("--compose", "compose_at", type=click.Choice(["data", "feature"]), default="data", help="Where they are.")
 @click.option("--last-beta", type=click.FloatRange(0), default=0.5, help="What --beta falls to once slots have parted.")
+@click.option("--prior", type=click.Choice(ORDERS), default="set", help="Slots drawn alone, by KL, or in any order.")
 @click.option("--sigma", type=POSITIVE, default=0.1, help="Likelihood's standard deviation.")
 @click.pass_context
 def main(context, **options):
@@ -1079,11 +1239,12 @@ def main(context, **options):
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     start = copy.deepcopy(model)  # as it is before a resumed run's weights are loaded
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99))
+    trained = [value for name, value in model.named_parameters() if not name.startswith("prior.")]
+    optimizer = torch.optim.Adam(trained, lr=options["lr"], betas=(0.9, 0.99))
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # 3. Training; figures and scores of the valid split at every tenth, of the test split at the end.
+    # 3. Training; figures and scores of the valid split at every tenth; then the prior, scores of the test split.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
             run.report(evaluate(model, data, "valid", n_valid, sigma))
@@ -1102,6 +1263,11 @@ def main(context, **options):
             if run.due:
                 run.report(evaluate(model, data, "valid", n_valid, sigma))
         if run.complete:
+            encoding = posteriors(model, data, min(POOL, run.step * run.total), options["seed"])
+            fit_prior(model.prior.cpu(), model, encoding, min(FITTED, run.step), options["seed"])
+            model.prior.to(device)
+            run.save()
+            show_samples(model, data, run)
             run.finish(*(evaluate(one, data, "test", n_test, sigma) for one in (model, start)))
 
 
