@@ -409,9 +409,8 @@ class Mixtures:
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
             pitch, instrument = notes.pitch[some], notes.instrument[some]
-            # In unison or octaves apart two notes share all harmonics. Of single sounds no pairs are left.
-            apart = ((pitch[:, a] - pitch[:, b]) % 12 != 0) | (pitch[:, a] < 0) | (pitch[:, b] < 0)
-            drawn += some[(apart & (instrument[:, a] != instrument[:, b])).all(1)].tolist()
+            fitting = self.fit(pitch[:, a], pitch[:, b]) & (instrument[:, a] != instrument[:, b])
+            drawn += some[fitting.all(1)].tolist()  # of single sounds no pairs are left
             if len(drawn) < n:
                 continue
             if decibels is None:
@@ -425,6 +424,10 @@ class Mixtures:
             if None not in chosen:
                 return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
+
+    def fit(self, pitch, other):
+        """Which notes may sound together: in unison or octaves apart they share all harmonics."""
+        return ((pitch - other) % 12 != 0) | (pitch < 0) | (other < 0)
 
     def stems(self, split, pair, decibels):
         """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
