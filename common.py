@@ -215,14 +215,11 @@ def log_spectral_distance(level, reference, bins=1):
 class Vocoder(nn.Module):
     """torchaudio's Griffin-Lim: STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * n_fft / 4)."""
 
-    outputs = ("waveform",)
+    outputs, to_stft_magnitude = ("waveform",), nn.Identity()
 
     def __init__(self, n_fft, iterations=32):
         super().__init__()
         self.inverse = GriffinLim(n_fft, iterations, hop_length=n_fft // 4, power=1, rand_init=False)
-
-    def to_stft_magnitude(self, spectrogram):
-        return spectrogram
 
     def forward(self, spectrogram):
         return self.inverse(self.to_stft_magnitude(spectrogram))
@@ -440,28 +437,24 @@ def training_command(script, presets, foreign=None):
     """Decorator: a click command of own options, --dataset, --resume, RUN_OPTIONS, but `foreign` ones of a data set."""
     # Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows.
 
-    def fill_from_preset(context, parameter, dataset):
-        if not context.params.get("resume"):
-            context.default_map = presets[dataset]
-        for option in context.command.params:
-            option.hidden = option.name in (foreign or {}).get(dataset, ())
-        return dataset
-
-    def fill_from_run(context, parameter, folder):
-        if folder:
-            config = load_config(folder)
+    def fill(context, parameter, value):
+        values = context.params | {parameter.name: value}  # of --dataset and --resume, as far as they are known
+        if values.get("resume"):
+            config = load_config(values["resume"])
             if config["script"] != script:
-                raise click.UsageError(f"--resume: {folder} is a run of {config['script']}.py")
-            context.default_map = config["options"]
-        return folder
+                raise click.UsageError(f"--resume: {values['resume']} is a run of {config['script']}.py")
+        context.default_map = config["options"] if values.get("resume") else presets[values["dataset"]]
+        for option in context.command.params:
+            option.hidden = option.name in context.command.foreign.get(values.get("dataset"), ())
+        return value
 
     def decorate(function):
-        names = {"type": click.Choice(list(presets)), "default": next(iter(presets)), "is_eager": True}
-        settings = {"show_default": True, "default_map": presets[names["default"]]}
+        first, eager = next(iter(presets)), {"is_eager": True, "callback": fill}
+        settings = {"show_default": True, "default_map": presets[first]}
         text = sys.modules[function.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
         command = click.command(context_settings=settings, help=text)(function)
-        dataset = click.Option(["--dataset"], callback=fill_from_preset, **names)
-        resume = click.Option(["--resume"], type=FOLDER, is_eager=True, callback=fill_from_run, help="Run folder.")
+        dataset = click.Option(["--dataset"], type=click.Choice(list(presets)), default=first, **eager)
+        resume = click.Option(["--resume"], type=FOLDER, help="Run folder.", **eager)
         command.params = [dataset, *command.params, *RUN_OPTIONS, resume]
         command.foreign = foreign or {}
         return command
