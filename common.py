@@ -605,7 +605,7 @@ class Run:
     def __init__(self, options, script, name, data, model, optimizer, device):
         self.options, self.script, self.source = options, script, data["source"]
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.step, self.elapsed, self.progress, history = 0, 0.0, 0.0, []
+        self.folder, self.step, self.elapsed, self.progress, history = None, 0, 0.0, 0.0, []
         self.looks = self.due = self.complete = self.stopped = False
         wanted = {"auto": device.type == "cuda"}.get(options["precision"], options["precision"] == "bf16")
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
@@ -621,7 +621,6 @@ class Run:
             if (folder / "checkpoint.pt").exists():  # else the run was killed before it wrote the first
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
-        self.folder = None
         if rank > 0:
             return
         words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
@@ -650,7 +649,7 @@ class Run:
             self.stopped = True  # after this step
 
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=1000, bar_format="{percentage:3.0f}%|{bar:20}|{postfix}", disable=not self.folder or None)
+        self.bar = tqdm(bar_format="{desc}", disable=not self.folder or None)
         self.saved = self.said = time.monotonic()
         self.started = self.saved - self.elapsed
         return self
@@ -687,10 +686,10 @@ class Run:
     def steps(self):
         """(step, progress) of every step that is to be taken, in each of which `log` is to be called once."""
         self.settle()
-        self.began = (self.saved, self.step, self.share)
+        self.began = (self.saved, self.step)
         while self.share < 1 and not self.stopped:
             yield self.step, self.progress
-            if self.due:  # now that its scores stand in the folder
+            if self.due or time.monotonic() - self.saved > 120:  # now that its scores stand in the folder
                 self.save()
         self.save()
         list(itertools.starmap(signal.signal, self.handlers.items()))  # as before: Ctrl-C ends an evaluation at once
@@ -709,29 +708,21 @@ class Run:
         self.settle()
         self.due = bool(self.folder) and int(10 * self.share) > before
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
-        if now - self.saved > 120:
-            self.save()
         if self.folder and self.step % 20 == 0:
-            self.scalars("train", values)
+            for name, value in values.items():
+                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
         if self.folder and now - self.said > (30 if self.bar.disable else 0.2):
-            self.said = now
-            seconds, steps, share = (a - b for a, b in zip((now, self.step, self.share), self.began, strict=True))
+            self.said, (began, first) = now, self.began
             terms = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
-            left = (1 - self.share) * seconds / max(share, 1e-9) / 60
-            text = f"step {self.step}, {left:.1f} min left, {steps / seconds:.1f} steps/s, {terms}"
-            if self.bar.disable:  # no terminal: plain lines
-                tqdm.write(f"{self.share:4.0%} {text}")
-            self.bar.n = int(1000 * self.share)
-            self.bar.set_postfix_str(text)
-
-    def scalars(self, split, values):
-        for name, value in values.items():
-            self.writer.add_scalar(name if "/" in name else f"{split}/{name}", value, self.step)
+            about = {"initial": first, "unit": " steps", "postfix": terms}
+            text = tqdm.format_meter(self.step, round(self.step / self.share), now - began, **about)
+            (tqdm.write if self.bar.disable else self.bar.set_description_str)(text)  # no terminal: plain lines
 
     def report(self, scores):
         """Scores of the valid split, checked as `log` does: a line, a point of curve.json, TensorBoard."""
         curve, point = self.folder / "curve.json", self.say("valid", scores)
-        self.scalars("valid", scores)
+        for name, value in scores.items():
+            self.writer.add_scalar(name if "/" in name else f"valid/{name}", value, self.step)
         before = read_json(curve) if curve.is_file() else []
         write_json(curve, [*(earlier for earlier in before if earlier["step"] < self.step), point])
 
