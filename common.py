@@ -24,7 +24,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 
 import click
@@ -45,6 +44,7 @@ from recompose import LONGEST, SOUNDS, fit, read_sound, resample_sound, save_sou
 # ---------------------------------------------------------------- Files
 
 SPLITS = ("train", "valid", "test")
+OPS = ("sum", "max", "min", "mean", "alpha")  # of `compose`
 
 
 def write_json(path, content):
@@ -126,8 +126,6 @@ class Reader:
 
 
 # ---------------------------------------------------------------- Probability, layers, composition
-
-OPS = ("sum", "max", "min", "mean", "alpha")
 
 
 def gaussian_kl(mu, logvar):
@@ -262,14 +260,11 @@ def log_spectral_distance(level, reference, bins=1):
 class Vocoder(nn.Module):
     """torchaudio's Griffin-Lim: STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * n_fft / 4)."""
 
-    outputs = ("waveform",)
+    outputs, to_stft_magnitude = ("waveform",), nn.Identity()
 
     def __init__(self, n_fft, iterations=32):
         super().__init__()
         self.inverse = GriffinLim(n_fft, iterations, hop_length=n_fft // 4, power=1, rand_init=False)
-
-    def to_stft_magnitude(self, spectrogram):
-        return spectrogram
 
     def forward(self, spectrogram):
         return self.inverse(self.to_stft_magnitude(spectrogram))
@@ -280,16 +275,12 @@ FAMILIES = "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "r
 ARCHIVES = "http://download.magenta.tensorflow.org/datasets/nsynth/nsynth-{split}.jsonwav.tar.gz"
 BUILT_IN = "built-in additive synthesiser"
 INSTRUMENTS = {"train": range(8), "valid": range(8, 10), "test": range(10, 12)}  # of every built-in family
-NOTES_EACH = 24  # of every built-in instrument
-KEPT = 16_000  # notes of a split kept in memory: 2 GB
-
-# One note, read from `path` or, if that is None, synthesised; a pitch of -1 is not known; `semitones`: transposed by
-# resampling; `window`: which of so many `windows` of a file.
+NOTES_EACH, KEPT = 24, 16_000  # notes of every built-in instrument; of a split that are kept in memory: 2 GB
+# Read from `path` or, if None, synthesised; pitch -1: not known; semitones: resampled by; window: of so many of a file.
 Note = namedtuple("Note", "name family pitch instrument velocity path semitones window windows",
                   defaults=(None, 0, 0, 1))  # fmt: skip
-# A built-in family: harmonics h of amplitudes h^-rolloff; attack in s; decay, s to fall by 1/e while the note is held;
-# vibrato in semitones; breath, noise beside the tone; pluck, where a string is plucked, as a share of its length;
-# stiffness, how far harmonics are sharp: f_h = h f sqrt(1 + stiffness h^2); odd, weight of even ones; formants in Hz.
+# Harmonics h of amplitude h^-rolloff, even ones times odd, at h f sqrt(1 + stiffness h^2); attack, decay by 1/e in s;
+# vibrato in semitones; breath: noise beside the tone; pluck: where, as a share of a string's length; formants in Hz.
 Timbre = namedtuple("Timbre", "pitches rolloff attack decay vibrato breath pluck stiffness odd formants",
                     defaults=(math.inf, 0.0, 0.0, 0.0, 0.0, 1.0, ()))  # fmt: skip
 TIMBRES = {
@@ -353,14 +344,14 @@ def nsynth_notes(root, split, families, download):
         except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
             raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
-    keys = itemgetter("instrument_family_str", "pitch", "instrument_str", "velocity")
-    used = partial(json.loads, object_hook=lambda about: keys(about) if "pitch" in about else about)  # half the memory
-    listing = load_file(folder / "examples.json", lambda path: used(path.read_text()), {}, click.UsageError)
+    keys = "instrument_family_str", "pitch", "instrument_str", "velocity"  # of the rest, half the memory, none is used
+    used = partial(json.loads, object_hook=lambda about: [about[k] for k in keys] if "pitch" in about else about)
+    listing = folder / "examples.json"
     try:
-        notes = [Note(name, *about, files.get(name)) for name, about in sorted(listing.items())]
+        notes = [Note(name, *about, files.get(name)) for name, about in sorted(used(listing.read_text()).items())]
         notes = [note for note in notes if note.family in families and 0 <= note.pitch < PITCHES]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise click.UsageError(f"{folder}/examples.json is not NSynth's ({error})") from error
+    except Exception as error:  # of many kinds
+        raise click.UsageError(f"{listing}: missing, damaged, or not NSynth's ({error})") from error
     there = [note for note in notes if note.path]
     if len(there) < len(notes):
         click.echo(f"{folder.name}: {len(notes) - len(there)} of the {len(notes)} notes it lists are missing")
@@ -411,10 +402,10 @@ def read_note(note):
 
 
 class NoteSplit(Reader):
-    """The notes of one split, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
+    """Notes of `families`, read when they are asked for; those of KEPT files stay in memory, 16 bits a sample."""
 
     def __init__(self, notes, families, split):
-        self.notes = notes
+        self.notes = notes = [note for note in notes if note.family in families]
         self.instrument = torch.from_numpy(np.unique([note.instrument for note in notes], return_inverse=True)[1])
         self.family = torch.tensor([families.index(note.family) for note in notes])
         self.pitch = torch.tensor([note.pitch for note in notes])
@@ -453,8 +444,7 @@ def load_notes(options, windows=False):
         raise click.UsageError(f"--families {','.join(families)}: {expected}")
     for split in SPLITS:
         there = own[split] if own else root and nsynth_notes(root, split, families, download)
-        notes = [note for note in there or built_in_notes(split, families) if note.family in families]
-        splits[split] = NoteSplit(notes, families, split)
+        splits[split] = NoteSplit(there or built_in_notes(split, families), families, split)
     return splits, source
 
 
@@ -487,28 +477,22 @@ def training_command(script, presets, foreign=None):
     """Decorator: a click command of own options, --dataset, --resume, RUN_OPTIONS, but `foreign` ones of a data set."""
     # Precedence: what is typed, config.json of --resume, `presets[--dataset]`, the decorators: what --help shows.
 
-    def fill_from_preset(context, parameter, dataset):
-        if not context.params.get("resume"):
-            context.default_map = presets[dataset]
+    def fill(context, parameter, value):
+        known = context.params | {parameter.name: value}  # of --dataset and --resume
+        config = load_config(known["resume"]) if known.get("resume") else None
+        if config and config["script"] != script:
+            raise click.UsageError(f"--resume: {known['resume']} is a run of {config['script']}.py")
+        context.default_map = config["options"] if config else presets[known["dataset"]]
         for option in context.command.params:
-            option.hidden = option.name in (foreign or {}).get(dataset, ())
-        return dataset
+            option.hidden = option.name in context.command.foreign.get(known.get("dataset"), ())
+        return value
 
-    def fill_from_run(context, parameter, folder):
-        if folder:
-            config = load_config(folder)
-            if config["script"] != script:
-                raise click.UsageError(f"--resume: {folder} is a run of {config['script']}.py")
-            context.default_map = config["options"]
-        return folder
-
-    def decorate(function):
-        names = {"type": click.Choice(list(presets)), "default": next(iter(presets)), "is_eager": True}
-        settings = {"show_default": True, "default_map": presets[names["default"]]}
-        text = sys.modules[function.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
-        command = click.command(context_settings=settings, help=text)(function)
-        dataset = click.Option(["--dataset"], callback=fill_from_preset, **names)
-        resume = click.Option(["--resume"], type=FOLDER, is_eager=True, callback=fill_from_run, help="Run folder.")
+    def decorate(main):
+        first, eager = next(iter(presets)), {"is_eager": True, "callback": fill}
+        text = sys.modules[main.__module__].__doc__.replace("\n\n", "\n\n\b\n")  # each paragraph as it stands
+        command = click.command(context_settings={"show_default": True, "default_map": presets[first]}, help=text)(main)
+        dataset = click.Option(["--dataset"], type=click.Choice(list(presets)), default=first, **eager)
+        resume = click.Option(["--resume"], type=FOLDER, help="Run folder.", **eager)
         command.params = [dataset, *command.params, *RUN_OPTIONS, resume]
         command.foreign = foreign or {}
         return command
@@ -659,7 +643,7 @@ class Run:
     def __init__(self, options, script, name, data, model, optimizer, device):
         self.options, self.script, self.source = options, script, data["source"]
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.step, self.elapsed, self.progress, history = 0, 0.0, 0.0, []
+        self.folder, self.step, self.elapsed, self.progress, history = None, 0, 0.0, 0.0, []
         self.looks = self.due = self.complete = self.stopped = False
         wanted = {"auto": device.type == "cuda"}.get(options["precision"], options["precision"] == "bf16")
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
@@ -670,12 +654,10 @@ class Run:
             config = load_config(folder)
             history, seen = config["history"], (config["data"]["source"], config["history"][-1]["processes"])
             if seen != (now := (data["source"], world)):
-                text = "--resume: the run saw {} in {} process(es); now it would be {} in {}"
-                raise click.UsageError(text.format(*seen, *now))
+                raise click.UsageError("--resume: the run saw {} in {} process(es), now {} in {}".format(*seen, *now))
             if (folder / "checkpoint.pt").exists():  # else the run was killed before it wrote the first
                 state = load_checkpoint(folder, device, model=model, optimizer=optimizer)
                 self.step, self.elapsed, self.progress = state["step"], state["elapsed"], state["progress"]
-        self.folder = None
         if rank > 0:
             return
         words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]  # no machine's paths
@@ -700,13 +682,11 @@ class Run:
         click.echo(f"data: {self.source}; device: {device}; run folder: {self.folder}\n{sizes}")
 
     def __enter__(self):
-        def stop(*_):
-            self.stopped = True  # after this step
-
-        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=1000, bar_format="{percentage:3.0f}%|{bar:20}|{postfix}", disable=not self.folder or None)
+        numbers, stop = (signal.SIGINT, signal.SIGTERM), lambda *_: setattr(self, "stopped", True)  # after this step
+        self.handlers = {number: signal.signal(number, stop) for number in numbers}
+        self.bar = tqdm(bar_format="{desc}", disable=not self.folder or None)
         self.saved = self.said = time.monotonic()
-        self.started = self.saved - self.elapsed
+        self.started, self.began = self.saved - self.elapsed, (self.saved, self.step)
         return self
 
     def __exit__(self, kind, error, _):
@@ -741,10 +721,9 @@ class Run:
     def steps(self):
         """(step, progress) of every step that is to be taken, in each of which `log` is to be called once."""
         self.settle()
-        self.began = (self.saved, self.step, self.share)
         while self.share < 1 and not self.stopped:
             yield self.step, self.progress
-            if self.due:  # now that its scores stand in the folder
+            if self.due or time.monotonic() - self.saved > 120:  # now that its scores stand in the folder
                 self.save()
         self.save()
         list(itertools.starmap(signal.signal, self.handlers.items()))  # as before: Ctrl-C ends an evaluation at once
@@ -763,29 +742,21 @@ class Run:
         self.settle()
         self.due = bool(self.folder) and int(10 * self.share) > before
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
-        if now - self.saved > 120:
-            self.save()
         if self.folder and self.step % 20 == 0:
-            self.scalars("train", values)
+            for name, value in values.items():
+                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
         if self.folder and now - self.said > (30 if self.bar.disable else 0.2):
-            self.said = now
-            seconds, steps, share = (a - b for a, b in zip((now, self.step, self.share), self.began, strict=True))
+            self.said, (began, first) = now, self.began
             terms = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in values.items())
-            left = (1 - self.share) * seconds / max(share, 1e-9) / 60
-            text = f"step {self.step}, {left:.1f} min left, {steps / seconds:.1f} steps/s, {terms}"
-            if self.bar.disable:  # no terminal: plain lines
-                tqdm.write(f"{self.share:4.0%} {text}")
-            self.bar.n = int(1000 * self.share)
-            self.bar.set_postfix_str(text)
-
-    def scalars(self, split, values):
-        for name, value in values.items():
-            self.writer.add_scalar(name if "/" in name else f"{split}/{name}", value, self.step)
+            about = {"initial": first, "unit": " steps", "postfix": terms}
+            text = tqdm.format_meter(self.step, round(self.step / self.share), now - began, **about)
+            (tqdm.write if self.bar.disable else self.bar.set_description_str)(text)  # no terminal: plain lines
 
     def report(self, scores):
         """Scores of the valid split, checked as `log` does: a line, a point of curve.json, TensorBoard."""
         curve, point = self.folder / "curve.json", self.say("valid", scores)
-        self.scalars("valid", scores)
+        for name, value in scores.items():
+            self.writer.add_scalar(name if "/" in name else f"valid/{name}", value, self.step)
         before = read_json(curve) if curve.is_file() else []
         write_json(curve, [*(earlier for earlier in before if earlier["step"] < self.step), point])
 
