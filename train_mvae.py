@@ -914,23 +914,24 @@ FITTED = 5_000  # updates of a prior, or as many as the run had
 
 @torch.no_grad()
 def posteriors(model, data, n, seed):
-    """Encodings of n examples to train on, BLOCK more or less, without maps and pictures: one Encoding."""
+    """What the encoder says of n examples to train on, some BLOCK at a time, but for maps and pictures: an Encoding."""
     parts = []
     for k in trange(math.ceil(n / BLOCK), desc="posteriors", disable=None):
-        image, generator = data.batch(k, slice(0, BLOCK), BLOCK), random_generator("light", seed, k)
-        noise = torch.randn(BLOCK, model.noise_sizes[1], generator=generator).to(image.device)
-        parts.append(model.encode(image, noise)._replace(kl_map=None, background=None))
-    return Encoding(*(None if one[0] is None else torch.cat(one).cpu() for one in zip(*parts, strict=True)))
+        noise = torch.randn(BLOCK, model.noise_sizes[1], generator=random_generator("light", seed, k))
+        image = data.batch(k, slice(0, BLOCK), BLOCK)
+        encoding = model.encode(image, noise.to(image.device))
+        parts.append(encoding._replace(kl_map=encoding.kl, background=encoding.kl))
+    return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
-def fit_prior(prior, model, encoding, steps, seed, batch=128):
-    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020, ex-post density estimation)."""
+def fit_prior(prior, model, encoding, steps, seed, batch=64):
+    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020)."""
 
     def negative_log_prob(step):
         generator = random_generator("prior", seed, step)
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
-        sampled = model.scene(Encoding(*(value if value is None else value[some] for value in encoding)), generator)
-        return -prior.log_prob(sampled, generator)
+        scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
+        return -prior.log_prob(scene, generator)
 
     fit_density(prior, negative_log_prob, steps)
 
@@ -1075,26 +1076,6 @@ def show_pictures(model, data, run, n=6):
         row = list(map(Tile, tiles, ("scene", "reconstruction", "KL map", "segments")))
         rows.append(row + [Tile(to_uint8(one), f"slot {k}: {kl[k]:.0f} nats") for k, one in enumerate(alone)])
     run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
-
-
-@torch.no_grad()
-def show_samples(model, data, run, n=6):
-    """Scenes, or mixtures, as the prior has them, beside their slots alone, a row each; mixtures as sounds too."""
-    shape, rows, none = (n, model.n_slots + 1, model.axes + model.d + 1), [], torch.zeros(n, dtype=torch.long)
-    noise = torch.randn(shape, generator=random_generator("samples"))
-    scene = model.prior.sample(noise, none, noise[:, 0, : model.noise_sizes[1]], noise[:, 1:, 1:])
-    z, cell, background = model.slots(scene)
-    for b, layer in enumerate(model.decode(z, cell).split(1)):
-        some, behind = layer[:, : scene.count[b]], None if model.sound else background[b : b + 1]
-        drawn = torch.cat([model.compose(some, behind), *model.alone(some, behind)])
-        if model.sound:
-            magnitude = data.levels.to_stft_magnitude(drawn)
-            tiles = [spectrum_tile(one.numpy(), magnitude[0].max().item(), SAMPLES / RATE, RATE) for one in magnitude]
-            run.sound(f"sample{b}", HEARD / LOUDNESS * Vocoder(SOUND_FFT)(magnitude[:1])[0])
-        else:
-            tiles = [to_uint8(one.numpy()) for one in drawn]
-        rows.append(list(map(Tile, tiles, ("sample", *(f"slot {k}" for k in range(len(tiles) - 1))))))
-    run.figure("samples", contact_sheet(rows, f"Samples of the prior ({model.prior.order}), and their slots alone"))
 
 
 @torch.no_grad()
@@ -1270,7 +1251,6 @@ def main(context, **options):
             fit_prior(model.prior.cpu(), model, encoding, min(FITTED, run.step), options["seed"])
             model.prior.to(device)
             run.save()
-            show_samples(model, data, run)
             run.finish(*(evaluate(one, data, "test", n_test, sigma) for one in (model, start)))
 
 

@@ -26,8 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
-    build_model, families_option, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
+    COMPRESSION, PITCHES, RATE, SAMPLES, FlowPrior, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
+    build_model, families_option, fit_density, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reparameterize, settle_options,
     start_device, training_command,
 )  # fmt: skip
@@ -135,6 +135,7 @@ def note_batch(split, index, device):
 
 PATCH = 4  # frames that one convolution takes together, in both steps
 START_NOTES = 1000  # that the start is computed from
+FITTED = 1500  # updates of the prior
 
 
 def principal(x, n):
@@ -151,47 +152,44 @@ def principal(x, n):
     return mean, F.pad(values.sqrt(), (0, missing)), F.pad(vectors, (0, missing))
 
 
-class FittedPrior(nn.Module):
-    """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
+class NotePrior(nn.Module):
+    """p(z | y) after training: a flow, of a conditional model given pitch and family.
 
     Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020).
     """
 
     def __init__(self, d, conditional, n_families):
         super().__init__()
-        self.conditional, groups = conditional, n_families if conditional else 1
-        self.register_buffer("mean", torch.zeros(groups, 3, d))
-        self.register_buffer("factor", torch.eye(d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
-        # The range of pitches fitted, beyond which the parabola does not go on.
-        self.register_buffer("lowest", torch.zeros(groups))
-        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
+        self.conditional = conditional
+        self.flow = FlowPrior(d, n_families + 2 if conditional else 0, width=64)
+        self.register_buffer("families", torch.eye(n_families), persistent=False)
+        # The range of pitches fitted, beyond which nothing is known.
+        self.register_buffer("lowest", torch.zeros(n_families))
+        self.register_buffer("highest", torch.full((n_families,), float(PITCHES)))
 
-    def groups_and_powers(self, like, pitch, family):
-        """The Gaussian each of `like` (n, ...) belongs to, and 1, x, x^2 of its pitch in octaves from C4: (n, 3)."""
-        x = torch.zeros_like(like[:, 0])
-        group = family if self.conditional else x.long()
-        if self.conditional:
-            x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[family]), self.highest[family]) - 60) / 12
-        return group, torch.stack([torch.ones_like(x), x, x.square()], dim=1)
+    def context(self, pitch, family):
+        """Family, one-hot, and pitch, in octaves from C4, and its square: (n, families + 2), or None."""
+        if not self.conditional:
+            return None
+        x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[family]), self.highest[family]) - 60) / 12
+        return torch.cat([self.families[family], torch.stack([x, x.square()], dim=1) / 4], dim=1)
 
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, D), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
-        group, powers = self.groups_and_powers(noise, pitch, family)
-        mean = (powers[:, :, None] * self.mean[group]).sum(1)
-        return mean + (self.factor[group] @ noise[:, :, None])[:, :, 0]
+        return self.flow.sample(noise, self.context(pitch, family))
 
-    @torch.no_grad()
-    def fit(self, mu, logvar, pitch, family):
-        """Fit to posteriors (n, D) of notes of pitch and family (n,): their means' covariance and mean variance."""
-        # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
-        for k in family.unique() if self.conditional else range(1):
-            some = family == k if self.conditional else slice(None)
-            self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
-            _, x = self.groups_and_powers(mu[some], pitch[some], family[some])
-            self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ mu[some])
-            rest = mu[some] - x @ self.mean[k]
-            scatter = rest.T @ rest + torch.diag(1 + logvar[some].exp().sum(0))
-            self.factor[k] = torch.linalg.cholesky(scatter / (1 + len(rest)))
+    def fit(self, mu, logvar, pitch, family, steps=FITTED):
+        """Fit to posteriors (n, D) of notes of pitch and family (n,)."""
+        for k in family.unique():
+            self.lowest[k], self.highest[k] = pitch[family == k].min(), pitch[family == k].max()
+
+        def negative_log_prob(step):
+            generator = random_generator("prior", step)
+            some = torch.randint(len(mu), (256,), generator=generator)
+            z = reparameterize(mu[some], logvar[some], torch.randn(256, mu.shape[1], generator=generator))
+            return -self.flow.log_prob(z, self.context(pitch[some], family[some]))
+
+        fit_density(self, negative_log_prob, steps)
 
 
 def with_label(x, label):
@@ -222,7 +220,7 @@ class NoteVAE(nn.Module):
         self.spectrogram = Spectrogram(representation, n_fft, n_mels)
         bins, self.frames = self.spectrogram.bins, SAMPLES // self.spectrogram.hop + 1
         n_labels = 0 if condition == "none" else PITCHES + len(families)
-        self.prior = FittedPrior(d, condition == "both", len(families))
+        self.prior = NotePrior(d, condition == "both", len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
         self.register_buffer("families", torch.eye(len(families) if n_labels else 0), persistent=False)
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
