@@ -27,7 +27,7 @@ SCRIPT = Path(train_mvae.__file__)
 def build(**changes):
     options = {
         "size": 32, "cells": 8, "n_slots": 3, "d": 4, "channels": 8, "op": "alpha", "compose_at": "data",
-        "detail": 2, "dataset": "sprites",
+        "detail": 2, "dataset": "sprites", "prior": "set",
     }  # fmt: skip
     torch.manual_seed(0)
     model = MVAE(**options | changes)

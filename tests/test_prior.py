@@ -1,0 +1,333 @@
+"""The prior over slots: a density, of sets where it says so; what it samples, completes and learns; its graph."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import train
+from test_mvae import build
+from test_recompose import refused, run
+
+import recompose
+import train_mvae
+from common import FlowPrior, random_generator
+from tests.experiments.rules import RULES, Fifths, ruled
+from train_mvae import ORDERS, Scene, SlotPrior, choose
+
+
+def prior(order, e=1, n_slots=2, light=0, std=0.3):
+    """A prior with weights as if trained: those that are zero at first are of the size of others."""
+    torch.manual_seed(0)
+    made = SlotPrior(order, e, n_slots, light, width=16, key=4)
+    for net in made.flow.nets:
+        torch.nn.init.normal_(net[-1].weight, std=std)
+    return made.double()
+
+
+def scenes(made, n, light=0, count=None):
+    """n Scenes with random contents."""
+    generator, e = random_generator("scenes"), made.sizes[1]
+    slots = torch.randn(n, made.n_slots, e, generator=generator, dtype=torch.float64)
+    count = torch.randint(made.n_slots + 1, (n,), generator=generator) if count is None else torch.full((n,), count)
+    slots = slots * (torch.arange(made.n_slots) < count[:, None])[..., None]
+    return Scene(torch.randn(n, light, generator=generator, dtype=torch.float64), count, slots)
+
+
+def noise_for(made, n, key="noise"):
+    shape = n, made.n_slots + 1, made.sizes[1] + 1
+    return torch.randn(shape, generator=random_generator(key), dtype=torch.float64)
+
+
+def sample(made, noise, kept=0, scene=None, light=0):
+    scene = scene or Scene(noise[:, 0, :light], None, noise[:, 1:, 1:])
+    return made.sample(noise, torch.full((len(noise),), kept), scene.light, scene.slots)
+
+
+# ---------------------------------------------------------------- A density
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_densities_of_all_scenes_add_up_to_one(order):
+    """Of no, one and two slots of one number each; a set of two is counted in either order, so that half of it is."""
+    made, at = prior(order), torch.linspace(-12, 12, 481, dtype=torch.float64)
+    step, pairs = float(at[1] - at[0]), torch.cartesian_prod(at, at)
+    total = 0.0
+    for count, slots in enumerate((torch.zeros(1, 2), torch.stack([at, 0 * at], dim=1), pairs)):
+        scene = Scene(torch.zeros(len(slots), 0).double(), torch.full((len(slots),), count), slots[..., None].double())
+        log_p = torch.stack([made.log_prob(scene, random_generator("order", i)) for i in range(1 + 15 * (count == 2))])
+        total += (
+            float(log_p.exp().mean(0).sum()) * step**count / (1 if order == "autoregressive" else math.factorial(count))
+        )
+    assert total == pytest.approx(1, abs=0.02 if order == "set" else 1e-3)
+
+
+@torch.no_grad()
+def test_a_set_has_the_density_of_all_its_orders_and_it_does_not_depend_on_the_one_it_comes_in():
+    made, scene = prior("set", e=2, n_slots=3), scenes(prior("set", e=2, n_slots=3), 5, count=3)
+
+    def by_order(order):
+        made.order = "autoregressive"  # by the order that it comes in
+        return made.log_prob(scene._replace(slots=scene.slots[:, list(order)]), None)
+
+    expected = torch.stack([by_order(order) for order in itertools.permutations(range(3))]).logsumexp(0)
+    assert (by_order((0, 1, 2)) - by_order((2, 1, 0))).abs().min() > 1e-3
+    made.order = "set"
+    for order in ((0, 1, 2), (2, 0, 1)):
+        moved = scene._replace(slots=scene.slots[:, list(order)])
+        drawn = torch.stack([made.log_prob(moved, random_generator(order, i)) for i in range(400)])
+        torch.testing.assert_close(drawn.logsumexp(0) - math.log(400), expected, atol=0.15, rtol=0)
+
+
+@torch.no_grad()
+def test_independent_slots_know_nothing_of_one_another_nor_of_the_light():
+    made = prior("independent", e=2, n_slots=3, light=2)
+    one, other = scenes(made, 6, light=2, count=3), scenes(made, 6, light=2, count=3)
+    other = Scene(one.light + 1, one.count, one.slots.flip(1))
+    same = made.log_prob(one, random_generator("a")) - made.light.log_prob(one.light)
+    torch.testing.assert_close(made.log_prob(other, random_generator("b")) - made.light.log_prob(other.light), same)
+    assert not torch.equal(
+        prior("set", 2, 3, 2).count_logits(one.light), prior("set", 2, 3, 2).count_logits(other.light)
+    )
+
+
+# ---------------------------------------------------------------- Samples
+
+
+@torch.no_grad()
+def test_a_category_is_chosen_as_often_as_it_is_likely():
+    p = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    chosen = choose(p.log().expand(20_000, 4), torch.randn(20_000, generator=random_generator("choose")))
+    torch.testing.assert_close(chosen.bincount(minlength=4) / 20_000, p, atol=0.01, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ORDERS)
+def test_samples_have_the_density(order):
+    """Shares of samples, by number and by the sign of the first slot, beside the density's integral over them."""
+    made, at = prior(order), torch.linspace(-12, 12, 2401, dtype=torch.float64)
+    scene = sample(made, noise_for(made, 20_000))
+    expected = made.count_logits(torch.zeros(1, 0, dtype=torch.float64)).softmax(1)[0]
+    torch.testing.assert_close(scene.count.bincount(minlength=3) / 20_000, expected.float(), atol=0.015, rtol=0)
+    line = Scene(torch.zeros(2401, 0).double(), torch.ones(2401, dtype=torch.long), F_pad(at))
+    below = (made.log_prob(line, random_generator("x")).exp() * (at < 0)).sum() * (at[1] - at[0]) / expected[1]
+    found = (scene.slots[scene.count == 1, 0, 0] < 0).double().mean()
+    assert found == pytest.approx(float(below), abs=0.02)
+
+
+def F_pad(at):  # noqa: N802
+    return torch.stack([at, 0 * at], dim=1)[..., None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
+    made = prior(order, e=2, n_slots=4, light=3)
+    given = scenes(made, 50, light=3, count=4)
+    noise = noise_for(made, 50)
+    whole = sample(made, noise, kept=2, scene=given)
+    torch.testing.assert_close(whole.slots[:, :2], given.slots[:, :2])
+    torch.testing.assert_close(whole.light, given.light)
+    assert whole.count.min() >= 2 and whole.count.max() == 4
+    other = sample(made, noise, kept=2, scene=given._replace(slots=given.slots + 0 * noise[:, 1:, 1:]))
+    nonsense = given._replace(slots=torch.cat([given.slots[:, :2], 1e3 + given.slots[:, 2:]], dim=1))
+    torch.testing.assert_close(sample(made, noise, kept=2, scene=nonsense).slots, other.slots)  # is not looked at
+    new = sample(made, noise, kept=0, scene=given)
+    assert (new.slots - given.slots).abs().amax((1, 2)).min() > 1e-3 and (new.light - given.light).abs().min() > 0
+
+
+def test_what_slots_owe_to_one_another_is_learnt():
+    """Two slots, the second the first's opposite: the independent prior has it by chance alone."""
+    shares = {}
+    first = torch.randn(512, 2, generator=random_generator("first"))
+    slots = torch.stack([first, -first], dim=1)
+    slots = slots + 0.05 * torch.randn(slots.shape, generator=random_generator("blur"))
+    scene = Scene(torch.zeros(512, 0), torch.full((512,), 2), slots)
+    for order in ORDERS:
+        torch.manual_seed(0)
+        made = SlotPrior(order, 2, 2, 0, width=32, key=4)
+        train_mvae.fit_density(made, lambda step, made=made: -made.log_prob(scene, random_generator("fit", step)), 250)
+        found = made.sample(
+            *((noise := torch.randn(500, 3, 3)), torch.zeros(500).long(), noise[:, 0, :0], noise[:, 1:, 1:])
+        )
+        shares[order] = float(((found.slots.sum(1).abs().amax(1) < 0.4) & (found.count == 2)).float().mean())
+    assert shares["independent"] < 0.3 < 0.6 < min(shares["autoregressive"], shares["set"])
+
+
+def test_a_flow_that_is_given_a_context_is_a_density_for_each():
+    torch.manual_seed(0)
+    flow = FlowPrior(2, context=1, couplings=3, width=8)
+    for net in flow.nets:
+        torch.nn.init.normal_(net[-1].weight, std=0.4)
+    at = torch.linspace(-9, 9, 361)
+    z = torch.cartesian_prod(at, at)
+    a, b = (
+        flow.log_prob(z, torch.full((len(z), 1), value)).exp().sum() * (at[1] - at[0]) ** 2 for value in (-1.0, 2.0)
+    )
+    assert a.item() == pytest.approx(1, abs=1e-3) and b.item() == pytest.approx(1, abs=1e-3)
+    noise, context = torch.randn(9, 2), torch.randn(9, 1)
+    z = flow.sample(noise, context)
+    jacobian = torch.func.vmap(torch.func.jacrev(flow.sample))(noise, context)
+    expected = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(1) - jacobian.det().abs().log()
+    torch.testing.assert_close(flow.log_prob(z, context), expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- In the model
+
+
+@torch.no_grad()
+def test_a_scene_holds_the_slots_that_hold_something_near_where_they_are():
+    model = build()
+    encoding = model.encode(torch.rand(3, 3, 32, 32, generator=random_generator("x")))
+    kl = torch.tensor([[9.0, 5.0, 1.0], [9.0, 1.0, 0.5], [3.0, 2.0, 1.0]])
+    scene = model.scene(encoding._replace(kl=kl), random_generator("scene"))
+    assert scene.count.tolist() == [2, 1, 0]
+    assert (scene.slots[0, 2] == 0).all() and (scene.slots[2] == 0).all() and (scene.slots[0, :2] != 0).all()
+    z, cell, background = model.slots(scene)
+    assert (cell[0, :2] - encoding.cell[0, :2]).abs().max() <= train_mvae.BLUR
+    spread = (z[0, :2] - encoding.mu[0, :2]) / (0.5 * encoding.logvar[0, :2]).exp()
+    assert 0.05 < spread.abs().mean() < 3
+    torch.testing.assert_close(background, encoding.background)
+
+
+@torch.no_grad()
+def test_slots_of_sounds_stand_in_the_middle_of_cells():
+    model = build(dataset="nsynth-duo", op="sum", detail=0, n_slots=2)
+    encoding = model.encode(torch.rand(2, train_mvae.FRAMES, 32, 1, generator=random_generator("x")))
+    scene = model.scene(encoding._replace(kl=torch.full((2, 2), 99.0)), random_generator("scene"))
+    assert not torch.equal(scene.slots[..., :1], encoding.cell[..., :1])  # spread over their cells
+    _, cell, background = model.slots(scene)
+    torch.testing.assert_close(cell, encoding.cell)
+    assert background is None and scene.light.shape == (2, 0)
+
+
+def test_a_run_fits_its_prior_and_leaves_all_else_as_it_is(tmp_path):
+    states = {}
+    for order in ("independent", "set"):
+        train("--steps", 3, "--size", 32, "--prior", order, "--out", tmp_path / order)
+        states[order] = torch.load(tmp_path / order / "checkpoint.pt", weights_only=True)["model"]
+    fitted = [name for name in states["set"] if name.startswith("prior.")]
+    torch.manual_seed(0)
+    assert fitted and all(states["set"][n].equal(v) for n, v in states["independent"].items() if n not in fitted)
+    assert any(not states["set"][name].equal(states["independent"][name]) for name in fitted)
+
+
+def test_the_prior_graph_samples_as_the_model_does(sprites_run):
+    model = train_mvae.load(sprites_run)
+    session = recompose.Model(sprites_run / "export", "mvae-image", others=["prior"])
+    noise = torch.randn(6, model.n_slots + 1, model.axes + model.d + 1, generator=random_generator("graph"))
+    given = noise[:, 1:, 1:].contiguous()
+    kept = torch.tensor([0, 1, 2, 0, 3, 0]).clamp(max=model.n_slots)
+    light = noise[:, 0, : model.noise_sizes[1]].contiguous()
+    inputs = {"noise": noise, "kept": kept, "light": light}
+    inputs |= {"kept_z": given[..., model.axes :].contiguous(), "kept_cell": given[..., : model.axes].contiguous()}
+    made = session.run("prior", **{name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        scene = model.prior.sample(noise, kept, light, given)
+        z, cell, background = model.slots(scene)
+    for name, value in {"z": z, "cell": cell, "count": scene.count, "background": background}.items():
+        np.testing.assert_allclose(made[name], value.numpy(), atol=1e-4)
+
+
+# ---------------------------------------------------------------- The recomposition tool
+
+
+def test_new_scenes_are_drawn_and_the_seed_says_which(sprites_run, tmp_path):
+    model = sprites_run / "export"
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        result = run("--sample", 3, "--seed", seed, "--model", model, "--out", tmp_path / f"{name}.png")
+        assert result.exit_code == 0, result.output
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    size = json.loads((model / "model.json").read_text())["size"]
+    assert recompose.Image.open(tmp_path / "a.png").size == (3 * size, size)
+    assert recompose.Image.open(tmp_path / "a_figure.png").height > 3 * 128
+
+
+def test_a_scene_is_completed_around_the_slots_that_are_kept(sprites_run, tmp_path):
+    model = sprites_run / "export"
+    size = json.loads((model / "model.json").read_text())["size"]
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8)
+    recompose.Image.fromarray(pixels).resize((size, size)).save(tmp_path / "in.png")
+    seen = {}
+    for seed, extra in (("none", ()), (0, ("--complete",)), (1, ("--complete", "--seed", 1))):
+        result = run(tmp_path / "in.png", "--slots", "0", *extra, "--model", model, "--out", tmp_path / f"{seed}.png")
+        assert result.exit_code == 0, result.output
+        seen[seed] = (tmp_path / f"{seed}.png").read_bytes()
+    assert len(set(seen.values())) > 1
+
+
+def test_mixtures_are_sampled_as_sounds(duo_run, tmp_path):
+    result = run("--sample", 2, "--model", duo_run / "export", "--out", tmp_path / "new.wav")
+    assert result.exit_code == 0, result.output
+    samples, rate = recompose.read_sound(tmp_path / "new.wav")
+    about = json.loads((duo_run / "export" / "model.json").read_text())
+    assert rate == about["sample_rate"] and len(samples) >= 2 * about["samples"] and np.abs(samples).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected pictures or sounds"),
+        (("a.png", "--sample", "2"), "expected pictures or sounds"),
+        (("--sample", "0"), "0 is not in the range"),
+        (("a.wav", "--complete"), "--complete is for pictures"),
+    ],
+)
+def test_what_cannot_be_sampled_or_completed_is_said(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.wav"):
+        (tmp_path / name).write_bytes(b"")
+    refused(run(*arguments), message)
+
+
+def test_a_model_without_a_prior_is_refused(sprites_run, tmp_path):
+    import shutil
+
+    shutil.copytree(sprites_run / "export", tmp_path / "export")
+    (tmp_path / "export" / "prior.onnx").unlink()
+    refused(run("--sample", 1, "--model", tmp_path / "export", "--out", tmp_path / "a.png"), "prior.onnx: missing")
+
+
+# ---------------------------------------------------------------- Data with a rule
+
+
+def test_ruled_sprites_obey_their_rules():
+    for rule in RULES["sprites"]:
+        data = ruled(rule)(32, (2, 4), 0, torch.device("cpu"))
+        scene = data.sample(200, random_generator("rule"))
+        centre, there = scene["centre"], scene["present"]
+        if rule == "colour":
+            assert (scene["rgb"] == scene["rgb"][:, :1]).all()
+        elif rule == "row":
+            assert (centre[..., 0] == centre[:, :1, 0]).all()
+            assert centre[..., 1].sort(1).values.diff(dim=1).min() > 0.2
+        elif rule == "apart":
+            gap = (
+                (centre[:, :, None] - centre[:, None]).norm(dim=3)
+                - scene["radius"][:, :, None]
+                - scene["radius"][:, None]
+            )
+            pairs = there[:, :, None] & there[:, None] & ~torch.eye(4, dtype=torch.bool)
+            assert (gap[pairs] > 0).float().mean() > 0.97
+        elif rule == "mirror":
+            assert (there[:, ::2] == there[:, 1::2]).all()
+            image, _ = data.render(scene)
+            assert (
+                (image - image.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+            ).float().mean() > 0.5  # but where pairs overlap
+        else:
+            image, label = data.render(scene)
+            ground = torch.stack([one[:, mask].mean() for one, mask in zip(image, label == 0, strict=True)])
+            assert torch.corrcoef(torch.stack([ground, there.sum(1).float()]))[0, 1] > 0.9
+
+
+def test_ruled_mixtures_are_a_fifth_apart():
+    options = {"data_root": None, "families": None, "download": False, "voices": (2, 2), "dataset": "nsynth-duo"}
+    data = Fifths(options | {"size": 32, "seed": 0, "mix": False}, torch.device("cpu"))
+    pair, _ = data.sample("train", 40, random_generator("fifth"))
+    pitch = data.notes["train"].pitch[pair]
+    assert ((pitch[:, 0] - pitch[:, 1]).abs() == 7).all()
