@@ -216,9 +216,8 @@ class BuiltInClevr(Pool):
         side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]  # small: the ground is smooth
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         few, rays = (crop_rays(n, scene["camera"]) for n in (small, side))  # to the ground, to objects
-        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene)  # (n, small^2, 3)
-        ground = ground.mT.unflatten(2, (small, small))
-        light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
+        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene).mT  # (n, 3, small^2)
+        light = F.interpolate(ground.unflatten(2, (small, -1)), size=side, mode="bilinear").flatten(2).mT.contiguous()
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
         i, pixel = torch.nonzero(label, as_tuple=True)
         point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
@@ -300,11 +299,10 @@ class PictureFolder(Pool):
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
         places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
-        official = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
-        self.root, self.crop = official or root, "clevr" if official else "centre"
-        self.folder = self.root / "images" if official else root
-        self.source = f"{'CLEVR' if official else 'own pictures,'} folder {self.root.resolve().name}"
-        self.files = self.clevr_splits(*objects) if official else split_files(root, PICTURES, LISTED, ("masks",))
+        found = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
+        self.root, self.folder, self.crop = (found, found / "images", "clevr") if found else (root, root, "centre")
+        self.source = f"{'CLEVR' if found else 'own pictures,'} folder {self.root.resolve().name}"
+        self.files = self.clevr_splits(*objects) if found else split_files(root, PICTURES, LISTED, ("masks",))
         super().__init__(size, objects, seed, device, len(self.files["train"]))
         about = (lambda file: load_picture(self.folder / file, size, self.crop)), int(CACHE) // (3 * size**2)
         self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
@@ -406,8 +404,7 @@ class Mixtures:
                 decibels = torch.cat([gain, -gain.mean(1, keepdim=True)], dim=1)[:, : self.parts]
                 decibels = decibels.masked_fill(torch.arange(self.parts) >= count, -math.inf)
             notes.fetch(itertools.chain(*drawn[:n][own]))
-            ways = ((one for one in drawn[i::n] if notes.usable(one) == one) for i in range(n)[own])
-            chosen = [next(way, None) for way in ways]
+            chosen = [next((one for one in drawn[i::n] if notes.usable(one) == one), None) for i in range(n)[own]]
             if None not in chosen:
                 return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
@@ -455,7 +452,7 @@ CANVAS, CLOSER = 16, 16  # sides of a slot's canvas, doubled for pictures above 
 SHIFT = 0.3  # half picture widths a slot may stand beside its cell: corners are easier to find than objects' middles
 TAKEN, NEIGHBOUR_WEIGHT = 0.65, 1e-3  # cells nearer a slot, in halves of its canvas, yield; so much KL counts beside it
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
-MOST_SLOTS = 12  # that an exported encoder can be asked for
+MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # a logit, or colour, that masks, or the maximum, pass over; of logits by the decoder's
 VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
@@ -463,7 +460,8 @@ LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means somethin
 # Slots by falling KL: mu, logvar (B, N, D), of sounds of what masks leave; cell (B, N, 2) as (y, x), kl (B, N); kl_map
 # (B, H_l, W_l), background (B, C, h, w) or None, kl_all (B,): of all cells, background, closer looks.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background kl_all")
-OCTAVES = 7  # of the Fourier features of a place along the frequency
+# Of sounds: levels (B, FRAMES, bands, 1), these rebuilt, Encoding; layers, levels alone, masked mixtures (B, N, ...).
+Separation = namedtuple("Separation", "level mean encoding layer alone parts")
 
 
 class BroadcastDecoder(nn.Module):
@@ -591,8 +589,7 @@ class Encoder(nn.Module):
     def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
         conv, kernel = (column_conv, grid[0] // 8 | 1) if sound else (nn.Conv2d, 3)  # an octave: harmonics stand apart
-        # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
-        layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]
+        layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]  # 5 would look half a pixel beside
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
@@ -854,10 +851,6 @@ def si_sdr(estimate, target):
     return 10 * torch.log10((scale * target).square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
 
 
-# Levels (B, FRAMES, bands, 1), the same rebuilt, Encoding; of slots (B, N, ...) layers, levels alone, masked mixtures.
-Separation = namedtuple("Separation", "level mean encoding layer alone parts")
-
-
 def separate(model, levels, mixture):
     """Mixtures (B, samples), encoded, every slot decoded, its mask applied: -> Separation."""
     level = levels(mixture)
@@ -886,8 +879,7 @@ def evaluate_sounds(model, data, split, n, sigma):
     for stems in data.mixtures(split, n).to(data.device).split(BLOCK):
         mixture = stems.sum(1)
         level, mean, encoding, *_, parts = separate(model, data.levels, mixture)
-        magnitude = data.levels.to_stft_magnitude(mean).cpu().numpy()
-        heard = magnitude, np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
+        heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
         score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
         score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
@@ -1000,7 +992,7 @@ def check_options(options):
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {UPSCALE}, and 2, 4, 8, 16 or 32 times the cells":
             size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32),
-        f"--N {n}: expected at most the {most} cells": n <= most,
+        f"--N {n}: expected at most {most}, the cells": n <= most,
         f"--voices: expected the fewest first, and at most --N, {n}: a slot for each": not sound or low <= high <= n,
         "--voices is for --mix": dataset != "sounds" or options["mix"] or high == 2,
         f"--dataset {dataset}: expected --data-root, a folder of your own": options["data_root"] or dataset not in OWN,
