@@ -453,7 +453,7 @@ SHIFT = 0.3  # half picture widths a slot may stand beside its cell: corners are
 TAKEN, NEIGHBOUR_WEIGHT = 0.65, 1e-3  # cells nearer a slot, in halves of its canvas, yield; so much KL counts beside it
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
-NEUTRAL, SHARPNESS = 10.0, 2.0  # a logit, or colour, that masks, or the maximum, pass over; of logits by the decoder's
+NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
 VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
