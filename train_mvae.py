@@ -62,10 +62,9 @@ class Pool:
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
-        # Every epoch passes over all, in an order of its own; the first goes straight, so that blocks fill one by one.
         position = step * total + torch.arange(total)[own]
         epoch, index = position // self.length, position % self.length
-        for e in epoch[epoch > 0].unique().tolist():
+        for e in epoch[epoch > 0].unique().tolist():  # the first epoch goes straight, so that blocks fill one by one
             order = torch.randperm(self.length, generator=random_generator("order", self.seed, e))
             index = torch.where(epoch == e, order[index], index)
         return self.pictures(index).to(self.device, non_blocking=True).float() / 255
@@ -86,18 +85,11 @@ class Pool:
         parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
         return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
-    def uniform(self, low, high, shape, generator):
-        return low + (high - low) * torch.rand(shape, generator=generator, device=self.device)
-
-    def integers(self, low, high, shape, generator):
-        return torch.randint(low, high, shape, generator=generator, device=self.device)
-
     def place_apart(self, n, count, extent, clearance, generator):
         """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
-        # One after the other; of 40 tries the first free place is taken, or the freest.
-        tries = self.uniform(-extent, extent, (n, count, 40, 2), generator)
+        tries = 2 * extent * torch.rand(n, count, 40, 2, generator=generator, device=self.device) - extent
         chosen = tries[:, :1, 0]  # (n, 1, 2)
-        for k in range(1, count):
+        for k in range(1, count):  # of 40 tries the first free place is taken, or the freest
             distance = (tries[:, k, :, None] - chosen[:, None]).norm(dim=-1)  # (n, 40, k)
             gap = (distance - clearance[:, None, k, :k]).amin(-1)
             pick = torch.where(gap > 0, 100.0 - torch.arange(40, device=gap.device), gap).argmax(1)
@@ -123,16 +115,16 @@ class Sprites(Pool):
 
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
+        rand, randint = (partial(f, generator=generator, device=self.device) for f in (torch.rand, torch.randint))
         low, k = (times * count for count in self.objects)
-        scene = {"present": torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)}
-        hue, saturation, value = (self.uniform(least, 1, (n, k), generator)[..., None] for least in (0.0, 0.5, 0.6))
+        scene = {"present": torch.arange(k, device=self.device) < randint(low, k + 1, (n, 1))}
+        hue, saturation, value = (least + (1 - least) * rand(n, k, 1) for least in (0.0, 0.5, 0.6))
         phase = (torch.tensor([5.0, 3.0, 1.0], device=self.device) + 6 * hue) % 6  # (n, K, 3), HSV to RGB
         scene["rgb"] = value * (1 - saturation * torch.minimum(phase, 4 - phase).clamp(0, 1))
-        scene["shape"] = self.integers(0, 3 if self.library is None else len(self.library), (n, k), generator)
+        scene["shape"] = randint(3 if self.library is None else len(self.library), (n, k))
         if self.library is None:
             scene["centre"] = self.place_apart(n, k, 0.75, torch.full((n, k, k), 0.3, device=self.device), generator)
-            scene["radius"] = self.uniform(0.22, 0.38, (n, k), generator)
-            scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
+            scene["radius"], scene["angle"] = 0.22 + 0.16 * rand(n, k), 2 * math.pi * rand(n, k)
         return scene
 
     def label(self, scene, side):
@@ -208,27 +200,25 @@ class BuiltInClevr(Pool):
     name, crop, source = "clevr", "clevr", "built-in CLEVR-like renderer"
 
     def sample(self, n, generator, times=1):
+        rand, randint = (partial(f, generator=generator, device=self.device) for f in (torch.rand, torch.randint))
         low, k = (times * count for count in self.objects)
         radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
-        radius, shape = radii[self.integers(0, 2, (n, k), generator)], self.integers(0, 3, (n, k), generator)
+        radius, shape = radii[randint(2, (n, k))], randint(3, (n, k))
         scene = {"shape": shape, "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius)}
-        scene["rgb"] = colours[self.integers(0, len(COLOURS), (n, k), generator)] / 255
-        scene["present"] = torch.arange(k, device=self.device) < self.integers(low, k + 1, (n, 1), generator)
-        scene["camera"] = camera + self.uniform(-CAMERA_JITTER, CAMERA_JITTER, (n, 3), generator)
-        scene["lamps"] = lamps + self.uniform(-LAMP_JITTER, LAMP_JITTER, (n, 3, 3), generator)
+        scene["rgb"] = colours[randint(len(COLOURS), (n, k))] / 255
+        scene["present"] = torch.arange(k, device=self.device) < randint(low, k + 1, (n, 1))
+        scene["camera"] = camera + CAMERA_JITTER * (2 * rand(n, 3) - 1)
+        scene["lamps"] = lamps + LAMP_JITTER * (2 * rand(n, 3, 3) - 1)
         scene["xy"] = self.place_apart(n, k, 3.0, radius[:, :, None] + radius[:, None] + 0.25, generator)
-        scene["angle"] = self.uniform(0, 2 * math.pi, (n, k), generator)
-        scene["metal"] = self.uniform(0, 1, (n, k), generator) < 0.5
+        scene["angle"], scene["metal"] = 2 * math.pi * rand(n, k), rand(n, k) < 0.5
         return scene
 
     def render(self, scene):
-        # Objects are drawn at twice the size, the ground, which is smooth, at half of it.
-        side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]
+        side, small, camera = 2 * self.size, self.size // 2, scene["camera"][:, None]  # small: the ground is smooth
         centre = torch.cat([scene["xy"], scene["half"][..., None]], dim=-1)  # (n, K, 3)
         few, rays = (crop_rays(n, scene["camera"]) for n in (small, side))  # to the ground, to objects
-        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene)  # (n, small^2, 3)
-        ground = ground.mT.unflatten(2, (small, small))
-        light = F.interpolate(ground, scale_factor=4, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
+        ground = self.shade_ground(camera - camera[..., 2:] / few[..., 2:] * few, centre, scene).mT  # (n, 3, small^2)
+        light = F.interpolate(ground.unflatten(2, (small, -1)), size=side, mode="bilinear").flatten(2).mT.contiguous()
         depth, label = self.nearest(scene, centre, rays)  # (n, side^2) each
         i, pixel = torch.nonzero(label, as_tuple=True)
         point = scene["camera"][i] + depth[i, pixel, None] * rays[i, pixel]
@@ -305,24 +295,15 @@ LOUDNESS, HEARD = 1 / 1024, 1 / 16  # root mean squares: inside, for log(1 + 100
 MAX_GAIN_DB, MIXTURES = 6.0, 500  # how much louder one note may be than another; that a finished run is judged by
 
 
-def read_mask(path, size, crop):
-    """A mask of 8 bits a pixel -> the object's number in every pixel, 0 for the background: uint8 (size, size)."""
-    mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
-    if mask.mode not in ("L", "P"):
-        raise click.UsageError(f"{path}: expected a mask of 8 bits a pixel, numbers of objects, not {mask.mode}")
-    return np.asarray(square(mask.convert("P"), crop, path).resize((size, size), Image.Resampling.NEAREST))
-
-
 class PictureFolder(Pool):
     """Pictures on disk, of any size: of CLEVR's official folder, if asked for, or any; or click.UsageError for none."""
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
         places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
-        official = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
-        self.root, self.crop = official or root, "clevr" if official else "centre"
-        self.folder = self.root / "images" if official else root
-        self.source = f"{'CLEVR' if official else 'own pictures,'} folder {self.root.resolve().name}"
-        self.files = self.clevr_splits(*objects) if official else split_files(root, PICTURES, LISTED, ("masks",))
+        found = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
+        self.root, self.folder, self.crop = (found, found / "images", "clevr") if found else (root, root, "centre")
+        self.source = f"{'CLEVR' if found else 'own pictures,'} folder {self.root.resolve().name}"
+        self.files = self.clevr_splits(*objects) if found else split_files(root, PICTURES, LISTED, ("masks",))
         super().__init__(size, objects, seed, device, len(self.files["train"]))
         about = (lambda file: load_picture(self.folder / file, size, self.crop)), int(CACHE) // (3 * size**2)
         self.readers = {split: Reader(files, *about, split) for split, files in self.files.items()}
@@ -346,14 +327,19 @@ class PictureFolder(Pool):
 
     def scenes(self, split, n):
         """The first n pictures of a split that can be read: images, labels, or None where one has no masks/PATH.png."""
-        files, reader, labels = self.files[split], self.readers[split], None
+        files, reader, labels = self.files[split], self.readers[split], []
         reader.fetch(range(min(n, len(files))))
         numbers = list(itertools.islice((i for i in range(len(files)) if reader.example(i) is not None), n))
+        images = self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255
         masks = [self.root / "masks" / Path(files[i]).with_suffix(".png") for i in numbers]
-        if all(mask.is_file() for mask in masks):
-            labels = np.stack([read_mask(mask, self.size, self.crop) for mask in masks])
-            labels = torch.from_numpy(labels).long().to(self.device)
-        return self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255, labels
+        if not all(path.is_file() for path in masks):
+            return images, None
+        for path in masks:  # of mode P, of which no numbers are blended
+            mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
+            if mask.mode not in ("L", "P"):
+                raise click.UsageError(f"{path}: expected 8 bits a pixel, the number of the object, not {mask.mode}")
+            labels.append(np.array(square(mask.convert("P"), self.crop, path).resize((self.size, self.size))))
+        return images, torch.from_numpy(np.stack(labels)).long().to(self.device)
 
 
 def root_mean_square(waveform):
@@ -405,12 +391,12 @@ class Mixtures:
     def sample(self, split, n, generator, own=slice(None)):
         """The slice `own` of n mixtures: numbers of their notes, their decibels, -inf for none; or click.UsageError."""
         notes, drawn, decibels = self.notes[split], [], None
-        a, b = torch.triu_indices(self.parts, self.parts, 1)  # all pairs of a mixture's notes
+        a, b = torch.triu_indices(self.parts, self.parts, 1)  # all pairs of a mixture's notes; of single sounds none
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
             pitch, instrument = notes.pitch[some], notes.instrument[some]
             fitting = self.fit(pitch[:, a], pitch[:, b]) & (instrument[:, a] != instrument[:, b])
-            drawn += some[fitting.all(1)].tolist()  # of single sounds no pairs are left
+            drawn += some[fitting.all(1)].tolist()
             if len(drawn) < n:
                 continue
             if decibels is None:
@@ -419,8 +405,7 @@ class Mixtures:
                 decibels = torch.cat([gain, -gain.mean(1, keepdim=True)], dim=1)[:, : self.parts]
                 decibels = decibels.masked_fill(torch.arange(self.parts) >= count, -math.inf)
             notes.fetch(itertools.chain(*drawn[:n][own]))
-            ways = ((one for one in drawn[i::n] if notes.usable(one) == one) for i in range(n)[own])
-            chosen = [next(way, None) for way in ways]
+            chosen = [next((one for one in drawn[i::n] if notes.usable(one) == one), None) for i in range(n)[own]]
             if None not in chosen:
                 return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
@@ -470,22 +455,19 @@ SMALLEST_CANVAS, LARGEST_CANVAS = 0.15, 0.8  # half the side of a slot's canvas,
 SHADE_EXTENT, DARKEST = 2, 0.7  # how many times as wide a slot may shade the background, and by what logarithm
 CANVAS, CLOSER = 16, 16  # sides of a slot's canvas, doubled for pictures above 64 pixels, and of its closer look
 SHIFT = 0.3  # half picture widths a slot may stand beside its cell: corners are easier to find than objects' middles
-TAKEN = 0.65  # a slot suppresses the cells whose slots would stand so near its middle, in halves of its canvas,
-NEIGHBOUR_WEIGHT = 1e-3  # and those beside its own, whose KL still counts so much
+TAKEN, NEIGHBOUR_WEIGHT = 0.65, 1e-3  # cells nearer a slot, in halves of its canvas, yield; so much KL counts beside it
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
-MOST_SLOTS = 12  # that an exported encoder can be asked for
-NEUTRAL = 10.0  # a mask logit, or a colour, so far below all others that masks, or the maximum, pass over it
-SHARPNESS = 2.0  # of masks: their logits are so many times what the decoder says
-VISIBLE = 0.05  # a layer that changes a pixel by less, in mean absolute colour, leaves it to the background
-SMALLEST = 1 / 512  # a slot that owns less of the picture holds no object
+MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
+NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
+VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
 BLUR = 0.01  # half picture widths: with an error as wide, where a slot stands has a density
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
-# What the encoder says of B pictures or sounds, slots by falling KL: mu, logvar (B, N, D), cell (B, N, 2) as (y, x), kl
-# (B, N), kl_map (B, H_l, W_l), background (B, C, h, w) and its latents, light, or None, kl_all (B,): of all latents.
-# Of sounds that are encoded again, mu and logvar say what masks leave, among the slots asked for; KL is as before.
+# Slots by falling KL: mu, logvar (B, N, D), of sounds of what masks leave; cell (B, N, 2) as (y, x), kl (B, N); kl_map
+# (B, H_l, W_l), background (B, C, h, w) or None, light, its latents (B, L), kl_all (B,): of all latents.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background light kl_all")
-OCTAVES = 7  # of the Fourier features of a place along the frequency
+# Of sounds: levels (B, FRAMES, bands, 1), these rebuilt, Encoding; layers, levels alone, masked mixtures (B, N, ...).
+Separation = namedtuple("Separation", "level mean encoding layer alone parts")
 
 
 class BroadcastDecoder(nn.Module):
@@ -500,8 +482,7 @@ class BroadcastDecoder(nn.Module):
         self.out = column_conv(channels, parts * UPSCALE_SOUND, 3, padding=1)
 
     def forward(self, z, cell):
-        # Told its offset, every band draws a timbre the same at any pitch; told its place, it may do otherwise.
-        told = []
+        told = []  # by its offset every band draws a timbre the same at any pitch; by its place it may do otherwise
         for at in (self.grid - cell[..., None, None], self.grid[None]):
             waves = [f(math.pi * 2**k * at) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
             told.append(torch.cat([at, *waves], dim=1))  # (M or 1, 2 + 4 * OCTAVES, size / 2, 1)
@@ -512,13 +493,12 @@ class BroadcastDecoder(nn.Module):
 
 def resample(source, scale, offset, side):
     """source (M, C, S, S) at scale (M,) * (y, x) + offset (M, 2), in halves of a side: -> (M, C, side, side)."""
-    # A spatial transformer (Jaderberg et al. 2015): linear, without aliasing, 0 beyond the source.
     n, axis = source.shape[-1], position_grid(side, 1)[0, :, 0].to(offset)
     index = ((scale[:, None, None] * axis + offset[..., None] + 1) * n - 1) / 2  # (M, 2, side), into the source
     width = (scale * n / side).clamp(min=1)[:, None, None, None]
     near = (index[..., None] - torch.arange(n, device=source.device)).abs()  # (M, 2, side, S)
     y, x = ((1 - near / width).clamp(min=0) / width).to(source.dtype)[:, :, None].unbind(1)  # (M, 1, side, S) each
-    return y @ source @ x.mT
+    return y @ source @ x.mT  # a spatial transformer (Jaderberg et al. 2015), without aliasing
 
 
 class CanvasDecoder(nn.Module):
@@ -583,8 +563,7 @@ class CanvasDecoder(nn.Module):
 
 def bleed(colours, mask):
     """Colours (M, C, S, S) that, from where the mask (M, 1, S, S) ends, go on as they are a pixel further inside."""
-    # Else an edge may be as wide as it likes: any mask will do there, with colours to fit (docs/mvae-log.md).
-    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
+    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)  # else edges grow wide: docs/mvae-log.md
     mask = -F.max_pool2d(-mask, 3, stride=1, padding=1)
     weight, own = mask.square() + 1e-3, mask.square().square()
     around = smooth(smooth(torch.cat([weight * colours, weight], dim=1)))
@@ -616,8 +595,7 @@ class Encoder(nn.Module):
     def __init__(self, shape, grid, d, channels, sound):
         super().__init__()
         conv, kernel = (column_conv, grid[0] // 8 | 1) if sound else (nn.Conv2d, 3)  # an octave: harmonics stand apart
-        # Kernels of even size: one of odd size and stride 2 looks half a pixel beside the middle of what it stands for.
-        layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]
+        layers = [conv(shape[0] + 2 * sound, channels, 6, stride=2, padding=2)]  # 5 would look half a pixel beside
         for _ in range(int(math.log2(shape[1] // grid[0])) - 1):
             layers += [nn.SiLU(), conv(channels, channels, 4, stride=2, padding=1)]
         layers += [ResBlock(channels, norm=True, conv=conv, kernel=kernel) for _ in range(3)]
@@ -662,8 +640,7 @@ class Background(nn.Module):
 
 
 ORDERS = ("independent", "autoregressive", "set")
-# Of B scenes: the background's latents (B, L), how many slots there are (B,), and these (B, N, E), 0 beyond: where they
-# stand, (y, x), of sounds y, then z.
+# Of B scenes: light (B, L), how many slots (B,), and these, cell, then z (B, N, 2 + D), 0 beyond.
 Scene = namedtuple("Scene", "light count slots")
 
 
@@ -673,23 +650,22 @@ def choose(logits, noise):
 
 
 class SlotPrior(nn.Module):
-    """A density of Scenes: light, the number of slots, and slots one by one, each given light, number and those before.
+    """A density of Scenes: light, the number of slots, and slots one by one, each given all that came before it.
 
     "autoregressive": by falling KL. "set": in any order, a density of sets (Uria et al. 2014), which can go on from any
-    slots. "independent": each given nothing. A transformer chooses one of the slots before, or the scene (a pointer,
-    Vinyals et al. 2015); from what this suggests a flow goes on.
+    slots. "independent": each given nothing. A transformer points at a slot so far, or at none (Vinyals et al. 2015);
+    a flow starts from what this one suggests.
     """
 
-    def __init__(self, order, e, n_slots, light, width=128, key=16):
+    def __init__(self, order, d, n_slots, light, width=128, key=16):
         super().__init__()
-        self.order, self.n_slots, self.sizes = order, n_slots, [key, e, width]
+        self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.light = FlowPrior(light, couplings=4, width=64) if light else None
         self.count = nn.Sequential(nn.Linear(light + 1, width), nn.SiLU(), nn.Linear(width, n_slots + 1))
-        self.whole, self.token = nn.Linear(light + n_slots + 1, width), nn.Linear(e, width)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
+        self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.query, self.suggest = nn.Linear(width, key), nn.Linear(width + e, sum(self.sizes))
-        self.flow = FlowPrior(e, width, couplings=4, width=width)
+        self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
 
     def given(self, values):
@@ -699,12 +675,13 @@ class SlotPrior(nn.Module):
         return self.count(F.pad(self.given(light), (0, 1)))
 
     def suggestions(self, light, count, slots):
-        """Of the scene and all but the last slot (J = N), for every slot: logits (B, N, J), means (B, J, E), the flow's
-        context (B, N, J, width)."""
-        before = F.pad(self.given(slots)[:, :-1], (0, 0, 1, 0))  # (B, N, E)
-        whole = self.whole(self.given(torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)))
-        tokens = torch.cat([whole[:, None], self.token(before[:, 1:])], dim=1)
-        h = self.body(tokens, self.later, is_causal=True)  # (B, N, width)
+        """For each slot, of none and those before it: logits (B, N, N), means (B, N, D), contexts (B, N, N, width)."""
+        whole, before = (
+            torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1),
+            self.given(slots)[:, :-1],
+        )
+        before = F.pad(before, (0, 0, 1, 0))  # (B, N, D)
+        h = self.body(self.token(before) + self.whole(self.given(whole))[:, None], self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
         return (self.query(h) @ key.mT).masked_fill(self.later, -1e4), mean, F.silu(h[:, :, None] + context[:, None])
 
@@ -717,23 +694,22 @@ class SlotPrior(nn.Module):
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
             slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
         logits, mean, context = self.suggestions(light, count, slots)
-        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean[:, None], context)  # (B, N, J)
+        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean[:, None], context)  # (B, N, N)
         return total + torch.where(there, each.logsumexp(2), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
-        """Standard normal noise (B, N + 1, E + 1) -> Scene; where `kept` (B,) is not 0 with `light` (B, L), and so many
-        of `slots` (B, N, E), the first."""
+        """Noise (B, N + 1, D + 1) of N(0, I) -> Scene, which has the first `kept` (B,) of slots (B, N, D), if any, and
+        then light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
-        number = torch.arange(self.n_slots + 1)
-        few = number < kept[:, None]
+        few = torch.arange(self.n_slots + 1) < kept[:, None]
         count = choose(self.count_logits(light).masked_fill(few, -1e4), noise[:, 0, -1])
         for k in range(self.n_slots):
             logits, mean, context = self.suggestions(light, count, slots)
             one = choose(logits[:, k], noise[:, k + 1, -1])[:, None, None]  # (B, 1, 1)
             mean, context = (v.gather(1, one.expand(-1, 1, v.shape[2]))[:, 0] for v in (mean, context[:, k]))
-            slot = mean + self.flow.sample(noise[:, k + 1, :-1], context)
-            slots = torch.where(((number[:-1] == k) & ~few[:, 1:])[..., None], slot[:, None], slots)
+            slot = torch.where(few[:, k : k + 1], slots[:, k], mean + self.flow.sample(noise[:, k + 1, :-1], context))
+            slots = torch.cat([slots[:, :k], slot[:, None], slots[:, k + 1 :]], dim=1)
         return Scene(light, count, slots)
 
 
@@ -762,8 +738,8 @@ class MVAE(nn.Module):
         self.background = None if self.sound else Background((parts, side, side), channels)
         self.most_slots = min(max(MOST_SLOTS, n_slots), grid[0] * grid[1])
         self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
-        self.axes, self.blur = (1, 1 / cells) if self.sound else (2, BLUR)  # of where a slot stands
-        self.prior = SlotPrior(prior, self.axes + d, n_slots, self.noise_sizes[1])  # last: the rest starts as without
+        self.blur = 1 / cells if self.sound else BLUR
+        self.prior = SlotPrior(prior, 2 + d, n_slots, self.noise_sizes[1])  # last: the rest starts as without
 
     @torch.no_grad()
     def start_at_mean(self, mean):
@@ -808,10 +784,8 @@ class MVAE(nn.Module):
     def select(self, kl, place, half, n):
         """Cells of pictures, kl (B, H_l * W_l), that become slots, in the order of choice: -> index (B, n)."""
         width, place, middles, chosen = 2 / place.shape[2], place.flatten(2), self.encoder.middles.flatten(1), []
-        # Cells far from their slots count less: else all slots may settle at the end of one common shift.
-        score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)
-        # After each choice cells around it are discounted, and those that are, or whose slots are, within its canvas.
-        for _ in range(n):
+        score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)  # else all may shift to one end
+        for _ in range(n):  # cells around each choice are discounted, and those within its canvas, or whose slots are
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
             here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
@@ -850,20 +824,19 @@ class MVAE(nn.Module):
         return self.to_image(compose(layer, background, self.op)).to(layer.dtype)
 
     def scene(self, encoding, generator):
-        """Encoding -> Scene: a sample of the posteriors of slots that hold something, a little beside their places."""
+        """Encoding -> Scene: a sample of the posteriors of slots that hold something, a little beside their cells."""
         there = encoding.kl >= EMPTY["mvae-sound" if self.sound else "mvae-image"]  # (B, N)
         z = reparameterize(encoding.mu, encoding.logvar, torch.randn(encoding.mu.shape, generator=generator))
-        place = encoding.cell[..., : self.axes]
-        place = place + self.blur * (2 * torch.rand(place.shape, generator=generator) - 1)
-        return Scene(encoding.light, there.sum(1), torch.cat([place, z], dim=2) * there[..., None])
+        cell = encoding.cell + self.blur * (2 * torch.rand(encoding.cell.shape, generator=generator) - 1)
+        return Scene(encoding.light, there.sum(1), torch.cat([cell, z], dim=2) * there[..., None])
 
     def slots(self, scene):
         """Scene -> z (B, N, D), cell (B, N, 2), of sounds the nearest; background (B, C, h, w) or None."""
-        cell, z = scene.slots.split([self.axes, self.d], dim=2)
+        cell, z = scene.slots.split([2, self.d], dim=2)
         if self.sound:
-            y = self.encoder.middles[0, :, 0]
-            cell = F.pad(y[(cell - y).abs().argmin(2, keepdim=True)], (0, 1))
-        return z, cell, None if self.sound else self.background.draw(scene.light)
+            middles = self.encoder.middles[:, :, 0].T  # (cells, 2)
+            return z, middles[(cell[..., :1] - middles[:, 0]).abs().argmin(2)], None
+        return z, cell, self.background.draw(scene.light)
 
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
@@ -963,8 +936,7 @@ def segmentation_scores(responsibility, label):
     active = sizes >= SMALLEST * label.numel()
     most, owner = shared[:, active].max(0)
     claimed = owner[most > 0.5 * sizes[active]]
-    # On true object pixels, the background among the predicted; or the largest of the slots alone. Duplicates: all but
-    # one of the slots whose segments are mostly of one object.
+    # `ari_fg` has the background among the predicted. Duplicates: all but one of the slots mostly of one object.
     scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
     scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
     scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
@@ -973,8 +945,7 @@ def segmentation_scores(responsibility, label):
 
 def averages(scores):
     """Dicts of numbers -> means, each over those that have it; of "unexplained" the 95 % quantile too: describe."""
-    names = dict.fromkeys(itertools.chain(*scores))
-    columns = {name: [score[name] for score in scores if name in score] for name in names}
+    columns = {n: [score[n] for score in scores if n in score] for n in dict.fromkeys(itertools.chain(*scores))}
     most = {"unexplained_95": float(np.quantile(columns["unexplained"], 0.95))} if "unexplained" in columns else {}
     return {name: float(np.mean(column)) for name, column in columns.items()} | most
 
@@ -1008,51 +979,44 @@ def si_sdr(estimate, target):
     return 10 * torch.log10((scale * target).square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
 
 
-def assign(ratio):
-    """The slot that fits every stem best, one to one: scores (B, N, S) -> (B, S)."""
-    return torch.tensor([linear_sum_assignment(one.T.cpu(), True)[1].tolist() for one in ratio], device=ratio.device)
-
-
-# Levels (B, FRAMES, bands, 1) of mixtures, of their reconstruction, Encoding; of the slot that fits each of S stems, or
-# where S = 1 of all N: layers, levels alone (B, S, ...), masked mixtures (B, S, samples), dB gained (B, S) or None.
-Separation = namedtuple("Separation", "level mean encoding layer alone parts gained")
-
-
-def separate(model, levels, stems):
-    """Mixtures of stems (B, S, samples), encoded, every slot decoded, its mask applied: -> Separation."""
-    mixture = stems.sum(1)
+def separate(model, levels, mixture):
+    """Mixtures (B, samples), encoded, every slot decoded, its mask applied: -> Separation."""
     level = levels(mixture)
     encoding, layer, mean = reconstruct(model, level)
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
     spectrum = stft(mixture.cpu().numpy(), SOUND_FFT, HOP)
     masked = np.stack([soft_masks(slots, np.abs(one)) * one for slots, one in zip(magnitude, spectrum, strict=True)])
-    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)  # (B, N, samples)
-    if stems.shape[1] == 1:
-        return Separation(level, mean, encoding, layer, alone, parts, None)
-    ratio = si_sdr(parts[:, :, None], stems[:, None]) - si_sdr(mixture[:, None], stems)[:, None]  # (B, N, S), gained
-    silent, b = stems.abs().amax(2) == 0, torch.arange(len(stems), device=stems.device)[:, None]
-    slot = assign(ratio.masked_fill(silent[:, None], 0.0))  # (B, S)
-    gained = torch.where(silent, math.nan, ratio.mT.gather(2, slot[..., None])[..., 0])
-    return Separation(level, mean, encoding, layer[b, slot], alone[b, slot], parts[b, slot], gained)
+    parts = torch.from_numpy(inverse_stft(masked, SOUND_FFT, HOP, SAMPLES)).to(mixture)
+    return Separation(level, mean, encoding, layer, alone, parts)
+
+
+def assign(parts, stems):
+    """Parts (B, N, samples), stems (B, S, samples) -> each stem's part, one to one, and dB of SI-SDR gained: (B, S)."""
+    ratio = si_sdr(parts[:, :, None], stems[:, None]) - si_sdr(stems.sum(1)[:, None], stems)[:, None]  # (B, N, S)
+    silent = (stems == 0).all(2)
+    best = [linear_sum_assignment(one.cpu(), True)[1] for one in ratio.masked_fill(silent[:, None], 0.0).mT]
+    part = torch.from_numpy(np.stack(best)).to(ratio.device)
+    return part, ratio.mT.gather(2, part[..., None])[..., 0].masked_fill(silent, math.nan)
 
 
 @torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
-    for some in data.mixtures(split, n).to(data.device).split(BLOCK):
-        level, mean, encoding, *_, gain = separate(model, data.levels, some)
-        magnitude = data.levels.to_stft_magnitude(mean).cpu().numpy()
-        heard = magnitude, np.abs(stft(some.sum(1).cpu().numpy(), SOUND_FFT, HOP))
+    for stems in data.mixtures(split, n).to(data.device).split(BLOCK):
+        mixture = stems.sum(1)
+        level, mean, encoding, *_, parts = separate(model, data.levels, mixture)
+        heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
         score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
         score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
+            gain = assign(parts, stems)[1]
             holding, sounding = (encoding.kl >= EMPTY["mvae-sound"]).sum(1), (~gain.isnan()).sum(1)
             score |= {"si_sdr_gained": gain.nanmean(1), "slot_count_error": (holding - sounding).abs()}
             gained += gain[~gain.isnan()].tolist()
-        scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(some))]
+        scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(stems))]
     median = {"si_sdr_gained_median": float(np.median(gained))} if gained else {}
     return averages(scores) | median | {"mixtures": len(scores)}
 
@@ -1080,29 +1044,20 @@ def show_pictures(model, data, run, n=6):
 
 @torch.no_grad()
 def show_sounds(model, data, run, n=5, heard=2):
-    """Mixtures, KL maps, reconstructions, slots alone beside known stems, a row a mixture; some of them as sounds."""
-    stems = data.mixtures("valid", n).to(data.device)
-    found, rows, known = separate(model, data.levels, stems), [], data.parts > 1
-    for b in range(len(stems)):
-        slots, names = found.alone[b], [f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(found.encoding.kl[b])]
-        if known:
-            sounds = ~found.gained[b].isnan()
-            slots = torch.stack([data.levels.as_loud(stems[b])[sounds], slots[sounds]], dim=1).flatten(0, 1)
-            names = sum(((f"stem {k}", f"its slot: {db:+.1f} dB") for k, db in enumerate(found.gained[b][sounds])), ())
-        magnitude = data.levels.to_stft_magnitude(torch.stack([found.level[b], found.mean[b], *slots])).cpu().numpy()
+    """Mixtures, KL maps, reconstructions, slots decoded alone, a row a mixture; some, and masked slots, as sounds."""
+    mixture, rows = data.mixtures("valid", n).sum(1).to(data.device), []
+    level, mean, encoding, _, alone, parts = separate(model, data.levels, mixture)
+    for b, spectra in enumerate(torch.cat([level[:, None], mean[:, None], alone], dim=1)):
+        magnitude = data.levels.to_stft_magnitude(spectra).cpu().numpy()
         tiles = [spectrum_tile(one, magnitude[0].max(), SAMPLES / RATE, RATE) for one in magnitude]
-        named = zip(tiles, (f"mixture {b}", "reconstruction", *names), strict=True)
-        row = [Tile(tile, name, known and "slot" in name) for tile, name in named]
-        heat = heat_map(found.level[b, ..., 0].T.flip(0).cpu().numpy())
-        kl_map, cell = found.encoding.kl_map[b].flip(0).cpu().numpy(), found.encoding.cell[b].cpu().numpy() * [-1, 1]
-        rows.append([row[0], Tile(kl_tile(heat, kl_map, cell), "KL map"), *row[1:]])
-    run.figure("separation", contact_sheet(rows, "Sounds taken apart; above slots, what their masks gain"))
-    for b in range(min(heard, len(stems))):
-        loudest = 2 * stems[b].sum(0).abs().max().cpu()
-        run.sound(f"mixture{b}", stems[b].sum(0).cpu() / loudest)
-        for k, decoded in enumerate(Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone[b]).cpu())):
-            run.sound(f"mixture{b}-slot{k}-masked", found.parts[b, k].cpu() / loudest)
-            run.sound(f"mixture{b}-slot{k}-griffin-lim", decoded / loudest)
+        heat, kl_map, cell = (v[b].cpu().numpy() for v in (level[..., 0].mT, encoding.kl_map, encoding.cell))
+        tiles.insert(1, kl_tile(heat_map(heat[::-1]), kl_map[::-1], cell * [-1, 1]))  # low frequencies at the bottom
+        slots = (f"slot {k}: {kl:.0f} nats" for k, kl in enumerate(encoding.kl[b]))
+        rows.append(list(map(Tile, tiles, (f"mixture {b}", "KL map", "reconstruction", *slots))))
+    run.figure("separation", contact_sheet(rows, "Sounds taken apart; every slot decoded alone"))
+    for b, whole in enumerate(mixture[:heard]):
+        for name, sound in {"": whole, **{f"-slot{k}-masked": part for k, part in enumerate(parts[b])}}.items():
+            run.sound(f"mixture{b}{name}", sound / (2 * whole.abs().max()))
 
 
 def graphs(model):
@@ -1122,22 +1077,18 @@ def graphs(model):
         composed = model.compose(layer, background)
         return HEARD / LOUDNESS * levels.to_stft_magnitude(composed) if sound else composed
 
-    def imagine(noise, kept, kept_z, kept_cell, light=None):
-        light = noise[:, 0, :0] if light is None else light
-        kept_slots = torch.cat([kept_cell[..., : model.axes], kept_z], dim=2)
-        scene = model.prior.sample(noise, kept, light, kept_slots)
+    def imagine(noise, kept, given, light=None):
+        scene = model.prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
         z, cell, background = model.slots(scene)
         return z, cell, scene.count, *(() if sound else (background,))
 
-    encoder, n = Graph(names, encode, model, levels, optional=("slots",)), model.n_slots
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
-    made = {"encoder": (encoder, inputs | {"slots": torch.arange(n)})}
-    kept_z, kept_cell = torch.randn(2, n, model.d, generator=generator), torch.zeros(2, n, 2)
-    noise = torch.randn(2, n + 1, model.axes + model.d + 1, generator=generator)
-    given = {"noise": noise, "kept": torch.tensor([0, 1]), "kept_z": kept_z, "kept_cell": kept_cell}
-    given |= {} if sound else {"light": noise[:, 0, : model.noise_sizes[1]].contiguous()}
-    outputs, used = ("z", "cell", "count", *(() if sound else ("background",))), (model.prior, model.background)
-    made["prior"] = (Graph(outputs, imagine, *filter(None, used)), given)
+    inputs["slots"], noise = torch.arange(n := model.n_slots), torch.randn(2, n + 1, model.d + 3, generator=generator)
+    made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
+    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": noise[:, 1:, 1:].contiguous()}
+    given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
+    used = filter(None, (model.prior, model.background))
+    made["prior"] = (Graph(("z", "cell", "count", "background")[: 4 - sound], imagine, *used), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
     if sound:
@@ -1161,7 +1112,7 @@ PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.
            "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
            "nsynth-duo": {"size": 384, "cells": 96, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
                           "sigma": 0.15, "beta": 12.0, "last_beta": 12.0, "minutes": 20.0}}  # fmt: skip
-PRESETS |= {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]}  # one's own
+PRESETS |= (OWN := {"pictures": PRESETS["clevr"], "sounds": PRESETS["nsynth-duo"]})
 FOREIGN = {"sprites": ("families", "download", "mix", "voices"), "clevr": ("families", "mix", "voices"),
            "pictures": ("families", "download", "mix", "voices", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
            "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
@@ -1172,20 +1123,18 @@ load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 def check_options(options):
     """Raise click.UsageError for options that do not go together."""
     size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "voices"))
-    sound, for_pictures = dataset in SOUNDS, options["op"] == "alpha" or options["compose_at"] == "feature"
-    unit, most = (UPSCALE_SOUND, cells) if sound else (UPSCALE, cells**2)
+    sound, most = (True, cells) if dataset in SOUNDS else (False, cells**2)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
-        f"--size {size} --cells {cells}: expected a multiple of {unit}, and 2, 4, 8, 16 or 32 times the cells":
-            size % unit == 0 and size % cells == 0 and size // cells in (2, 4, 8, 16, 32),
-        f"--N {n}: expected {1 + sound} to {most}, for so many cells": 1 + sound <= n <= most,
-        f"--voices: expected the fewest first, and at most {n}, a slot for each": not sound or low <= high <= n,
+        f"--size {size} --cells {cells}: expected a multiple of {UPSCALE}, and 2, 4, 8, 16 or 32 times the cells":
+            size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32),
+        f"--N {n}: expected at most {most}, the cells": n <= most,
+        f"--voices: expected the fewest first, and at most --N, {n}: a slot for each": not sound or low <= high <= n,
         "--voices is for --mix": dataset != "sounds" or options["mix"] or high == 2,
-        f"--channels {options['channels']}: expected a multiple of 8": options["channels"] % 8 == 0,
-        f"--dataset {dataset}: expected --data-root, a folder of your own":
-            options["data_root"] or dataset not in ("pictures", "sounds"),
-        "--op alpha and --compose feature are for pictures": not (sound and for_pictures)
+        f"--dataset {dataset}: expected --data-root, a folder of your own": options["data_root"] or dataset not in OWN,
+        "--op alpha and --compose feature are for pictures":
+            not sound or (options["op"] != "alpha" and options["compose_at"] == "data")
     }  # fmt: skip
     for broken in (rule for rule, kept in rules.items() if not kept):
         raise click.UsageError(broken)

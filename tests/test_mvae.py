@@ -541,8 +541,8 @@ def test_training_finds_objects(tmp_path, monkeypatch):
     [
         (["--dataset", "faces"], "'sprites', 'clevr'"),
         (["--N", "0"], "--N"),
-        (["--N", "300", "--cells", "8"], "--N 300: expected 1 to 64"),
-        (["--channels", "12"], "multiple of 8"),
+        (["--N", "300", "--cells", "8"], "--N 300: expected at most 64, the cells"),
+        (["--channels", "12"], "num_channels (12) must be divisible by num_groups (8)"),
         (["--size", "40", "--cells", "16"], "times the cells"),
         (["--lr", "nan"], "expected a finite number"),
         (["--minutes", "inf"], "expected a finite number"),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import train_mvae
 from common import FOLDER, Vocoder, random_generator
 from tests.experiments.judges import detect_pitch, train_classifier
-from train_mvae import SOUND_FFT, root_mean_square, separate
+from train_mvae import SOUND_FFT, assign, root_mean_square, separate
 
 TOGETHER, NEAR = 10, 0.5  # mixtures; semitones that a pitch may be away
 
@@ -25,9 +25,8 @@ TOGETHER, NEAR = 10, 0.5  # mixtures; semitones that a pitch may be away
 @torch.no_grad()
 def heard(model, data, stems):
     """Stems (B, 2, samples) -> each one's slot where it is, and where the other stem's is: (B, 2, samples) each."""
-    found = separate(model, data.levels, stems)
-    layer, b = model.decode(found.encoding.mu, found.encoding.cell), torch.arange(len(stems))[:, None]
-    slot = (layer[:, None] == found.layer[:, :, None]).flatten(3).all(3).int().argmax(2)  # (B, S), of each stem
+    found, b = separate(model, data.levels, stems.sum(1)), torch.arange(len(stems))[:, None]
+    slot, _ = assign(found.parts, stems)
     mu, cell = found.encoding.mu[b, slot], found.encoding.cell[b, slot]
     alone = [model.alone(model.decode(mu, where)).flatten(0, 1) for where in (cell, cell.flip(1))]
     sounds = [Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(levels))[:, : stems.shape[2]] for levels in alone]

@@ -21,8 +21,9 @@ from PIL import Image
 
 import train_mvae
 from common import FOLDER, RATE, load_notes
+from recompose import square
 from tests.experiments.slots import load_run, load_start
-from train_mvae import averages, evaluate_pictures, read_mask, reconstruct, segmentation_scores
+from train_mvae import averages, evaluate_pictures, reconstruct, segmentation_scores
 
 WIDTH, HEIGHT, FINE = 200, 150, 3
 FOLDERS = ("holiday", "holiday/garden", "work/desk/top")
@@ -111,12 +112,14 @@ def score(run_dir):
     masks = data.root.with_name(f"{data.root.name}-masks")
     images = data.scenes("test", train_mvae.SCENES)[0]
     files = [file for file in data.files["test"] if (masks / file).with_suffix(".png").is_file()][: len(images)]
-    labels = [torch.tensor(read_mask((masks / f).with_suffix(".png"), model.size, data.crop)).long() for f in files]
+    labels = [Image.open((masks / file).with_suffix(".png")).convert("P") for file in files]
+    labels = [square(mask, data.crop, masks).resize((model.size, model.size)) for mask in labels]
     click.echo(f"{len(labels)} test pictures of {data.source}\n\n| score | trained | step 0 |\n|-|-|-|")
     columns = []
     for one in (model, load_start(model, data)):
         scores = []
         for image, label in zip(images, labels, strict=True):
+            label = torch.tensor(np.array(label)).long()
             encoding, layer, _ = reconstruct(one, image[None])
             scores.append(segmentation_scores(one.responsibilities(layer, encoding.background)[0], label))
         mse = evaluate_pictures(one, data, "test", len(images), model.config["options"]["sigma"])

@@ -22,7 +22,7 @@ from common import FOLDER, Vocoder, random_generator
 from recompose import inverse_stft, soft_masks, stft
 from tests.experiments.judges import train_classifier
 from tests.experiments.slots import load_start
-from train_mvae import SOUND_FFT, assign, root_mean_square, separate, si_sdr
+from train_mvae import SOUND_FFT, assign, root_mean_square, separate
 
 CHUNK = 20  # mixtures at a time
 HEARD = 100  # mixtures whose slots are heard through Griffin-Lim, which takes its time
@@ -82,14 +82,10 @@ def compare(data, n, models):
     """{name: dB of SI-SDR gained (n, 2)} on the first n test mixtures, of every way and of the models {name: model}."""
     gained = {}
     for some in data.mixtures("test", n).split(CHUNK):
-        mixture = some.sum(1)
-        before = si_sdr(mixture[:, None], some)
         for name, magnitude in masking_magnitudes(data.levels, some).items():
-            ratio = si_sdr(apply_masks(mixture, magnitude)[:, :, None], some[:, None])  # (B, estimates, stems)
-            best = ratio.mT.gather(2, assign(ratio)[..., None])[..., 0]
-            gained.setdefault(name, []).append(best - before)
+            gained.setdefault(name, []).append(assign(apply_masks(some.sum(1), magnitude), some)[1])
         for name, model in models.items():
-            gained.setdefault(name, []).append(separate(model, data.levels, some).gained)
+            gained.setdefault(name, []).append(assign(separate(model, data.levels, some.sum(1)).parts, some)[1])
     return {name: torch.cat(parts) for name, parts in gained.items()}
 
 
@@ -129,11 +125,12 @@ def family_agreement(classifier, model, data, n):
     for i in range(0, n, CHUNK):
         some, own = stems[i : i + CHUNK], pair[i : i + CHUNK].flatten()
         loudness = root_mean_square(notes.waveform(own))
-        found = separate(model, data.levels, some)
+        found, b = separate(model, data.levels, some.sum(1)), torch.arange(len(some))[:, None]
+        slot, _ = assign(found.parts, some)
         heard = {"stem": some.flatten(0, 1), "mixture": some.sum(1).repeat_interleave(2, 0)}
-        heard["masked"] = found.parts.flatten(0, 1)
+        heard["masked"] = found.parts[b, slot].flatten(0, 1)
         if i < HEARD:
-            heard["slot"] = Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone.flatten(0, 1)))
+            heard["slot"] = Vocoder(SOUND_FFT)(data.levels.to_stft_magnitude(found.alone[b, slot].flatten(0, 1)))
         for name, waveform in heard.items():
             louder = waveform * (loudness / root_mean_square(waveform))
             right.setdefault(name, []).append(classifier(louder) == notes.family[own])

@@ -18,7 +18,7 @@ import torch
 import train_mvae
 from common import FOLDER, RATE, SAMPLES, gaussian_kl, log_spectral_distance, random_generator, write_json
 from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
-from train_mvae import VISIBLE, BuiltInClevr, averages, match, reconstruct, segmentation_scores, separate
+from train_mvae import VISIBLE, BuiltInClevr, assign, averages, match, reconstruct, segmentation_scores, separate
 
 PAIRS = 64  # of scenes recomposed, and scenes that an object is taken out of
 PRINTED = ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr", "removal_psnr",
@@ -152,6 +152,13 @@ def score_crowds(model, n):
     return {f"crowds/{name}": score for name, score in averages(scores).items()}
 
 
+def separate_by_stems(model, data, stems):
+    """Stems (B, S, samples) -> levels of mixtures; of each stem's slot layer, levels alone (B, S, ...), dB gained."""
+    found, b = separate(model, data.levels, stems.sum(1)), torch.arange(len(stems), device=stems.device)[:, None]
+    slot, gained = assign(found.parts, stems)
+    return found.level, found.layer[b, slot], found.alone[b, slot], gained
+
+
 @torch.no_grad()
 def score_remixes(model, data, split, n):
     """Scores of n mixtures of a split; a slot of each and a slot of another are held against their stems' true mixture.
@@ -161,15 +168,15 @@ def score_remixes(model, data, split, n):
     """
     scores = []
     for stems in data.mixtures(split, n).to(data.device).split(train_mvae.BLOCK):
-        found = separate(model, data.levels, stems)
-        own, silent = data.levels.as_loud(stems.flatten(0, 1)).unflatten(0, stems.shape[:2]), found.gained.isnan()
-        apart = (found.alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
+        level, layer, alone, gained = separate_by_stems(model, data, stems)
+        own, silent = data.levels.as_loud(stems.flatten(0, 1)).unflatten(0, stems.shape[:2]), gained.isnan()
+        apart = (alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
         nearest = apart.diagonal(dim1=1, dim2=2) <= apart.masked_fill(silent[:, None], torch.inf).amin(2)  # (B, S)
-        recomposed = model.compose(torch.stack([found.layer[:, 0], found.layer.roll(1, 0)[:, 1]], dim=1))
+        recomposed = model.compose(torch.stack([layer[:, 0], layer.roll(1, 0)[:, 1]], dim=1))
         remix = data.levels.as_loud(stems[:, 0] + stems.roll(1, 0)[:, 1])
         score = {"own_instrument": (nearest | silent).all(1).float()}
         score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
-        score["lsd_recomposed_baseline"] = log_spectral_distance(found.level, remix, bins=2)
+        score["lsd_recomposed_baseline"] = log_spectral_distance(level, remix, bins=2)
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(stems))]
     return averages(scores)
 
@@ -275,15 +282,15 @@ def recomposition_figure(model, images):
 def remix_figure(model, data, rows=4):
     """Two mixtures a row, a slot of each, the two recomposed, and the true mixture of their stems.
 
-    Bars end at a mixture's maximum, in its slot's tile too, as in separation.png; of the last two at the true one's.
+    Bars end at a mixture's maximum, in its slot's tile too; of the last two at the true one's.
     """
     stems = data.mixtures("valid", 2 * rows).to(data.device)
-    found, sheet = separate(model, data.levels, stems), []
-    recomposed = model.compose(torch.stack([found.layer[0::2, 0], found.layer[1::2, 1]], dim=1))
+    (level, layer, alone, _), sheet = separate_by_stems(model, data, stems), []
+    recomposed = model.compose(torch.stack([layer[0::2, 0], layer[1::2, 1]], dim=1))
     true = data.levels.as_loud(stems[0::2, 0] + stems[1::2, 1])
     for r in range(rows):
         a, b = 2 * r, 2 * r + 1
-        every = [found.level[a], found.alone[a, 0], found.level[b], found.alone[b, 1], true[r], recomposed[r]]
+        every = [level[a], alone[a, 0], level[b], alone[b, 1], true[r], recomposed[r]]
         magnitude = data.levels.to_stft_magnitude(torch.stack(every)).cpu().numpy()  # (6, F, T)
         names = (
             f"mixture {a}",
