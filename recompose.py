@@ -385,14 +385,13 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, z, cell, light=None):
-        """Slots z (1, M, D), cell (1, M, 2), none or some, and the prior's -> as many as a scene has; background."""
-        shapes = {given.name: given.shape[1:] for given in self.sessions["prior"].get_inputs()}
-        inputs = {"noise": noise.standard_normal((1, *shapes["noise"]), np.float32), "kept": np.array([z.shape[1]])}
-        for name, kept in (("kept_z", z), ("kept_cell", cell)):
-            if z.shape[1] > shapes[name][0]:
-                raise click.UsageError(f"--complete: {z.shape[1]} slots; expected at most {shapes[name][0]}")
-            inputs[name] = np.pad(kept, [(0, 0), (0, shapes[name][0] - z.shape[1]), (0, 0)])
+    def imagine(self, noise, given, light=None):
+        """The prior's z (1, M, D), cell (1, M, 2), background; first slots `given` (1, K, 2 + D), cell and z, if any."""
+        shapes, kept = {one.name: one.shape[1:] for one in self.sessions["prior"].get_inputs()}, given.shape[1]
+        if kept > shapes["given"][0]:
+            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {shapes['given'][0]}")
+        inputs = {"noise": noise.standard_normal((1, *shapes["noise"]), np.float32), "kept": np.array([kept])}
+        inputs["given"] = np.pad(given, [(0, 0), (0, shapes["given"][0] - kept), (0, 0)])
         if "light" in shapes:
             inputs["light"] = np.zeros((1, *shapes["light"]), np.float32) if light is None else light
         made = self.run("prior", **inputs)
@@ -428,7 +427,7 @@ def sample(model, n, seed):
     """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); and the figure."""
     results, sheet, sound = [], [], model.about["kind"] == "mvae-sound"
     for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
-        z, cell, background = model.imagine(noise, *(np.zeros((1, 0, k), np.float32) for k in (model.about["D"], 2)))
+        z, cell, background = model.imagine(noise, np.zeros((1, 0, 2 + model.about["D"]), np.float32))
         layer = model.run("decoder", z=z, cell=cell)["layer"]
         drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
         if sound:
@@ -447,7 +446,7 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
 
     `noise`, a NumPy generator: the prior completes the scene.
     """
-    rows, parts, backgrounds, places = [], [], [], []
+    rows, parts, backgrounds, given = [], [], [], []
     for path, slots in zip(inputs, kept, strict=True):
         picture = load_picture(path, model.about["size"], crop or model.about["crop"])
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
@@ -461,12 +460,11 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            places.append((z[:, [k]], moved))
+            given.append(np.concatenate([moved, z[:, [k]]], axis=2))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     if noise:
-        given = [np.concatenate(values, axis=1) for values in zip(*places, strict=True)]
-        z, cell, _ = model.imagine(noise, *given, backgrounds[0][1])
+        z, cell, _ = model.imagine(noise, np.concatenate(given, axis=1), backgrounds[0][1])
         parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")

@@ -660,6 +660,7 @@ class SlotPrior(nn.Module):
     def __init__(self, order, d, n_slots, light, width=128, key=16):
         super().__init__()
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
+        self.noise_shape = n_slots + 1, max(d, light) + 1
         self.light = FlowPrior(light, couplings=4, width=64) if light else None
         self.count = nn.Sequential(nn.Linear(light + 1, width), nn.SiLU(), nn.Linear(width, n_slots + 1))
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
@@ -698,7 +699,7 @@ class SlotPrior(nn.Module):
         return total + torch.where(there, each.logsumexp(2), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
-        """Noise (B, N + 1, D + 1) of N(0, I) -> Scene, which has the first `kept` (B,) of slots (B, N, D), if any, and
+        """Noise (B, *noise_shape) of N(0, I) -> Scene, which has the first `kept` (B,) of slots (B, N, D), if any, and
         then light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
@@ -708,7 +709,9 @@ class SlotPrior(nn.Module):
             logits, mean, context = self.suggestions(light, count, slots)
             one = choose(logits[:, k], noise[:, k + 1, -1])[:, None, None]  # (B, 1, 1)
             mean, context = (v.gather(1, one.expand(-1, 1, v.shape[2]))[:, 0] for v in (mean, context[:, k]))
-            slot = torch.where(few[:, k : k + 1], slots[:, k], mean + self.flow.sample(noise[:, k + 1, :-1], context))
+            slot = torch.where(
+                few[:, k : k + 1], slots[:, k], mean + self.flow.sample(noise[:, k + 1, : slots.shape[2]], context)
+            )
             slots = torch.cat([slots[:, :k], slot[:, None], slots[:, k + 1 :]], dim=1)
         return Scene(light, count, slots)
 
@@ -1083,9 +1086,12 @@ def graphs(model):
         return z, cell, scene.count, *(() if sound else (background,))
 
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
-    inputs["slots"], noise = torch.arange(n := model.n_slots), torch.randn(2, n + 1, model.d + 3, generator=generator)
+    inputs["slots"], noise = (
+        torch.arange(_n := model.n_slots),
+        torch.randn(2, *model.prior.noise_shape, generator=generator),
+    )
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
-    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": noise[:, 1:, 1:].contiguous()}
+    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": noise[:, 1:, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
     used = filter(None, (model.prior, model.background))
     made["prior"] = (Graph(("z", "cell", "count", "background")[: 4 - sound], imagine, *used), given)

@@ -37,12 +37,11 @@ def scenes(made, n, light=0, count=None):
 
 
 def noise_for(made, n, key="noise"):
-    shape = n, made.n_slots + 1, made.sizes[1] + 1
-    return torch.randn(shape, generator=random_generator(key), dtype=torch.float64)
+    return torch.randn(n, *made.noise_shape, generator=random_generator(key), dtype=torch.float64)
 
 
 def sample(made, noise, kept=0, scene=None, light=0):
-    scene = scene or Scene(noise[:, 0, :light], None, noise[:, 1:, 1:])
+    scene = scene or Scene(noise[:, 0, :light], None, noise[:, 1:, : made.sizes[1]])
     return made.sample(noise, torch.full((len(noise),), kept), scene.light, scene.slots)
 
 
@@ -132,7 +131,7 @@ def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
     torch.testing.assert_close(whole.slots[:, :2], given.slots[:, :2])
     torch.testing.assert_close(whole.light, given.light)
     assert whole.count.min() >= 2 and whole.count.max() == 4
-    other = sample(made, noise, kept=2, scene=given._replace(slots=given.slots + 0 * noise[:, 1:, 1:]))
+    other = sample(made, noise, kept=2, scene=given._replace(slots=given.slots + 0))
     nonsense = given._replace(slots=torch.cat([given.slots[:, :2], 1e3 + given.slots[:, 2:]], dim=1))
     torch.testing.assert_close(sample(made, noise, kept=2, scene=nonsense).slots, other.slots)  # is not looked at
     new = sample(made, noise, kept=0, scene=given)
@@ -218,12 +217,11 @@ def test_a_run_fits_its_prior_and_leaves_all_else_as_it_is(tmp_path):
 def test_the_prior_graph_samples_as_the_model_does(sprites_run):
     model = train_mvae.load(sprites_run)
     session = recompose.Model(sprites_run / "export", "mvae-image", others=["prior"])
-    noise = torch.randn(6, model.n_slots + 1, model.axes + model.d + 1, generator=random_generator("graph"))
-    given = noise[:, 1:, 1:].contiguous()
+    noise = torch.randn(6, *model.prior.noise_shape, generator=random_generator("graph"))
+    given = noise[:, 1:, : model.d + 2].contiguous()
     kept = torch.tensor([0, 1, 2, 0, 3, 0]).clamp(max=model.n_slots)
     light = noise[:, 0, : model.noise_sizes[1]].contiguous()
-    inputs = {"noise": noise, "kept": kept, "light": light}
-    inputs |= {"kept_z": given[..., model.axes :].contiguous(), "kept_cell": given[..., : model.axes].contiguous()}
+    inputs = {"noise": noise, "kept": kept, "given": given, "light": light}
     made = session.run("prior", **{name: value.numpy() for name, value in inputs.items()})
     with torch.no_grad():
         scene = model.prior.sample(noise, kept, light, given)

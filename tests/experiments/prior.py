@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train_mvae
-from common import FOLDER, gaussian_kl, random_generator, reparameterize
+from common import FOLDER, random_generator, reparameterize
 from tests.experiments.rules import BRIGHTER, DARK, RULES, ruled
 from train_mvae import ORDERS, Scene, SlotPrior, gaussian_log_likelihood, position_grid
 
@@ -86,7 +86,12 @@ def drawn(model, scene):
     """Pictures of Scenes, or levels: (B, C, H, W)."""
     z, cell, background = model.slots(scene)
     layers = model.decode(z, cell).split(1)
-    parts = zip(layers, scene.count.tolist(), background.split(1) if background is not None else [None] * len(layers))
+    parts = zip(
+        layers,
+        scene.count.tolist(),
+        background.split(1) if background is not None else [None] * len(layers),
+        strict=True,
+    )
     return torch.cat([model.compose(layer[:, : max(1, n)], behind) for layer, n, behind in parts])
 
 
@@ -103,14 +108,10 @@ def shuffled(scene):
 @torch.no_grad()
 def sampled(prior, model, n, key, kept=0, light=None, slots=None):
     """n Scenes of a prior, whose first `kept` slots, and light, are given."""
-    noise = torch.randn(n, model.n_slots + 1, slots_size(model) + 1, generator=random_generator("sampled", key))
+    noise = torch.randn(n, *prior.noise_shape, generator=random_generator("sampled", key))
     light = noise[:, 0, : model.noise_sizes[1]] if light is None else light
-    slots = noise[:, 1:, 1:] if slots is None else slots
+    slots = noise[:, 1:, : 2 + model.d] if slots is None else slots
     return prior.sample(noise, torch.full((n,), kept), light, slots)
-
-
-def slots_size(model):
-    return model.axes + model.d
 
 
 def completed(prior, model, scene, kept=2):
@@ -127,10 +128,10 @@ def completed(prior, model, scene, kept=2):
 def standard_log_prob(model, scene):
     """log p of Scenes if latents are N(0, I), and numbers and places uniform: (B,)."""
     there = torch.arange(scene.slots.shape[1]) < scene.count[:, None]
-    z = scene.slots[..., model.axes :]
+    z = scene.slots[..., 2:]
     normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(2)
-    extent = 2.0 if model.sound else 2 * (1 + train_mvae.SHIFT)
-    each = torch.where(there, normal - model.axes * math.log(extent), 0.0).sum(1)
+    area = 2 * 2 * model.blur if model.sound else (2 + 2 * train_mvae.SHIFT) ** 2  # that cells, blurred, are in
+    each = torch.where(there, normal - math.log(area), 0.0).sum(1)
     light = -0.5 * (scene.light.square() + math.log(2 * math.pi)).sum(1)
     return each + light - math.log(model.n_slots + 1) + torch.lgamma(scene.count + 1.0)
 
@@ -152,9 +153,9 @@ def likelihoods(model, priors, images, sigma):
             log_q = gaussian_log_density(light, mu, logvar).sum(1)
         scene = model.scene(encoding, generator)
         n = int(scene.count[0])
-        z = scene.slots[:, :n, model.axes :]
+        z = scene.slots[:, :n, 2:]
         log_q = log_q + gaussian_log_density(z, encoding.mu[:, :n], encoding.logvar[:, :n]).sum((1, 2))
-        log_q = log_q - n * model.axes * math.log(2 * model.blur)
+        log_q = log_q - n * 2 * math.log(2 * model.blur)
         reconstruction = gaussian_log_likelihood(image, drawn(model, scene), sigma)
         for name, log_prob in priors.items():
             ratio = log_prob(scene) - log_q
@@ -169,11 +170,11 @@ def gaussian_log_density(x, mu, logvar):
 
 def fitted_priors(model, data, orders, steps, seed):
     """({order: prior}, {order: seconds}), each fitted to the same posteriors of the train split."""
-    encoding = train_mvae.posteriors(model, data, 500 if steps < 50 else train_mvae.POOL, seed)
+    encoding = train_mvae.posteriors(model, data, train_mvae.POOL, seed)
     priors, seconds = {}, {}
     for order in orders:
         torch.manual_seed(seed)
-        priors[order] = SlotPrior(order, slots_size(model), model.n_slots, model.noise_sizes[1])
+        priors[order] = SlotPrior(order, 2 + model.d, model.n_slots, model.noise_sizes[1])
         start = time.monotonic()
         train_mvae.fit_prior(priors[order], model, encoding, steps, seed)
         seconds[order] = time.monotonic() - start
