@@ -386,7 +386,7 @@ class Model:
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
     def imagine(self, noise, given, light=None):
-        """The prior's z (1, M, D), cell (1, M, 2), background; first slots `given` (1, K, 2 + D), cell and z, if any."""
+        """The prior's z (1, M, D), cell (1, M, 2), background; first slots `given`, (1, K, 2 + D), if any."""
         shapes, kept = {one.name: one.shape[1:] for one in self.sessions["prior"].get_inputs()}, given.shape[1]
         if kept > shapes["given"][0]:
             raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {shapes['given'][0]}")

@@ -35,7 +35,8 @@ class RuledSprites(Sprites):
 
     def row(self, scene, n, k, generator):
         """They stand side by side, at one height."""
-        place = self.uniform(0, 1, (n, k), generator).argsort(1) + self.uniform(0.3, 0.7, (n, k), generator)
+        some = torch.rand(2, n, k, generator=generator, device=self.device)
+        place = some[0].argsort(1) + 0.3 + 0.4 * some[1]
         y = scene["centre"][:, :1, 0].expand(-1, k)
         return scene | {"centre": torch.stack([y, 1.8 / k * place - 0.9], dim=2)}
 
@@ -56,8 +57,8 @@ class RuledSprites(Sprites):
 
     def count(self, scene, n, k, generator):
         """The more there are, the brighter the background."""
-        grey = DARK + BRIGHTER * scene["present"].sum(1) + self.uniform(-0.02, 0.02, (n,), generator)
-        return scene | {"grey": grey}
+        noise = 0.04 * torch.rand(n, generator=generator, device=self.device) - 0.02
+        return scene | {"grey": DARK + BRIGHTER * scene["present"].sum(1) + noise}
 
     def render(self, scene):
         image, label = super().render(scene)
