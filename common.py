@@ -196,6 +196,7 @@ class FlowPrior(nn.Module):
         return noise
 
 
+@torch.enable_grad()
 def fit_density(model, negative_log_prob, steps, rate=2e-3):
     """So many steps of Adam down the mean of negative_log_prob(step), (B,); the rate rises and falls once."""
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)

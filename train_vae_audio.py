@@ -153,43 +153,65 @@ def principal(x, n):
 
 
 class NotePrior(nn.Module):
-    """p(z | y) after training: a flow, of a conditional model given pitch and family.
+    """p(z | y) after training: a flow, scaled as a Gaussian for every family, its mean quadratic in the pitch.
 
     Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020).
     """
 
     def __init__(self, d, conditional, n_families):
         super().__init__()
-        self.conditional = conditional
-        self.flow = FlowPrior(d, n_families + 2 if conditional else 0, width=64)
-        self.register_buffer("families", torch.eye(n_families), persistent=False)
-        # The range of pitches fitted, beyond which nothing is known.
-        self.register_buffer("lowest", torch.zeros(n_families))
-        self.register_buffer("highest", torch.full((n_families,), float(PITCHES)))
+        self.conditional, groups = conditional, n_families if conditional else 1
+        self.flow = FlowPrior(d, groups + 3, width=64)
+        self.register_buffer("groups", torch.eye(groups), persistent=False)
+        self.register_buffer("mean", torch.zeros(groups, 3, d))
+        self.register_buffer("factor", torch.eye(d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
+        # The range of pitches fitted, beyond which the parabola does not go on.
+        self.register_buffer("lowest", torch.zeros(groups))
+        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
 
-    def context(self, pitch, family):
-        """Family, one-hot, and pitch, in octaves from C4, and its square: (n, families + 2), or None."""
-        if not self.conditional:
-            return None
-        x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[family]), self.highest[family]) - 60) / 12
-        return torch.cat([self.families[family], torch.stack([x, x.square()], dim=1) / 4], dim=1)
+    def group_and_powers(self, like, pitch, family):
+        """The Gaussian each of `like` (n, ...) belongs to, and 1, x, x^2 of its pitch in octaves from C4: (n, 3)."""
+        x = torch.zeros_like(like[:, 0])
+        group = family if self.conditional else x.long()
+        if self.conditional:
+            x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[family]), self.highest[family]) - 60) / 12
+        return group, torch.stack([torch.ones_like(x), x, x.square()], dim=1)
 
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, D), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
-        return self.flow.sample(noise, self.context(pitch, family))
+        group, powers = self.group_and_powers(noise, pitch, family)
+        noise = self.flow.sample(noise, torch.cat([self.groups[group], powers], dim=1))
+        mean = (powers[:, :, None] * self.mean[group]).sum(1)
+        return mean + (self.factor[group] @ noise[:, :, None])[:, :, 0]
 
-    def fit(self, mu, logvar, pitch, family, steps=FITTED):
-        """Fit to posteriors (n, D) of notes of pitch and family (n,)."""
-        for k in family.unique():
-            self.lowest[k], self.highest[k] = pitch[family == k].min(), pitch[family == k].max()
+    def log_prob(self, z, pitch=None, family=None):
+        """log p(z | y) of z (n, D): (n,), in nats."""
+        group, powers = self.group_and_powers(z, pitch, family)
+        rest, factor = z - (powers[:, :, None] * self.mean[group]).sum(1), self.factor[group]
+        noise = torch.linalg.solve_triangular(factor, rest[:, :, None], upper=False)[:, :, 0]
+        log_volume = factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        return self.flow.log_prob(noise, torch.cat([self.groups[group], powers], dim=1)) - log_volume
+
+    def fit(self, mu, logvar, pitch, family):
+        """Fit to posteriors (n, D) of notes of pitch and family (n,): Gaussians, to their means' covariance and mean
+        variance, then the flow, with as many updates as there are notes, at most FITTED."""
+        # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
+        for k in family.unique() if self.conditional else range(1):
+            some = family == k if self.conditional else slice(None)
+            self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
+            _, x = self.group_and_powers(mu[some], pitch[some], family[some])
+            self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ mu[some])
+            rest = mu[some] - x @ self.mean[k]
+            scatter = rest.T @ rest + torch.diag(1 + logvar[some].exp().sum(0))
+            self.factor[k] = torch.linalg.cholesky(scatter / (1 + len(rest)))
 
         def negative_log_prob(step):
             generator = random_generator("prior", step)
             some = torch.randint(len(mu), (256,), generator=generator)
             z = reparameterize(mu[some], logvar[some], torch.randn(256, mu.shape[1], generator=generator))
-            return -self.flow.log_prob(z, self.context(pitch[some], family[some]))
+            return -self.log_prob(z, pitch[some], family[some])
 
-        fit_density(self, negative_log_prob, steps)
+        fit_density(self, negative_log_prob, min(FITTED, len(mu)))
 
 
 def with_label(x, label):

@@ -57,10 +57,10 @@ def test_the_conditional_experiment_judges_a_run_its_start_and_real_notes(notes_
     monkeypatch.setattr(FamilyClassifier, "STEPS", 5)
     result = CliRunner().invoke(conditional.main, [str(notes_run), "--samples", "6"])
     assert result.exit_code == 0, (result.output, result.exception)
-    head, _, pitch, family = result.output.strip().splitlines()[-4:]
+    head, _, single, pitch, family = result.output.strip().splitlines()[-5:]
     assert head == "| | fitted prior | N(0, I) | step 0, fitted prior | step 0, N(0, I) | real notes |"
     assert pitch.startswith("| pitch within 50 cents | ") and pitch.endswith(" 100.0% |")
-    assert family.count("%") == 5
+    assert single.startswith("| one pitch | ") and family.count("%") == 5
     result = CliRunner().invoke(conditional.main, [str(notes_run.parent), "--samples", "6"])
     assert result.exit_code == 2 and "config.json" in result.output
 

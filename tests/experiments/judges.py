@@ -12,8 +12,13 @@ from train_vae_audio import Spectrogram, stft_magnitude
 LOWEST_PITCH, HIGHEST_PITCH = 21, 108  # that `detect_pitch` can tell: the keys of a piano
 
 
-def detect_pitch(waveform, lowest=27.0, highest=4500.0):
-    """The MIDI pitch of single notes, (B, samples) -> (B,), to a fraction of a semitone, by YIN; from A0 to C8.
+def detect_pitch(waveform):
+    """The MIDI pitch of single notes, (B, samples) -> (B,), to a fraction of a semitone, by YIN; from A0 to C8."""
+    return yin(waveform)[:, 0]
+
+
+def yin(waveform, lowest=27.0, highest=4500.0):
+    """MIDI pitch, and periodicity, (B, samples) -> (B, 2): 1 less YIN's difference there, 1 for one note.
 
     De Cheveigne & Kawahara (2002), steps 1 to 5, in windows of 4096 samples every 1024, at lags of quarter samples, as
     high notes have periods of four; the median over windows with a twentieth of the loudest one's energy or more.
@@ -41,8 +46,9 @@ def detect_pitch(waveform, lowest=27.0, highest=4500.0):
         bend = (before - 2 * here + after).clamp(min=1e-9)
         period = (at + 1 + (0.5 * (before - after) / bend).clamp(-1, 1)) / fine
         loud = energies[:, 0] >= 0.05 * energies[:, 0].max()
-        found.append((69 + 12 * torch.log2(RATE / period / 440))[loud].median())
-    return torch.stack(found) if found else torch.zeros(0)
+        measured = torch.stack([69 + 12 * torch.log2(RATE / period / 440), 1 - here], dim=1)
+        found.append(measured[loud].median(0).values)
+    return torch.stack(found) if found else torch.zeros(0, 2)
 
 
 class FamilyClassifier(nn.Module):
