@@ -657,7 +657,7 @@ class SlotPrior(nn.Module):
     a flow starts from what this one suggests.
     """
 
-    def __init__(self, order, d, n_slots, light, width=128, key=16):
+    def __init__(self, order, d, n_slots, light, width=96, key=16):
         super().__init__()
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.noise_shape = n_slots + 1, max(d, light) + 1
