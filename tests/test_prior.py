@@ -3,10 +3,12 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import train
 from test_mvae import build
 from test_recompose import refused, run
@@ -14,6 +16,8 @@ from test_recompose import refused, run
 import recompose
 import train_mvae
 from common import FlowPrior, random_generator
+from tests.experiments import prior as experiment
+from tests.experiments import prior_scenes
 from tests.experiments.rules import RULES, Fifths, ruled
 from train_mvae import ORDERS, Scene, SlotPrior, choose
 
@@ -283,8 +287,6 @@ def test_what_cannot_be_sampled_or_completed_is_said(arguments, message, tmp_pat
 
 
 def test_a_model_without_a_prior_is_refused(sprites_run, tmp_path):
-    import shutil
-
     shutil.copytree(sprites_run / "export", tmp_path / "export")
     (tmp_path / "export" / "prior.onnx").unlink()
     refused(run("--sample", 1, "--model", tmp_path / "export", "--out", tmp_path / "a.png"), "prior.onnx: missing")
@@ -329,3 +331,46 @@ def test_ruled_mixtures_are_a_fifth_apart():
     pair, _ = data.sample("train", 40, random_generator("fifth"))
     pitch = data.notes["train"].pitch[pair]
     assert ((pitch[:, 0] - pitch[:, 1]).abs() == 7).all()
+
+
+# ---------------------------------------------------------------- Experiments
+
+
+def test_the_experiments_judge_every_prior(sprites_run, monkeypatch):
+    monkeypatch.setattr(train_mvae, "POOL", 64)
+    for name in ("TESTED", "SAMPLES"):
+        monkeypatch.setattr(experiment, name, 16)
+    monkeypatch.setattr(experiment, "LIKELIHOODS", 2)
+    monkeypatch.setattr(prior_scenes, "SCENES", 8)
+    monkeypatch.setattr(prior_scenes, "MOST", 2)
+    monkeypatch.setattr(train_mvae, "Sprites", train_mvae.Sprites)  # as the rule replaces it
+    result = CliRunner().invoke(experiment.main, [str(sprites_run), "--rule", "colour", "--steps", "2"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [line.split(" | ")[0] for line in result.output.splitlines() if line.startswith("| ")]
+    assert rows == ["| prior", "| the data's own", "| by chance", "| N(0, I)", *(f"| {order}" for order in ORDERS)]
+    result = CliRunner().invoke(prior_scenes.main, [str(sprites_run), "--steps", "2"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(result.output.splitlines()) == 3 + 5
+
+
+def test_a_rule_is_judged_by_what_slots_draw():
+    """Pictures of rulers: data that obey a rule are found to, and others are not, by a model that draws discs."""
+
+    class Discs:
+        def slots(self, scene):
+            return scene.slots[..., 2:], scene.slots[..., :2], torch.full((len(scene.count), 3, 32, 32), 0.31)
+
+        def decode(self, z, cell):
+            grid = train_mvae.position_grid(32, 32)
+            near = (grid - cell[..., None, None]).norm(dim=2, keepdim=True) < 0.2  # (B, N, 1, 32, 32)
+            colour = z[..., None, None].expand(-1, -1, -1, 32, 32)
+            return torch.cat([0 * colour[:, :, :2], colour, 20.0 * near - 10], dim=2)
+
+    cell = torch.tensor([[-0.5, 0.5], [-0.5, -0.5], [0.5, 0.5]])
+    colour = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    scene = Scene(torch.zeros(2, 0), torch.tensor([2, 3]), torch.cat([cell, colour], dim=1).expand(2, 3, 5))
+    obeyed = {rule: experiment.judge_rule(rule, Discs(), scene).tolist() for rule in RULES["sprites"]}
+    expected = {"colour": [True, False], "row": [True, False], "mirror": [True, False]}
+    assert obeyed == expected | {"apart": [True, True], "count": [False, True]}
+    crossed = scene._replace(slots=scene.slots * torch.tensor([0.2, 0.2, 1, 1, 1]))
+    assert experiment.judge_rule("apart", Discs(), crossed).tolist() == [False, False]
