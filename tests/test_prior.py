@@ -344,6 +344,7 @@ def test_the_experiments_judge_every_prior(sprites_run, monkeypatch):
     monkeypatch.setattr(prior_scenes, "SCENES", 8)
     monkeypatch.setattr(prior_scenes, "MOST", 2)
     monkeypatch.setattr(train_mvae, "Sprites", train_mvae.Sprites)  # as the rule replaces it
+    monkeypatch.setitem(train_mvae.EMPTY, "mvae-image", 0.0)  # the run has learnt nothing
     result = CliRunner().invoke(experiment.main, [str(sprites_run), "--rule", "colour", "--steps", "2"])
     assert result.exit_code == 0, (result.output, result.exception)
     rows = [line.split(" | ")[0] for line in result.output.splitlines() if line.startswith("| ")]

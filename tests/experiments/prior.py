@@ -23,7 +23,7 @@ from train_mvae import ORDERS, Scene, SlotPrior, gaussian_log_likelihood, positi
 
 NEAR, ALIKE, AS_LARGE = 0.12, 0.15, 0.25  # half picture widths; of a channel of a colour; of an area's logarithm
 OVERLAP = 0.05  # of the smaller one's pixels
-TESTED, SAMPLES = 1024, 1000  # pictures of the test split, and samples, that rules are checked on
+TESTED, SAMPLES, KEPT = 1024, 1000, 2  # test pictures, and samples, that are checked; slots that are completed
 LIKELIHOODS, IMPORTANCE = 128, 50  # pictures whose likelihood is estimated, by so many samples of each posterior
 
 
@@ -114,7 +114,7 @@ def sampled(prior, model, n, key, kept=0, light=None, slots=None):
     return prior.sample(noise, torch.full((n,), kept), light, slots)
 
 
-def completed(prior, model, scene, kept=2):
+def completed(prior, model, scene, kept=KEPT):
     """Of Scenes with more than `kept` slots, all but a random `kept` drawn anew."""
     some = torch.nonzero(scene.count > kept)[:, 0]
     generator = random_generator("kept")
@@ -198,8 +198,9 @@ def rows_of(model, data, rule, orders, steps, seed, sigma):
     for order, prior in priors.items():
         scene, obeyed = sampled(prior, model, SAMPLES, seed), (None, None, None)
         if rule:
-            more = completed(prior, model, test) if rule not in ("count", "fifth") else None
-            obeyed = judge(scene), judge(found_in(model, drawn(model, scene))), more and judge(more)
+            can = rule not in ("count", "fifth") and (test.count > KEPT).any()  # of these there is nothing to complete
+            more = judge(completed(prior, model, test)) if can else None
+            obeyed = judge(scene), judge(found_in(model, drawn(model, scene))), more
         yield order, *obeyed, nats[order], seconds[order]
 
 

@@ -26,7 +26,7 @@ SCENES, SHARED, MOST = 250, 0.25, 2000
 
 @torch.no_grad()
 def objects_of(model, scene):
-    """Of every slot lower edge, width, height (n, 3), whether it is cut (n,); of every scene whether two overlap (B,)."""
+    """Of all slots lower edge, width, height (n, 3), whether they are cut (n,); of scenes whether two overlap (B,)."""
     z, cell, _ = model.slots(scene)
     mask = model.decode(z, cell)[:, :, -1] > 0  # (B, N, H, W)
     mask &= (torch.arange(mask.shape[1]) < scene.count[:, None])[..., None, None]
