@@ -23,6 +23,7 @@ import re
 import struct
 import sys
 from collections import namedtuple
+from importlib import import_module
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 
@@ -92,8 +93,7 @@ def square(picture, crop, where):
 
 def read_sound(path):
     """A sound file -> float32 (n, channels), rate in Hz; raises click.UsageError for all but whole, finite sounds."""
-    import soundfile  # here, because pictures do without
-
+    soundfile = import_module("soundfile")  # here, because pictures do without
     try:
         with path.open("rb") as raw, soundfile.SoundFile(raw) as file:
             rate, length, channels = file.samplerate, file.frames, file.channels
@@ -125,16 +125,13 @@ def fit(waveform, n):
 
 def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
-    import soxr
-
     n = int(-(-waveform.shape[-1] * wanted // rate))
-    return waveform if rate == wanted else fit(soxr.resample(waveform.T, rate, wanted).T, n)
+    return waveform if rate == wanted else fit(import_module("soxr").resample(waveform.T, rate, wanted).T, n)
 
 
 def save_sound(path, waveform, rate):
     """Write (channels, n), softer where beyond full scale; raises OSError, click.ClickException where none holds it."""
-    import soundfile
-
+    soundfile = import_module("soundfile")
     peak, kind, encoded = np.abs(waveform).max(), path.suffix[1:].upper(), io.BytesIO()
     if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
@@ -207,12 +204,11 @@ def split_at_onsets(waveform, rate, longest):
     duration, longest, hop, minute = len(waveform) / rate, longest + FADE, rate // 100, 60 * rate
     if duration <= longest:
         return [0.0, duration]
-    from scipy.signal import find_peaks  # here, because it takes a second
-
     cuts, flux = [0.0], [np.zeros(1)]
     for start in range(0, len(waveform) - 4 * hop, minute):  # spectra are large
         level = levels(np.abs(stft(waveform[start : start + minute + 2 * hop], 4 * hop, hop)))
         flux.append(np.maximum(level[:, 2:] - level[:, :-2], 0).mean(0)[:6000])
+    find_peaks = import_module("scipy.signal").find_peaks  # here, because it takes a second
     onsets = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0] / 100
     for stop in [*onsets[(onsets > APART) & (onsets < duration - APART)], duration]:
         cuts += np.linspace(cuts[-1], stop, int(np.ceil((stop - cuts[-1]) / longest)) + 1)[1:].tolist()
@@ -223,8 +219,7 @@ def follow(mu, cell, kl):
     """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N)."""
     # Clusters of a slot of every window, in order of KL, in which the density of each slot's latents among those of the
     # other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
-    from scipy.optimize import linear_sum_assignment
-
+    assign = import_module("scipy.optimize").linear_sum_assignment
     (windows, n), order, before, tried = kl.shape, [], cell[0] + np.inf, []
     some = np.unique(np.linspace(0, windows - 1, COMPARED).astype(int))  # not all, which may be thousands
     scaled = mu / np.sqrt(WIDTH * mu.shape[2] * (mu.var((0, 1)) + 1e-9))
@@ -235,7 +230,7 @@ def follow(mu, cell, kl):
     def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
         density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
         fit = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
-        chosen = linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
+        chosen = assign(fit + STAY * stays, maximize=True)[1]
         return chosen, fit[np.arange(n), chosen].sum()
 
     for start in np.unique(np.linspace(0, len(some) - 1, 10).astype(int)):
@@ -352,8 +347,7 @@ class Model:
     """An exported folder's graphs, in onnxruntime; raises click.UsageError where one is missing, or of another kind."""
 
     def __init__(self, folder, kind, n_slots=None, others=()):
-        import onnxruntime  # here, so that `--help` and wrong arguments answer at once
-
+        onnxruntime = import_module("onnxruntime")  # here, so that `--help` and wrong arguments answer at once
         self.sessions, options, sums = {}, onnxruntime.SessionOptions(), folder / "SHA256SUMS"
         options.log_severity_level = 3  # errors alone
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # others take longer
