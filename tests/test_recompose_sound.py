@@ -107,7 +107,7 @@ def test_masks_are_shares_of_power_after_a_gain_for_every_bin_that_the_mixture_a
 def golden_numbers():
     """The shipped model's answers on the shipped sounds, as the README's command gives them."""
     names = [SHIPPED / "a.flac", SHIPPED / "b.flac"]
-    model = recompose.Model(SHIPPED, "mvae-sound", vocoder=True)
+    model = recompose.Model(SHIPPED, "mvae-sound", others=["vocoder"])
     waveform = np.stack([recompose.read_sound(path)[0][:, 0] for path in names])
     masked, _, _ = recompose.recompose_sounds(model, names, [{0: {}}, {1: {}}])
     encoded = model.run("encoder", waveform=waveform)
