@@ -170,21 +170,16 @@ def inverse_stft(spectrum, n_fft, hop, samples):
     return (waveform / np.maximum(squares, 1e-8))[..., n_fft // 2 :][..., :samples]
 
 
-def soft_masks(magnitude, mixture):
-    """Magnitudes of slots (N, F, T), of their mixture (F, T) -> the share of each in the power (Wiener 1949)."""
+def soft_masks(magnitude, mixture, wanted=None):
+    """Magnitudes of slots (N, F, T), of their mixture (F, T) -> shares of the power (N, *wanted) (Wiener 1949)."""
     power = magnitude.astype(np.float64) ** 2 + 1e-12
     # Slots are smooth: each gets a gain for every bin first, by one step of NMF (Itakura-Saito, Févotte et al. 2009).
     share, excess = power / power.sum(0), mixture**2 / power.sum(0) + 1e-12
     heard = mixture.any(0) + 1e-12  # frames of zero-padding say nothing
     power *= (heard * share * excess).mean(2, keepdims=True) / (heard * share).mean(2, keepdims=True)
-    return power / power.sum(0)
-
-
-def extend(masks, bins, frames):
-    """Masks (N, F, T) for a spectrum of other bins, beyond which the highest octave's mean goes on, and frames."""
-    higher, octave = max(0, bins - masks.shape[1]), (masks.shape[1] + 1) // 2
-    masks = np.pad(masks, ((0, 0), (0, higher), (0, 0)), "mean", stat_length=octave)[:, :bins, :frames]
-    return np.pad(masks, ((0, 0), (0, 0), (0, frames - masks.shape[2])), mode="edge")
+    (n, known), (bins, frames) = mixture.shape, wanted or mixture.shape  # beyond, the highest octave's mean goes on
+    masks = np.pad(power / power.sum(0), ((0, 0), (0, max(0, bins - n)), (0, 0)), "mean", stat_length=(n + 1) // 2)
+    return masks[:, :bins, np.arange(frames).clip(max=known - 1)]
 
 
 def levels(magnitude):
@@ -284,8 +279,7 @@ def kl_tile(picture, kl_map, cell, chosen=None):
     """KL map (H_l, W_l) over its picture (H, W, 3), slots' numbers at cells (N, 2), the `chosen` (or all) in colour."""
     side, top = 3 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
-    heat = np.dstack([heat_map(kl_map), opaque]).astype(np.uint8)
-    heat = Image.fromarray(heat).resize((side, side), Image.NEAREST)
+    heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8)).resize((side, side), Image.NEAREST)
     tile = Image.fromarray((0.6 * picture.mean(2)).astype(np.uint8)).convert("RGB").resize((side, side))
     tile.paste(heat, mask=heat)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(33)
@@ -436,11 +430,8 @@ def sample(model, n, seed):
 
 
 def recompose_pictures(model, inputs, kept, crop=None, noise=None):
-    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL.
-
-    `noise`, a NumPy generator: the prior completes the scene.
-    """
-    rows, parts, backgrounds, given = [], [], [], []
+    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL."""
+    rows, parts, backgrounds, given = [], [], [], []  # `noise`, a NumPy generator: the prior completes the scene
     for path, slots in zip(inputs, kept, strict=True):
         picture = load_picture(path, model.about["size"], crop or model.about["crop"])
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
@@ -500,7 +491,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
         alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
-        masks = extend(soft_masks(alone, mixture), *spectrum.shape[1:])
+        masks = soft_masks(alone, mixture, spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
         for k, edits in kept.items():
@@ -523,8 +514,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     tops, seconds = [magnitude.max(), *[np.max(slots)] * len(slots)], samples.shape[1] / rate
     tile, *slots = (spectrum_tile(*pair, seconds, own) for pair in zip([magnitude, *slots], tops, strict=True))
     if len(pieces) == 1:
-        level, upside_down = heat_map(spectrum_levels(magnitude, tops[0], own), 60), np.float32([-1, 1])
-        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * upside_down, kept)
+        level = heat_map(spectrum_levels(magnitude, tops[0], own), 60)  # whose lowest pitch is at the bottom
+        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * [-1, 1], kept)
     else:  # windows beside one another
         columns = kl_map[:, ::-1, 0].T.repeat([one.shape[2] for one in seen], axis=1)
         heat = with_scales(heat_map(columns), columns.max(), "nats", ("0", f"{seconds:.3g} s"))
@@ -569,9 +560,7 @@ def kept_slots(slots, edits, n_inputs, n_slots):
 @click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), help="Pictures: a crop other than the model's.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option("--complete", is_flag=True, help="Pictures: let the prior fill the scene around the slots that are kept.")
-@click.option(
-    "--sample", "n", type=click.IntRange(1), help="Without INPUT: so many new scenes of the prior, or sounds."
-)
+@click.option("--sample", "n", type=click.IntRange(1), help="Without INPUT: so many new scenes, or sounds, of a prior.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of what the prior draws.")
 @click.option("--out", type=PATH, help="File to write, if not recomposed.png or .wav; NAME_figure.png explains it.")
 def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, **edits):
