@@ -131,12 +131,11 @@ def resample_sound(waveform, rate, wanted):
 
 def save_sound(path, waveform, rate):
     """Write (channels, n), softer where beyond full scale; raises OSError, click.ClickException where none holds it."""
-    soundfile = import_module("soundfile")
     peak, kind, encoded = np.abs(waveform).max(), path.suffix[1:].upper(), io.BytesIO()
     if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
     try:  # in memory: soundfile's own errors of writing have many kinds
-        with soundfile.SoundFile(encoded, "w", rate, len(waveform), format=kind) as file:
+        with import_module("soundfile").SoundFile(encoded, "w", rate, len(waveform), format=kind) as file:
             for i in range(0, waveform.shape[1], rate):  # libvorbis crashes on minutes at once
                 file.write(waveform[:, i : i + rate].T / max(peak, 1))
     except (RuntimeError, ValueError) as error:
@@ -214,7 +213,6 @@ def follow(mu, cell, kl):
     """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N)."""
     # Clusters of a slot of every window, in order of KL, in which the density of each slot's latents among those of the
     # other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
-    assign = import_module("scipy.optimize").linear_sum_assignment
     (windows, n), order, before, tried = kl.shape, [], cell[0] + np.inf, []
     some = np.unique(np.linspace(0, windows - 1, COMPARED).astype(int))  # not all, which may be thousands
     scaled = mu / np.sqrt(WIDTH * mu.shape[2] * (mu.var((0, 1)) + 1e-9))
@@ -225,7 +223,7 @@ def follow(mu, cell, kl):
     def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
         density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
         fit = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
-        chosen = assign(fit + STAY * stays, maximize=True)[1]
+        chosen = import_module("scipy.optimize").linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
         return chosen, fit[np.arange(n), chosen].sum()
 
     for start in np.unique(np.linspace(0, len(some) - 1, 10).astype(int)):
@@ -308,9 +306,8 @@ def contact_sheet(rows, title="", labels=()):
     font, large = ImageFont.load_default(12), ImageFont.load_default(15)
     panels = [[] for _ in rows]  # of every tile: caption above image, a frame around this, the gaps to the next panels
     for y, (image, caption, framed, pale) in ((y, tile) for y, row in enumerate(rows) for tile in row):
-        if isinstance(image, np.ndarray):
-            size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
-            image = Image.fromarray(image).resize(size, Image.NEAREST)  # pixels stay visible as squares
+        if isinstance(image, np.ndarray):  # whose pixels stay visible as squares
+            image = Image.fromarray(image).resize((round(TILE * image.shape[1] / len(image)), TILE), Image.NEAREST)
         image = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, PAPER), 0.7 * pale)
         right = max(GAP - 2 * FRAME, round(font.getlength(caption)) - image.width)
         image = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, ACCENT if framed else PAPER)
@@ -373,18 +370,17 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, given, light=None):
-        """The prior's z (1, M, D), cell (1, M, 2), background; first slots `given`, (1, K, 2 + D), if any."""
-        shapes, kept = {one.name: one.shape[1:] for one in self.sessions["prior"].get_inputs()}, given.shape[1]
-        if kept > shapes["given"][0]:
-            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {shapes['given'][0]}")
-        inputs = {"noise": noise.standard_normal((1, *shapes["noise"]), np.float32), "kept": np.array([kept])}
-        inputs["given"] = np.pad(given, [(0, 0), (0, shapes["given"][0] - kept), (0, 0)])
-        if "light" in shapes:
-            inputs["light"] = np.zeros((1, *shapes["light"]), np.float32) if light is None else light
-        made = self.run("prior", **inputs)
-        n = max(1, made["count"][0])
-        return made["z"][:, :n], made["cell"][:, :n], made.get("background")
+    def imagine(self, noise, given=(), light=None):
+        """The prior's z (1, M, D), cell (1, M, 2), background; the first slots are those `given`, (1, 2 + D) each."""
+        inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
+        if len(given) > inputs["given"].shape[1]:
+            raise click.UsageError(
+                f"--complete: {len(given)} slots are kept; expected at most {inputs['given'].shape[1]}"
+            )
+        inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([len(given)])}
+        inputs["given"] = np.concatenate([*given, inputs["given"][0, len(given) :]])[None]
+        made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
+        return *(made[name][:, : max(1, made["count"][0])] for name in ("z", "cell")), made.get("background")
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
@@ -412,21 +408,18 @@ def explain(model, rows, result, what):
 
 
 def sample(model, n, seed):
-    """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); and the figure."""
-    results, sheet, sound = [], [], model.about["kind"] == "mvae-sound"
+    """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); their rate; the figure."""
+    results, sheet, rate = [], [], model.about.get("sample_rate")  # of sounds alone
     for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
-        z, cell, background = model.imagine(noise, np.zeros((1, 0, 2 + model.about["D"]), np.float32))
+        z, cell, background = model.imagine(noise)
         layer = model.run("decoder", z=z, cell=cell)["layer"]
         drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
-        if sound:
-            results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"])
-            about = drawn[0].max(), model.about["samples"] / model.about["sample_rate"], model.about["sample_rate"]
-        else:
-            results.append(to_uint8(drawn[0]))
-        tiles = [spectrum_tile(one, *about) if sound else to_uint8(one) for one in drawn]
+        scale = (drawn[0].max(), model.about["samples"] / rate, rate) if rate else ()
+        tiles = [spectrum_tile(one, *scale) if rate else to_uint8(one) for one in drawn]
+        results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"] if rate else tiles[0])
         sheet.append(list(map(Tile, tiles, ["sample", *(f"slot {k}" for k in range(z.shape[1]))])))
     result, figure = np.concatenate(results, axis=1), contact_sheet(sheet, "Samples of the prior, and slots alone")
-    return result if sound else Image.fromarray(result), figure
+    return result if rate else Image.fromarray(result), rate, figure
 
 
 def recompose_pictures(model, inputs, kept, crop=None, noise=None):
@@ -439,17 +432,16 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         z, cell, background = said["mu"], said["cell"], said.get("background")
         layer = model.run("decoder", z=z, cell=cell)["layer"]  # (1, N, ...)
         alone = [to_uint8(one) for one in model.compose(layer[0][:, None], background)]
-        misfit = unexplained(model.compose(layer, background), image)
-        heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
-        rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
+        heat, shown = kl_tile(picture, said["kl_map"][0], cell[0], slots), model.compose(layer, background)
+        rows.append((path, picture, heat, alone, said["kl"][0], slots, unexplained(shown, image)))
         backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            given.append(np.concatenate([moved, z[:, [k]]], axis=2))
+            given.append(np.concatenate([moved[0], z[0, [k]]], axis=1))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     if noise:
-        z, cell, _ = model.imagine(noise, np.concatenate(given, axis=1), backgrounds[0][1])
+        z, cell, _ = model.imagine(noise, given, backgrounds[0][1])
         parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")
@@ -467,8 +459,7 @@ def recompose_sounds(model, inputs, kept, vocoder=False):
         mix = part if mix is None else sum(fit(one, max(part.shape[1], mix.shape[1])) for one in (part, mix))
     heard = resample_sound(mix.mean(0), rate, own)
     magnitude = np.abs(stft(heard, n_fft, hop * max(1, len(heard) // length)))
-    tile = spectrum_tile(magnitude, magnitude.max(), mix.shape[1] / rate, own)
-    return mix, rate, explain(model, rows, tile, "note")
+    return mix, rate, explain(model, rows, spectrum_tile(magnitude, magnitude.max(), mix.shape[1] / rate, own), "note")
 
 
 def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
@@ -506,8 +497,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
             result[:, first:last] += 10 ** (edits.get("gain", [0])[0] / 20) * fade * part
         whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
         misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
-        frames = np.arange(0, whole, max(1, len(pieces) // 2))
-        seen.append(np.stack([mixture, *alone])[:, :, frames.clip(max=alone.shape[2] - 1)])
+        seen.append(np.stack([mixture, *alone])[:, :, : whole : max(1, len(pieces) // 2)])
 
     # 3. Show the sound, and its slots as they decode.
     magnitude, *slots = np.concatenate(seen, axis=2)
@@ -515,7 +505,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     tile, *slots = (spectrum_tile(*pair, seconds, own) for pair in zip([magnitude, *slots], tops, strict=True))
     if len(pieces) == 1:
         level = heat_map(spectrum_levels(magnitude, tops[0], own), 60)  # whose lowest pitch is at the bottom
-        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * [-1, 1], kept)
+        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * np.float32([-1, 1]), kept)
     else:  # windows beside one another
         columns = kl_map[:, ::-1, 0].T.repeat([one.shape[2] for one in seen], axis=1)
         heat = with_scales(heat_map(columns), columns.max(), "nats", ("0", f"{seconds:.3g} s"))
@@ -532,10 +522,9 @@ def kept_slots(slots, edits, n_inputs, n_slots):
         raise click.UsageError(f"--slots is given {len(slots)} times for {n_inputs} inputs; give it once, or once each")
     every = [str(k) for k in range(n_slots)]
     lists = [text.split(",") for text in slots] or [every]
-    for numbers in lists:
-        if len(set(numbers)) < len(numbers) or not set(numbers) <= set(every):
-            expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
-            raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
+    for numbers in (some for some in lists if len(set(some) & set(every)) < len(some)):
+        expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
+        raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
     kept = [{int(k): {} for k in numbers} for numbers in lists * (n_inputs // len(lists))]
     for name, text in ((name, text) for name, given in edits.items() for text in given):
         n = EDITS[name].count("{")
@@ -574,9 +563,9 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    for name in ("crop", "move", "front", "complete") if sound else ("vocoder", "transpose", "gain"):
-        if (edits | {"crop": crop, "vocoder": vocoder, "complete": complete})[name]:
-            raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
+    given = edits | {"crop": crop, "vocoder": vocoder, "complete": complete}
+    for name in filter(given.get, ("crop", "move", "front", "complete") if sound else ("vocoder", "transpose", "gain")):
+        raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
@@ -590,7 +579,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
     # 2. Take the inputs apart, put the kept slots together, write the result and the figure that explains it.
     try:
         if n:
-            (result, figure), rate = sample(model, n, seed), model.about.get("sample_rate")
+            result, rate, figure = sample(model, n, seed)
         elif sound:
             result, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
         else:
