@@ -23,6 +23,7 @@ import re
 import struct
 import sys
 from collections import namedtuple
+from importlib import import_module
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 
@@ -92,8 +93,7 @@ def square(picture, crop, where):
 
 def read_sound(path):
     """A sound file -> float32 (n, channels), rate in Hz; raises click.UsageError for all but whole, finite sounds."""
-    import soundfile  # here, because pictures do without
-
+    soundfile = import_module("soundfile")  # here, because pictures do without
     try:
         with path.open("rb") as raw, soundfile.SoundFile(raw) as file:
             rate, length, channels = file.samplerate, file.frames, file.channels
@@ -125,21 +125,17 @@ def fit(waveform, n):
 
 def resample_sound(waveform, rate, wanted):
     """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
-    import soxr
-
     n = int(-(-waveform.shape[-1] * wanted // rate))
-    return waveform if rate == wanted else fit(soxr.resample(waveform.T, rate, wanted).T, n)
+    return waveform if rate == wanted else fit(import_module("soxr").resample(waveform.T, rate, wanted).T, n)
 
 
 def save_sound(path, waveform, rate):
     """Write (channels, n), softer where beyond full scale; raises OSError, click.ClickException where none holds it."""
-    import soundfile
-
     peak, kind, encoded = np.abs(waveform).max(), path.suffix[1:].upper(), io.BytesIO()
     if peak > 1.006:  # 0.05 dB: less would be said as 0.0 dB
         click.echo(f"{path}: made {20 * np.log10(peak):.1f} dB softer, to fit into full scale")
     try:  # in memory: soundfile's own errors of writing have many kinds
-        with soundfile.SoundFile(encoded, "w", rate, len(waveform), format=kind) as file:
+        with import_module("soundfile").SoundFile(encoded, "w", rate, len(waveform), format=kind) as file:
             for i in range(0, waveform.shape[1], rate):  # libvorbis crashes on minutes at once
                 file.write(waveform[:, i : i + rate].T / max(peak, 1))
     except (RuntimeError, ValueError) as error:
@@ -150,8 +146,7 @@ def save_sound(path, waveform, rate):
 
 # ---------------------------------------------------------------- Spectra, and windows of long sounds
 
-FADE = 0.02  # s in which a window goes over into the next
-APART, PROMINENCE = 0.3, 0.3  # s between onsets; of their peaks in the spectral flux, in levels
+FADE, APART, PROMINENCE = 0.02, 0.3, 0.3  # s of a fade between windows; s between onsets; their peaks in the spectral flux
 COMPARED, WIDTH, STAY = 128, 0.25, 1.0  # windows compared with; of a density's kernel; nats for a cell that stays
 
 
@@ -173,21 +168,16 @@ def inverse_stft(spectrum, n_fft, hop, samples):
     return (waveform / np.maximum(squares, 1e-8))[..., n_fft // 2 :][..., :samples]
 
 
-def soft_masks(magnitude, mixture):
-    """Magnitudes of slots (N, F, T), of their mixture (F, T) -> the share of each in the power (Wiener 1949)."""
+def soft_masks(magnitude, mixture, wanted=None):
+    """Magnitudes of slots (N, F, T), of their mixture (F, T) -> shares of the power (N, *wanted) (Wiener 1949)."""
     power = magnitude.astype(np.float64) ** 2 + 1e-12
     # Slots are smooth: each gets a gain for every bin first, by one step of NMF (Itakura-Saito, Févotte et al. 2009).
     share, excess = power / power.sum(0), mixture**2 / power.sum(0) + 1e-12
     heard = mixture.any(0) + 1e-12  # frames of zero-padding say nothing
     power *= (heard * share * excess).mean(2, keepdims=True) / (heard * share).mean(2, keepdims=True)
-    return power / power.sum(0)
-
-
-def extend(masks, bins, frames):
-    """Masks (N, F, T) for a spectrum of other bins, beyond which the highest octave's mean goes on, and frames."""
-    higher, octave = max(0, bins - masks.shape[1]), (masks.shape[1] + 1) // 2
-    masks = np.pad(masks, ((0, 0), (0, higher), (0, 0)), "mean", stat_length=octave)[:, :bins, :frames]
-    return np.pad(masks, ((0, 0), (0, 0), (0, frames - masks.shape[2])), mode="edge")
+    (n, known), (bins, frames) = mixture.shape, wanted or mixture.shape  # beyond, the highest octave's mean goes on
+    masks = np.pad(power / power.sum(0), ((0, 0), (0, max(0, bins - n)), (0, 0)), "mean", stat_length=(n + 1) // 2)
+    return masks[:, :bins, np.arange(frames).clip(max=known - 1)]
 
 
 def levels(magnitude):
@@ -207,12 +197,11 @@ def split_at_onsets(waveform, rate, longest):
     duration, longest, hop, minute = len(waveform) / rate, longest + FADE, rate // 100, 60 * rate
     if duration <= longest:
         return [0.0, duration]
-    from scipy.signal import find_peaks  # here, because it takes a second
-
     cuts, flux = [0.0], [np.zeros(1)]
     for start in range(0, len(waveform) - 4 * hop, minute):  # spectra are large
         level = levels(np.abs(stft(waveform[start : start + minute + 2 * hop], 4 * hop, hop)))
         flux.append(np.maximum(level[:, 2:] - level[:, :-2], 0).mean(0)[:6000])
+    find_peaks = import_module("scipy.signal").find_peaks  # here, because it takes a second
     onsets = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0] / 100
     for stop in [*onsets[(onsets > APART) & (onsets < duration - APART)], duration]:
         cuts += np.linspace(cuts[-1], stop, int(np.ceil((stop - cuts[-1]) / longest)) + 1)[1:].tolist()
@@ -223,8 +212,6 @@ def follow(mu, cell, kl):
     """Which slot of every window goes on with which instrument: mu (W, N, D), cell (W, N, 2), kl (W, N) -> (W, N)."""
     # Clusters of a slot of every window, in order of KL, in which the density of each slot's latents among those of the
     # other windows is highest (Parzen 1962); it gains STAY where its cell is the one of the window before.
-    from scipy.optimize import linear_sum_assignment
-
     (windows, n), order, before, tried = kl.shape, [], cell[0] + np.inf, []
     some = np.unique(np.linspace(0, windows - 1, COMPARED).astype(int))  # not all, which may be thousands
     scaled = mu / np.sqrt(WIDTH * mu.shape[2] * (mu.var((0, 1)) + 1e-9))
@@ -235,7 +222,7 @@ def follow(mu, cell, kl):
     def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
         density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
         fit = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
-        chosen = linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
+        chosen = import_module("scipy.optimize").linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
         return chosen, fit[np.arange(n), chosen].sum()
 
     for start in np.unique(np.linspace(0, len(some) - 1, 10).astype(int)):
@@ -289,8 +276,7 @@ def kl_tile(picture, kl_map, cell, chosen=None):
     """KL map (H_l, W_l) over its picture (H, W, 3), slots' numbers at cells (N, 2), the `chosen` (or all) in colour."""
     side, top = 3 * TILE, float(kl_map.max())  # drawn large, as `with_scales` makes it smaller: smooth rings
     opaque = 255 * np.clip(2 * kl_map / max(top, 1e-9), 0, 1)  # from half of the highest on all is heat
-    heat = np.dstack([heat_map(kl_map), opaque]).astype(np.uint8)
-    heat = Image.fromarray(heat).resize((side, side), Image.NEAREST)
+    heat = Image.fromarray(np.dstack([heat_map(kl_map), opaque]).astype(np.uint8)).resize((side, side), Image.NEAREST)
     tile = Image.fromarray((0.6 * picture.mean(2)).astype(np.uint8)).convert("RGB").resize((side, side))
     tile.paste(heat, mask=heat)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(33)
@@ -319,9 +305,8 @@ def contact_sheet(rows, title="", labels=()):
     font, large = ImageFont.load_default(12), ImageFont.load_default(15)
     panels = [[] for _ in rows]  # of every tile: caption above image, a frame around this, the gaps to the next panels
     for y, (image, caption, framed, pale) in ((y, tile) for y, row in enumerate(rows) for tile in row):
-        if isinstance(image, np.ndarray):
-            size = (round(TILE * image.shape[1] / image.shape[0]), TILE)
-            image = Image.fromarray(image).resize(size, Image.NEAREST)  # pixels stay visible as squares
+        if isinstance(image, np.ndarray):  # whose pixels stay visible as squares
+            image = Image.fromarray(image).resize((round(TILE * image.shape[1] / len(image)), TILE), Image.NEAREST)
         image = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, PAPER), 0.7 * pale)
         right = max(GAP - 2 * FRAME, round(font.getlength(caption)) - image.width)
         image = ImageOps.expand(ImageOps.expand(image, 1, PAPER), FRAME - 1, ACCENT if framed else PAPER)
@@ -352,8 +337,7 @@ class Model:
     """An exported folder's graphs, in onnxruntime; raises click.UsageError where one is missing, or of another kind."""
 
     def __init__(self, folder, kind, n_slots=None, others=()):
-        import onnxruntime  # here, so that `--help` and wrong arguments answer at once
-
+        onnxruntime = import_module("onnxruntime")  # here, so that `--help` and wrong arguments answer at once
         self.sessions, options, sums = {}, onnxruntime.SessionOptions(), folder / "SHA256SUMS"
         options.log_severity_level = 3  # errors alone
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # others take longer
@@ -385,18 +369,16 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, given, light=None):
-        """The prior's z (1, M, D), cell (1, M, 2), background; first slots `given`, (1, K, 2 + D), if any."""
-        shapes, kept = {one.name: one.shape[1:] for one in self.sessions["prior"].get_inputs()}, given.shape[1]
-        if kept > shapes["given"][0]:
-            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {shapes['given'][0]}")
-        inputs = {"noise": noise.standard_normal((1, *shapes["noise"]), np.float32), "kept": np.array([kept])}
-        inputs["given"] = np.pad(given, [(0, 0), (0, shapes["given"][0] - kept), (0, 0)])
-        if "light" in shapes:
-            inputs["light"] = np.zeros((1, *shapes["light"]), np.float32) if light is None else light
-        made = self.run("prior", **inputs)
-        n = max(1, made["count"][0])
-        return made["z"][:, :n], made["cell"][:, :n], made.get("background")
+    def imagine(self, noise, given=(), light=None):
+        """The prior's z (1, M, D), cell (1, M, 2), background; the first slots are those `given`, (1, 2 + D) each."""
+        inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
+        kept, most = len(given), inputs["given"].shape[1]
+        if kept > most:
+            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {most}")
+        inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
+        inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]
+        made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
+        return *(made[name][:, : max(1, made["count"][0])] for name in ("z", "cell")), made.get("background")
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
@@ -424,29 +406,23 @@ def explain(model, rows, result, what):
 
 
 def sample(model, n, seed):
-    """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); and the figure."""
-    results, sheet, sound = [], [], model.about["kind"] == "mvae-sound"
+    """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); their rate; the figure."""
+    results, sheet, rate = [], [], model.about.get("sample_rate")  # of sounds alone
     for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
-        z, cell, background = model.imagine(noise, np.zeros((1, 0, 2 + model.about["D"]), np.float32))
+        z, cell, background = model.imagine(noise)
         layer = model.run("decoder", z=z, cell=cell)["layer"]
         drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
-        if sound:
-            results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"])
-            about = drawn[0].max(), model.about["samples"] / model.about["sample_rate"], model.about["sample_rate"]
-        else:
-            results.append(to_uint8(drawn[0]))
-        tiles = [spectrum_tile(one, *about) if sound else to_uint8(one) for one in drawn]
+        scale = (drawn[0].max(), model.about["samples"] / rate, rate) if rate else ()
+        tiles = [spectrum_tile(one, *scale) if rate else to_uint8(one) for one in drawn]
+        results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"] if rate else tiles[0])
         sheet.append(list(map(Tile, tiles, ["sample", *(f"slot {k}" for k in range(z.shape[1]))])))
     result, figure = np.concatenate(results, axis=1), contact_sheet(sheet, "Samples of the prior, and slots alone")
-    return result if sound else Image.fromarray(result), figure
+    return result if rate else Image.fromarray(result), rate, figure
 
 
 def recompose_pictures(model, inputs, kept, crop=None, noise=None):
-    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL.
-
-    `noise`, a NumPy generator: the prior completes the scene.
-    """
-    rows, parts, backgrounds, given = [], [], [], []
+    """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL."""
+    rows, parts, backgrounds, given = [], [], [], []  # `noise`, a NumPy generator: the prior completes the scene
     for path, slots in zip(inputs, kept, strict=True):
         picture = load_picture(path, model.about["size"], crop or model.about["crop"])
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
@@ -454,17 +430,16 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         z, cell, background = said["mu"], said["cell"], said.get("background")
         layer = model.run("decoder", z=z, cell=cell)["layer"]  # (1, N, ...)
         alone = [to_uint8(one) for one in model.compose(layer[0][:, None], background)]
-        misfit = unexplained(model.compose(layer, background), image)
-        heat = kl_tile(picture, said["kl_map"][0], cell[0], slots)
-        rows.append((path, picture, heat, alone, said["kl"][0], slots, misfit))
+        heat, shown = kl_tile(picture, said["kl_map"][0], cell[0], slots), model.compose(layer, background)
+        rows.append((path, picture, heat, alone, said["kl"][0], slots, unexplained(shown, image)))
         backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            given.append(np.concatenate([moved, z[:, [k]]], axis=2))
+            given.append(np.concatenate([moved[0], z[0, [k]]], axis=1))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     if noise:
-        z, cell, _ = model.imagine(noise, np.concatenate(given, axis=1), backgrounds[0][1])
+        z, cell, _ = model.imagine(noise, given, backgrounds[0][1])
         parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object")
@@ -482,8 +457,7 @@ def recompose_sounds(model, inputs, kept, vocoder=False):
         mix = part if mix is None else sum(fit(one, max(part.shape[1], mix.shape[1])) for one in (part, mix))
     heard = resample_sound(mix.mean(0), rate, own)
     magnitude = np.abs(stft(heard, n_fft, hop * max(1, len(heard) // length)))
-    tile = spectrum_tile(magnitude, magnitude.max(), mix.shape[1] / rate, own)
-    return mix, rate, explain(model, rows, tile, "note")
+    return mix, rate, explain(model, rows, spectrum_tile(magnitude, magnitude.max(), mix.shape[1] / rate, own), "note")
 
 
 def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
@@ -506,7 +480,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
         alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
-        masks = extend(soft_masks(alone, mixture), *spectrum.shape[1:])
+        masks = soft_masks(alone, mixture, spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
         for k, edits in kept.items():
@@ -521,16 +495,15 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
             result[:, first:last] += 10 ** (edits.get("gain", [0])[0] / 20) * fade * part
         whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
         misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
-        frames = np.arange(0, whole, max(1, len(pieces) // 2))
-        seen.append(np.stack([mixture, *alone])[:, :, frames.clip(max=alone.shape[2] - 1)])
+        seen.append(np.stack([mixture, *alone])[:, :, : whole : max(1, len(pieces) // 2)])
 
     # 3. Show the sound, and its slots as they decode.
     magnitude, *slots = np.concatenate(seen, axis=2)
     tops, seconds = [magnitude.max(), *[np.max(slots)] * len(slots)], samples.shape[1] / rate
     tile, *slots = (spectrum_tile(*pair, seconds, own) for pair in zip([magnitude, *slots], tops, strict=True))
     if len(pieces) == 1:
-        level, upside_down = heat_map(spectrum_levels(magnitude, tops[0], own), 60), np.float32([-1, 1])
-        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * upside_down, kept)
+        level = heat_map(spectrum_levels(magnitude, tops[0], own), 60)  # whose lowest pitch is at the bottom
+        heat = kl_tile(level, kl_map[0, ::-1], cell[0] * np.float32([-1, 1]), kept)
     else:  # windows beside one another
         columns = kl_map[:, ::-1, 0].T.repeat([one.shape[2] for one in seen], axis=1)
         heat = with_scales(heat_map(columns), columns.max(), "nats", ("0", f"{seconds:.3g} s"))
@@ -547,10 +520,9 @@ def kept_slots(slots, edits, n_inputs, n_slots):
         raise click.UsageError(f"--slots is given {len(slots)} times for {n_inputs} inputs; give it once, or once each")
     every = [str(k) for k in range(n_slots)]
     lists = [text.split(",") for text in slots] or [every]
-    for numbers in lists:
-        if len(set(numbers)) < len(numbers) or not set(numbers) <= set(every):
-            expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
-            raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
+    for numbers in (some for some in lists if len(set(some) & set(every)) < len(some)):
+        expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
+        raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
     kept = [{int(k): {} for k in numbers} for numbers in lists * (n_inputs // len(lists))]
     for name, text in ((name, text) for name, given in edits.items() for text in given):
         n = EDITS[name].count("{")
@@ -575,9 +547,7 @@ def kept_slots(slots, edits, n_inputs, n_slots):
 @click.option("--crop", type=click.Choice(["clevr", "centre", "fit"]), help="Pictures: a crop other than the model's.")
 @click.option("--vocoder", is_flag=True, help="Sounds: what slots decode to, through Griffin-Lim, instead of masks.")
 @click.option("--complete", is_flag=True, help="Pictures: let the prior fill the scene around the slots that are kept.")
-@click.option(
-    "--sample", "n", type=click.IntRange(1), help="Without INPUT: so many new scenes of the prior, or sounds."
-)
+@click.option("--sample", "n", type=click.IntRange(1), help="Without INPUT: so many new scenes, or sounds, of a prior.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of what the prior draws.")
 @click.option("--out", type=PATH, help="File to write, if not recomposed.png or .wav; NAME_figure.png explains it.")
 def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, **edits):
@@ -591,9 +561,9 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
     out = out or Path(f"recomposed{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
-    for name in ("crop", "move", "front", "complete") if sound else ("vocoder", "transpose", "gain"):
-        if (edits | {"crop": crop, "vocoder": vocoder, "complete": complete})[name]:
-            raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
+    given = edits | {"crop": crop, "vocoder": vocoder, "complete": complete}
+    for name in filter(given.get, ("crop", "move", "front", "complete") if sound else ("vocoder", "transpose", "gain")):
+        raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
@@ -607,7 +577,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
     # 2. Take the inputs apart, put the kept slots together, write the result and the figure that explains it.
     try:
         if n:
-            (result, figure), rate = sample(model, n, seed), model.about.get("sample_rate")
+            result, rate, figure = sample(model, n, seed)
         elif sound:
             result, rate, figure = recompose_sounds(model, inputs, kept, vocoder)
         else:

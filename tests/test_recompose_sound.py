@@ -107,7 +107,7 @@ def test_masks_are_shares_of_power_after_a_gain_for_every_bin_that_the_mixture_a
 def golden_numbers():
     """The shipped model's answers on the shipped sounds, as the README's command gives them."""
     names = [SHIPPED / "a.flac", SHIPPED / "b.flac"]
-    model = recompose.Model(SHIPPED, "mvae-sound", vocoder=True)
+    model = recompose.Model(SHIPPED, "mvae-sound", others=["vocoder"])
     waveform = np.stack([recompose.read_sound(path)[0][:, 0] for path in names])
     masked, _, _ = recompose.recompose_sounds(model, names, [{0: {}}, {1: {}}])
     encoded = model.run("encoder", waveform=waveform)
@@ -347,15 +347,16 @@ def test_slots_stay_where_they_are_where_timbre_hardly_tells_them_apart():
 
 
 def test_masks_share_all_and_go_on_beyond_their_highest_bin():
-    masks = recompose.soft_masks(*(np.random.default_rng(0).random(shape) for shape in ((3, 9, 4), (9, 4))))
+    given = [np.random.default_rng(0).random(shape) for shape in ((3, 9, 4), (9, 4))]
+    masks = recompose.soft_masks(*given)
     np.testing.assert_allclose(masks.sum(0), 1)
-    wide = recompose.extend(masks, 14, 6)
+    wide = recompose.soft_masks(*given, (14, 6))
     assert wide.shape == (3, 14, 6)
     np.testing.assert_allclose(wide.sum(0), 1)
     np.testing.assert_array_equal(wide[:, :9, :4], masks)
     np.testing.assert_allclose(wide[:, 9:, :4], masks[:, 4:].mean(1, keepdims=True).repeat(5, 1))
     np.testing.assert_array_equal(wide[:, :, 4:], wide[:, :, 3:4].repeat(2, 2))
-    np.testing.assert_array_equal(recompose.extend(masks, 5, 2), masks[:, :5, :2])
+    np.testing.assert_array_equal(recompose.soft_masks(*given, (5, 2)), masks[:, :5, :2])
 
 
 # ---------------------------------------------------------------- Slots at run time, and edits

@@ -59,7 +59,7 @@ def main(data_root, model, mixtures):
     """Print how often pitches are within half a semitone of what was asked for."""
     options = train_mvae.main.make_context("", ["--dataset", "nsynth-duo"]).params
     data = train_mvae.load_data(options | {"data_root": data_root}, torch.device("cpu"))
-    model = recompose.Model(model or recompose.SHIPPED["mvae-sound"], "mvae-sound", vocoder=True)
+    model = recompose.Model(model or recompose.SHIPPED["mvae-sound"], "mvae-sound", others=["vocoder"])
     size = torch.randint(1, MOST + 1, (mixtures,), generator=random_generator("transpose"))
     sign = 2 * torch.randint(0, 2, (mixtures,), generator=random_generator("transpose", "sign")) - 1
     asked = zip(tqdm(data.mixtures("test", mixtures), disable=None), (size * sign).tolist(), strict=True)
