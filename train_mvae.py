@@ -920,32 +920,6 @@ def adjusted_rand_index(predicted, true):
     return 1.0 if highest == expected else float((together - expected) / (highest - expected))
 
 
-def match(segment, label, n_slots):
-    """Hungarian, by IoU: segment, label (H, W) -> label, slot, IoU of all matches, shared pixels (K, N), slot sizes."""
-    table = F.one_hot(label.flatten()).double().T @ F.one_hot(segment.flatten(), n_slots + 1).double()  # in pixels
-    objects = 1 + torch.nonzero(table[1:].sum(1) >= SMALLEST * label.numel())[:, 0]  # (K,)
-    shared, sizes = table[objects, 1:], table[:, 1:].sum(0)
-    iou = shared / (table[objects].sum(1, keepdim=True) + sizes - shared).clamp(min=1)
-    rows, columns = linear_sum_assignment(-iou.cpu().numpy())
-    return objects[rows], columns, iou[rows, columns], shared, sizes
-
-
-def segmentation_scores(responsibility, label):
-    """Scores of a scene: responsibility (N + 1, H, W), label (H, W) -> dict, {} where it has no object of SMALLEST."""
-    foreground, segment = label > 0, responsibility.argmax(0)
-    _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
-    if not len(shared):
-        return {}
-    active = sizes >= SMALLEST * label.numel()
-    most, owner = shared[:, active].max(0)
-    claimed = owner[most > 0.5 * sizes[active]]
-    # `ari_fg` has the background among the predicted. Duplicates: all but one of the slots mostly of one object.
-    scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
-    scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
-    scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
-    return scores | {"duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum()))}
-
-
 def averages(scores):
     """Dicts of numbers -> means, each over those that have it; of "unexplained" the 95 % quantile too: describe."""
     columns = {n: [score[n] for score in scores if n in score] for n in dict.fromkeys(itertools.chain(*scores))}
@@ -962,15 +936,17 @@ def reconstruct(model, image):
 
 @torch.no_grad()
 def evaluate_pictures(model, data, split, n, sigma):
-    """Scores on n scenes, z = mu: with masks ARI-FG and its companions; MSE, of the mean picture too."""
+    """Scores on n scenes, z = mu: MSE, of the mean picture too; with masks ARI-FG, where an object is of SMALLEST."""
     (images, labels), scores = data.scenes(split, n), []
     for i, image in enumerate(images.split(1)):
         encoding, layer, mean = reconstruct(model, image)
-        owned = model.responsibilities(layer, encoding.background)[0]
+        scores.append({})
+        if labels is not None and (labels[i].flatten().bincount()[1:] >= SMALLEST * labels[i].numel()).any():
+            segment, objects = model.responsibilities(layer, encoding.background)[0].argmax(0), labels[i] > 0
+            scores[-1]["ari_fg"] = adjusted_rand_index(segment[objects], labels[i][objects])
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
         score["unexplained"] = unexplained(mean, image)
-        scores.append({} if labels is None else segmentation_scores(owned, labels[i]))
         scores[-1] |= {name: value.item() for name, value in score.items()}
     return averages(scores) | {"scenes": len(images)}
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_data import write_clevr
+from torchmetrics.clustering import AdjustedRandScore
 
-from common import RATE, Vocoder
+from common import RATE, Vocoder, random_generator
 from recompose import load_picture
 from tests.experiments import curves, exchange, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
@@ -31,6 +32,10 @@ def test_recompositions_of_a_run_are_scored_and_its_slots_drawn(kind, request, m
     assert "| recomposition_psnr | " in printed and "built-in" in printed
     assert ("7 to 10 objects, ten slots, found: 0." in printed) == (kind == "clevr_run")
     scores = json.loads((folder / "recomposition.json").read_text())
+    for name in ("ari_fg", "step_0/ari_fg"):
+        assert scores[name] == pytest.approx(json.loads((folder / "metrics.json").read_text())[name], abs=1e-3)
+    for name in ("ari_fg_slots", "miou", "slot_count_error", "duplicates"):
+        assert f"| {name} | " in printed and {name, f"step_0/{name}"} <= scores.keys()
     assert (scores["split"], scores["pairs"]) == ("test", 3)
     assert scores["step_0/recomposition_psnr"] > 0 and scores["recomposition_psnr_baseline"] > 0
     for name in ("traversals", "moved", "recomposition"):
@@ -102,6 +107,71 @@ def test_a_run_on_a_folder_is_scored_on_scenes_that_can_be_drawn_anew(clevr_run,
     assert f"trained on: CLEVR folder {root.name}" in invoke(slots.main, folder)
     scores = json.loads((folder / "recomposition.json").read_text())
     assert scores["data"] == "built-in CLEVR-like renderer" and scores["removal_psnr_baseline"] > 15
+
+
+# ---------------------------------------------------------------- Masks
+
+
+def test_in_ari_fg_the_background_is_a_component_like_any_other():
+    """As in deepmind's segmentation_metrics; of the argmax over slots alone, ari_fg_slots, it is not."""
+    generator = random_generator("responsibility")
+    responsibility = torch.rand(5, 16, 16, generator=generator).softmax(0)
+    label = torch.randint(4, (16, 16), generator=generator)
+    for k in range(1, 4):
+        responsibility[k][label == k] += 0.06
+    scores, on = slots.segmentation_scores(responsibility, label), label > 0
+    expected = AdjustedRandScore()(responsibility.argmax(0)[on], label[on]).item()
+    of_slots = AdjustedRandScore()(responsibility[1:].argmax(0)[on], label[on]).item()
+    assert scores["ari_fg"] == pytest.approx(expected, abs=1e-6) and expected < of_slots - 0.02
+    assert scores["ari_fg_slots"] == pytest.approx(of_slots, abs=1e-6)
+
+    label = torch.zeros(16, 16, dtype=torch.long)
+    label[:8, :8], label[10:, 10:] = 1, 2
+    weak = torch.zeros(3, 16, 16)
+    weak[0], weak[1, :8, :8], weak[2, 10:, 10:] = 0.6, 0.4, 0.4  # the slots are right, but the background owns all
+    scores = slots.segmentation_scores(weak, label)
+    assert (scores["ari_fg"], scores["ari_fg_slots"]) == (0.0, 1.0)
+
+
+def scene_with(segments, label):
+    """Scores for hard segments (H, W) with 4 slots: 0 is the background."""
+    return slots.segmentation_scores(torch.eye(5)[segments].permute(2, 0, 1), label)
+
+
+def test_scores_of_perfect_split_merged_and_missing_segments():
+    label = torch.zeros(16, 16, dtype=torch.long)
+    label[:8, :8], label[10:, 10:] = 1, 2
+    renamed = torch.where(label == 1, 3, torch.where(label == 2, 1, 0))
+    perfect = scene_with(renamed, label)
+    assert perfect == {"ari_fg": 1.0, "ari_fg_slots": 1.0, "miou": 1.0, "slot_count_error": 0, "duplicates": 0.0}
+
+    split = renamed.clone()
+    split[:4, :8] = 2  # half of object 1 goes to another slot
+    scores = scene_with(split, label)
+    assert scores["slot_count_error"] == 1
+    assert scores["duplicates"] == pytest.approx(1 / 3)
+    assert scores["miou"] == pytest.approx(0.75)
+    assert 0 < scores["ari_fg"] < 1
+
+    scores = scene_with(torch.where(label > 0, 1, 0), label)
+    assert scores["ari_fg"] == 0.0
+    assert scores["slot_count_error"] == 1
+    assert scores["miou"] == pytest.approx(64 / 100 / 2)
+
+    missing = scene_with(torch.where(label == 1, 3, 0), label)
+    assert missing["miou"] == 0.5 and missing["ari_fg"] == 1.0  # what is left out is a segment of its own
+
+
+def test_a_slot_on_two_objects_by_halves_is_no_duplicate():
+    label = torch.zeros(16, 16, dtype=torch.long)
+    label[:4], label[4:8] = 1, 2
+    segments = torch.zeros(16, 16, dtype=torch.long)
+    segments[2:6, :8], segments[:8, 8:] = 1, 2
+    assert scene_with(segments, label)["duplicates"] == 0
+
+
+def test_a_scene_without_objects_has_no_scores():
+    assert slots.segmentation_scores(torch.rand(4, 16, 16), torch.zeros(16, 16, dtype=torch.long)) == {}
 
 
 # ---------------------------------------------------------------- Properties
@@ -239,7 +309,7 @@ def test_curves_show_scores_with_units_and_never_nothing(sprites_run, duo_run, t
     seen = []
     real = curves.curve_figure
     monkeypatch.setattr(curves, "curve_figure", lambda *a: seen.append(real(*a)) or seen[-1])
-    for folder, unit, lines in ((sprites_run, "score, 1 is best", 3), (duo_run, "SI-SDR gained, dB", 2)):
+    for folder, unit, lines in ((sprites_run, "ARI-FG, 1 is best", 1), (duo_run, "SI-SDR gained, dB", 2)):
         invoke(curves.main, folder, "--out", tmp_path / "curve.png", "--by", "step")
         axes = seen[-1].axes[0]
         assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.lines)) == ("steps of training", unit, lines)

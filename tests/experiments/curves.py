@@ -4,7 +4,7 @@
     python -m tests.experiments.curves runs/mvae-sprites-alpha-N4-seed0 runs/mvae-sprites-alpha-N4-seed1 --by step
 
 Draws every RUN_DIR/curve.json, a colour a run, and writes RUN_DIR/figures/curve.png of the first, or --out. Of pictures
-with masks ARI-FG, of slots alone too, and mIoU; of mixtures SI-SDR gained; of all else the squared error.
+with masks ARI-FG; of mixtures SI-SDR gained; of all else the squared error.
 """
 
 import json
@@ -17,7 +17,7 @@ from common import FOLDER, load_config
 
 # {axis: {score: (name, line)}}: drawn is the first axis whose scores all points have.
 CURVES = {
-    "score, 1 is best": {"ari_fg": ("ARI-FG", "-"), "ari_fg_slots": ("of slots alone", "--"), "miou": ("mIoU", ":")},
+    "ARI-FG, 1 is best": {"ari_fg": ("ARI-FG", "-")},
     "SI-SDR gained, dB": {"si_sdr_gained": ("mean", "-"), "si_sdr_gained_median": ("median", "--")},
     "mean squared error": {"mse": ("MSE", "-")}
 }  # fmt: skip
@@ -39,7 +39,7 @@ def curve_figure(curves, by="minutes", title=""):
     if "mse" in wanted:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(0, 1 if "miou" in wanted else None)
+        axes.set_ylim(0, 1 if "ari_fg" in wanted else None)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

@@ -22,7 +22,7 @@ from PIL import Image
 
 from common import OPS
 from recompose import GAP, Tile, contact_sheet
-from tests.experiments.slots import load_run, measure_recomposition
+from tests.experiments.slots import load_run, measure_masks, measure_recomposition
 
 ROOT = Path(__file__).parents[2]
 DATA = {
@@ -68,12 +68,13 @@ def train(folder, options, steps, change=""):
 
 
 def recomposition(folder, steps):
-    """Recomposition scores of a run, from its recomposition.json where that is of its end; {} on folders' pictures."""
+    """Scores of a run's slots, from its recomposition.json where that is of its end; on folders' pictures of masks."""
     done = folder / "recomposition.json"
     scores = json.loads(done.read_text()) if done.is_file() else {"step": 0}
     if scores["step"] < steps:
         model, data = load_run(folder)
-        scores = measure_recomposition(folder, model, data) if model.sound or hasattr(data, "render") else {}
+        drawn = model.sound or hasattr(data, "render")
+        scores = measure_recomposition(folder, model, data) if drawn else measure_masks(model, data)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 

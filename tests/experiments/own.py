@@ -22,8 +22,8 @@ from PIL import Image
 import train_mvae
 from common import FOLDER, RATE, load_notes
 from recompose import square
-from tests.experiments.slots import load_run, load_start
-from train_mvae import averages, evaluate_pictures, reconstruct, segmentation_scores
+from tests.experiments.slots import load_run, load_start, segmentation_scores
+from train_mvae import averages, evaluate_pictures, reconstruct
 
 WIDTH, HEIGHT, FINE = 200, 150, 3
 FOLDERS = ("holiday", "holiday/garden", "work/desk/top")

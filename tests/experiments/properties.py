@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FOLDER, random_generator, read_json
-from tests.experiments.slots import load_run
-from train_mvae import BLOCK, COLOURS, RADII, match, resample
+from tests.experiments.slots import load_run, match
+from train_mvae import BLOCK, COLOURS, RADII, resample
 
 PROPERTIES = ("shape", "color", "size", "material")
 VISIBLE_SHARE = 60 / 64**2  # of the picture, that an object must show

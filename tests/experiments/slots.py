@@ -4,25 +4,28 @@
     python -m tests.experiments.slots runs/mvae-clevr-alpha-N6-seed0 --data-root CLEVR_v1.0
 
 Scores in RUN_DIR/recomposition.json, of the trained model, of that of step 0 and of a trivial baseline: of a run on
-pictures PSNRs on pairs of built-in test scenes, which can be drawn anew, of CLEVR besides, how many of 7 to 10 objects
-it finds; of sounds, on the test mixtures, how near slots are to their stems, and slots of two mixtures to the true mix.
-Of every run figures of the valid split in RUN_DIR/figures: of pictures traversals.png, moved.png and recomposition.png;
-of sounds remix.png.
+pictures with masks the companions of ARI-FG on its test scenes, as many as metrics.json is of; PSNRs on pairs of
+built-in test scenes, which can be drawn anew, of CLEVR besides, how many of 7 to 10 objects it finds; of sounds, on
+the test mixtures, how near slots are to their stems, and slots of two mixtures to the true mix. Of every run figures of
+the valid split in RUN_DIR/figures: of pictures traversals.png, moved.png and recomposition.png; of sounds remix.png.
 """
 
 from pathlib import Path
 
 import click
 import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
 import train_mvae
 from common import FOLDER, RATE, SAMPLES, gaussian_kl, log_spectral_distance, random_generator, write_json
 from recompose import Tile, contact_sheet, kl_tile, spectrum_tile, to_uint8
-from train_mvae import VISIBLE, BuiltInClevr, assign, averages, match, reconstruct, segmentation_scores, separate
+from train_mvae import SMALLEST, VISIBLE, BuiltInClevr, adjusted_rand_index, assign, averages, reconstruct, separate
 
 PAIRS = 64  # of scenes recomposed, and scenes that an object is taken out of
-PRINTED = ("recomposition_psnr", "recomposition_psnr_shown", "reconstruction_psnr", "removal_psnr",
-           "removal_psnr_shadow", "whole_reconstruction_psnr", "own_instrument", "lsd_recomposed")  # fmt: skip
+PRINTED = ("ari_fg", "ari_fg_slots", "miou", "slot_count_error", "duplicates", "recomposition_psnr",
+           "recomposition_psnr_shown", "reconstruction_psnr", "removal_psnr", "removal_psnr_shadow",
+           "whole_reconstruction_psnr", "own_instrument", "lsd_recomposed")  # fmt: skip
 
 
 def load_run(folder, data_root=None):
@@ -45,8 +48,48 @@ def load_start(model, data):
     options = model.config["options"]
     torch.manual_seed(options["seed"] % 2**63)
     start = train_mvae.build(options)
+    start.config = model.config
     start.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0))
     return start.eval()
+
+
+# ---------------------------------------------------------------- Masks against the truth
+
+
+def match(segment, label, n_slots):
+    """Hungarian, by IoU: segment, label (H, W) -> label, slot, IoU of all matches, shared pixels (K, N), slot sizes."""
+    table = F.one_hot(label.flatten()).double().T @ F.one_hot(segment.flatten(), n_slots + 1).double()  # in pixels
+    objects = 1 + torch.nonzero(table[1:].sum(1) >= SMALLEST * label.numel())[:, 0]  # (K,)
+    shared, sizes = table[objects, 1:], table[:, 1:].sum(0)
+    iou = shared / (table[objects].sum(1, keepdim=True) + sizes - shared).clamp(min=1)
+    rows, columns = linear_sum_assignment(-iou.cpu().numpy())
+    return objects[rows], columns, iou[rows, columns], shared, sizes
+
+
+def segmentation_scores(responsibility, label):
+    """Scores of a scene: responsibility (N + 1, H, W), label (H, W) -> dict, {} where it has no object of SMALLEST."""
+    foreground, segment = label > 0, responsibility.argmax(0)
+    _, _, iou, shared, sizes = match(segment, label, len(responsibility) - 1)
+    if not len(shared):
+        return {}
+    active = sizes >= SMALLEST * label.numel()
+    most, owner = shared[:, active].max(0)
+    claimed = owner[most > 0.5 * sizes[active]]
+    # `ari_fg` has the background among the predicted. Duplicates: all but one of the slots mostly of one object.
+    scores = {"ari_fg": adjusted_rand_index(segment[foreground], label[foreground])}
+    scores["ari_fg_slots"] = adjusted_rand_index(responsibility[1:].argmax(0)[foreground], label[foreground])
+    scores |= {"miou": iou.sum().item() / len(shared), "slot_count_error": abs(int(active.sum()) - len(shared))}
+    return scores | {"duplicates": (len(claimed) - len(claimed.unique())) / max(1, int(active.sum()))}
+
+
+@torch.no_grad()
+def score_masks(model, data, split, n):
+    """ARI-FG of n scenes, z = mu, as train_mvae.py has it, and its companions; {} where the data have no masks."""
+    (images, labels), scores = data.scenes(split, n), []
+    for image, label in zip(images.split(1), labels, strict=True) if labels is not None else ():
+        encoding, layer, _ = reconstruct(model, image)
+        scores.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], label))
+    return averages(scores)
 
 
 # ---------------------------------------------------------------- Recomposition against the truth
@@ -188,15 +231,24 @@ def measure(model, data):
     return scores | (score_crowds(model, PAIRS) if isinstance(data, BuiltInClevr) else {})
 
 
+def measure_masks(model, data):
+    """score_masks on the test scenes of a run's metrics.json."""
+    quick = model.config["options"].get("evaluation") == "quick"
+    return score_masks(model, data, "test", train_mvae.SCENES // 10 if quick else train_mvae.SCENES)
+
+
 def measure_recomposition(folder, model, data):
     """Scores of a run, on pictures of built-in test scenes, written to recomposition.json; and those at step 0."""
     drawn = data  # pictures that a folder holds cannot be drawn anew: scenes like those are
     if not (model.sound or hasattr(data, "render")):
         drawn = BuiltInClevr(model.size, (3, 6), 0, torch.device("cpu"))
-    scores, start = measure(model, drawn), measure(load_start(model, data), drawn)
+    start = load_start(model, data)
+    scores, of_start = measure(model, drawn), measure(start, drawn)
+    if not model.sound:
+        scores, of_start = scores | measure_masks(model, data), of_start | measure_masks(start, data)
     pairs = train_mvae.MIXTURES if model.sound else PAIRS
     about = {"split": "test", "pairs": pairs, "step": model.config["step"], "data": drawn.source}
-    scores |= {f"step_0/{name}": score for name, score in start.items() if not name.endswith("baseline")}
+    scores |= {f"step_0/{name}": score for name, score in of_start.items() if not name.endswith("baseline")}
     write_json(folder / "recomposition.json", about | scores)
     return scores
 
@@ -316,7 +368,7 @@ def table_lines(scores):
     yield "| PSNR, LSD in dB | trained | step 0 | baseline: the picture, or mixture, itself |\n|-|-|-|-|"
     for name in (name for name in PRINTED if name in scores):
         values = (scores.get(key) for key in (name, f"step_0/{name}", f"{name}_baseline"))
-        yield f"| {name} | " + " | ".join("" if value is None else f"{value:.2f}" for value in values) + " |"
+        yield f"| {name} | " + " | ".join("" if value is None else f"{value:.4g}" for value in values) + " |"
     for name in (name for name in scores if name.startswith("crowds/")):
         yield f"7 to 10 objects, ten slots, {name[7:]}: {scores[name]:.3f}, at step 0 {scores[f'step_0/{name}']:.3f}"
 

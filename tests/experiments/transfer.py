@@ -13,7 +13,7 @@ import torch
 
 import train_mvae
 from common import FOLDER
-from tests.experiments.slots import load_run, load_start
+from tests.experiments.slots import load_run, load_start, score_masks
 
 SCORES = ("ari_fg", "ari_fg_slots", "miou", "slot_count_error", "duplicates", "mse", "mse_baseline")
 
@@ -38,6 +38,7 @@ def main(run_dir, data_root, trained_on, objects, n_slots, scenes):
     for name, one in (("trained", model), ("step 0", load_start(model, own))):
         one.n_slots = n_slots or one.n_slots
         found = train_mvae.evaluate_pictures(one, data, "test", scenes, options["sigma"])
+        found |= score_masks(one, data, "test", scenes)
         values = (f"{found[score]:.5f}" if score in found else "" for score in SCORES)
         click.echo(f"| {name}, {one.n_slots} slots, {found['scenes']} scenes | {' | '.join(values)} |")
 
