@@ -6,8 +6,7 @@ but for "count", whose backgrounds are grey: it needs a run of its own,
     python -m tests.experiments.rules count --objects 1 4 --steps 3500 --out runs/count
 """
 
-import sys
-
+import click
 import torch
 
 import train_mvae
@@ -83,11 +82,13 @@ def ruled(rule):
     return Fifths if rule == "fifth" else type(f"{rule}Sprites", (RuledSprites,), {"rule": rule})
 
 
-def main():
-    rule, *arguments = sys.argv[1:]
-    sys.argv[1:] = arguments
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("rule", type=click.Choice(RULES["sprites"]))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(rule, options):
+    """Train on sprites that obey a rule; options of train_mvae.py follow."""
     train_mvae.Sprites = ruled(rule)
-    train_mvae.main(["--dataset", "sprites", *arguments])
+    train_mvae.main(["--dataset", "sprites", *options])
 
 
 if __name__ == "__main__":
