@@ -39,11 +39,8 @@ from recompose import (  # isort: skip
     spectrum_tile, square, stft, to_uint8, unexplained,
 )  # fmt: skip
 
-SCRIPT = Path(__file__).stem
 
-
-def position_grid(height, width):
-    """The (y, x) of the middle of every cell of a grid: (2, height, width)."""
+def position_grid(height, width):  # the (y, x) of the middle of every cell of a grid: (2, height, width)
     axes = [(2 * torch.arange(n) + 1) / n - 1 for n in (height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
@@ -69,8 +66,7 @@ class Pool:
             index = torch.where(epoch == e, order[index], index)
         return self.pictures(index).to(self.device, non_blocking=True).float() / 255
 
-    def pictures(self, index):
-        """Those of any numbers: uint8 (n, 3, size, size)."""
+    def pictures(self, index):  # of any numbers (n,): uint8 (n, 3, size, size)
         for block in set((index // BLOCK).tolist()) - self.blocks.keys():  # each is drawn once, when it is needed
             self.blocks[block] = self.make(block * BLOCK, min((block + 1) * BLOCK, self.length)).cpu().contiguous()
         return torch.stack([self.blocks[i // BLOCK][i % BLOCK] for i in index.tolist()])
@@ -342,8 +338,7 @@ class PictureFolder(Pool):
         return images, torch.from_numpy(np.stack(labels)).long().to(self.device)
 
 
-def root_mean_square(waveform):
-    """(..., samples) -> (..., 1)."""
+def root_mean_square(waveform):  # (..., samples) -> (..., 1)
     return waveform.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
@@ -367,8 +362,7 @@ class SoundLevels(nn.Module):
     def forward(self, waveform):
         return self.as_loud(waveform * (LOUDNESS / root_mean_square(waveform)))
 
-    def as_loud(self, waveform):
-        """Levels (B, FRAMES, bands, 1) of waveforms (B, SAMPLES) as loud as they are."""
+    def as_loud(self, waveform):  # levels (B, FRAMES, bands, 1) of waveforms (B, SAMPLES) as loud as they are
         magnitude = self.magnitude(F.pad(waveform, (0, -waveform.shape[1] % HOP)))  # (B, F, FRAMES * SPAN)
         return log_compress(self.bank() @ F.avg_pool1d(magnitude, SPAN)).transpose(1, 2)[..., None]
 
@@ -410,12 +404,10 @@ class Mixtures:
                 return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
 
-    def fit(self, pitch, other):
-        """Which notes may sound together: in unison or octaves apart they share all harmonics."""
+    def fit(self, pitch, other):  # which may sound together: in unison or octaves apart notes share all harmonics
         return ((pitch - other) % 12 != 0) | (pitch < 0) | (other < 0)
 
-    def stems(self, split, pair, decibels):
-        """Waveforms (n, parts, SAMPLES), whose sum has LOUDNESS."""
+    def stems(self, split, pair, decibels):  # waveforms (n, parts, SAMPLES), whose sum has LOUDNESS
         waveform = self.notes[split].waveform(pair.flatten()).unflatten(0, pair.shape)
         waveform = waveform / root_mean_square(waveform) * 10 ** (decibels[..., None] / 20)
         return LOUDNESS * waveform / root_mean_square(waveform.sum(1, keepdim=True))
@@ -504,9 +496,8 @@ def resample(source, scale, offset, side):
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
 
-    The first `d_cell` latents say how large: near and far objects have one resolution. Drawn are colours, or features,
-    `outside` where the canvas ends; with `shaded`, before them, by what logarithm the background is darkened; with
-    `masked`, first of all, how near the slot is, and last a mask's logit.
+    The first `d_cell` latents say how large: near and far objects have one resolution. C: if `masked` how near, if
+    `shaded` a logarithm that darkens the background, colours or features, `outside` beyond, if `masked` a mask's logit.
     """
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
@@ -538,8 +529,7 @@ class CanvasDecoder(nn.Module):
             self.shade[0].weight.mul_(0.1)
             self.shade[0].bias.fill_(-3.0)
 
-    def half(self, z):
-        """Half the side of the canvas, in half picture widths: z (..., D) -> (...)."""
+    def half(self, z):  # half the side of the canvas, in half picture widths: (..., D) -> (...)
         share = self.extent(z[..., : self.d_cell])[..., 0].to(self.window.dtype).sigmoid()
         return SMALLEST_CANVAS * (LARGEST_CANVAS / SMALLEST_CANVAS) ** share
 
@@ -633,28 +623,24 @@ class Background(nn.Module):
         logvar = logvar + LOGVAR_START
         return mu if noise is None else reparameterize(mu, logvar, noise), gaussian_kl(mu, logvar).sum(1)
 
-    def draw(self, light):
-        """light (B, BACKGROUND_D) -> picture (B, C, h, w)."""
+    def draw(self, light):  # (B, BACKGROUND_D) -> picture (B, C, h, w)
         knots = self.shade(light).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
         return self.picture + self.up @ knots @ self.up.mT
 
 
 ORDERS = ("independent", "autoregressive", "set")
-# Of B scenes: light (B, L), how many slots (B,), and these, cell, then z (B, N, 2 + D), 0 beyond.
-Scene = namedtuple("Scene", "light count slots")
+Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), 0 beyond
 
 
-def choose(logits, noise):
-    """The category of logits (B, K) that standard normal noise (B,) stands for: (B,)."""
+def choose(logits, noise):  # the category of logits (B, K) that standard normal noise (B,) stands for: (B,)
     return (logits.softmax(1).cumsum(1)[:, :-1] < torch.special.ndtr(noise)[:, None]).sum(1)
 
 
 class SlotPrior(nn.Module):
     """A density of Scenes: light, the number of slots, and slots one by one, each given all that came before it.
 
-    "autoregressive": by falling KL. "set": in any order, a density of sets (Uria et al. 2014), which can go on from any
-    slots. "independent": each given nothing. A transformer points at a slot so far, or at none (Vinyals et al. 2015);
-    a flow starts from what this one suggests.
+    "autoregressive": by falling KL. "set": in any order (Uria et al. 2014), to go on from any slots. "independent": by
+    none. A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what it suggests.
     """
 
     def __init__(self, order, d, n_slots, light, width=96, key=16):
@@ -677,11 +663,8 @@ class SlotPrior(nn.Module):
 
     def suggestions(self, light, count, slots):
         """For each slot, of none and those before it: logits (B, N, N), means (B, N, D), contexts (B, N, N, width)."""
-        whole, before = (
-            torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1),
-            self.given(slots)[:, :-1],
-        )
-        before = F.pad(before, (0, 0, 1, 0))  # (B, N, D)
+        whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
+        before = F.pad(self.given(slots)[:, :-1], (0, 0, 1, 0))  # (B, N, D)
         h = self.body(self.token(before) + self.whole(self.given(whole))[:, None], self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
         return (self.query(h) @ key.mT).masked_fill(self.later, -1e4), mean, F.silu(h[:, :, None] + context[:, None])
@@ -699,8 +682,7 @@ class SlotPrior(nn.Module):
         return total + torch.where(there, each.logsumexp(2), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
-        """Noise (B, *noise_shape) of N(0, I) -> Scene, which has the first `kept` (B,) of slots (B, N, D), if any, and
-        then light (B, L)."""
+        """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
         few = torch.arange(self.n_slots + 1) < kept[:, None]
@@ -709,9 +691,8 @@ class SlotPrior(nn.Module):
             logits, mean, context = self.suggestions(light, count, slots)
             one = choose(logits[:, k], noise[:, k + 1, -1])[:, None, None]  # (B, 1, 1)
             mean, context = (v.gather(1, one.expand(-1, 1, v.shape[2]))[:, 0] for v in (mean, context[:, k]))
-            slot = torch.where(
-                few[:, k : k + 1], slots[:, k], mean + self.flow.sample(noise[:, k + 1, : slots.shape[2]], context)
-            )
+            drawn = mean + self.flow.sample(noise[:, k + 1, : slots.shape[2]], context)
+            slot = torch.where(few[:, k : k + 1], slots[:, k], drawn)
             slots = torch.cat([slots[:, :k], slot[:, None], slots[:, k + 1 :]], dim=1)
         return Scene(light, count, slots)
 
@@ -802,8 +783,7 @@ class MVAE(nn.Module):
     def responsibilities(self, layer, background):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first."""
         if self.op == "alpha":
-            masks = alpha_masks(layer)[:, :, 0]  # (B, N + 1, h, w)
-            return masks if self.compose_at == "data" else F.interpolate(masks, scale_factor=UPSCALE, mode="bilinear")
+            return F.interpolate(alpha_masks(layer)[:, :, 0], size=self.size, mode="bilinear")
         beyond = self.slot_decoder.beyond.expand(len(layer), 1, -1, *layer.shape[3:])  # a slot that draws nothing
         neutral = self.compose(beyond, background)  # whose mean absolute change by a slot is compared with VISIBLE
         change = (self.alone(layer, background) - neutral[:, None]).abs().mean(2)  # (B, N, H, W)
@@ -813,8 +793,7 @@ class MVAE(nn.Module):
         """Every slot composed alone with the background: layer (B, N, C, h, w) -> (B, N, C, H, W)."""
         return torch.stack([self.compose(layer[:, k : k + 1], background) for k in range(layer.shape[1])], dim=1)
 
-    def decode(self, z, cell):
-        """z (B, N, D), cell (B, N, 2) -> layer (B, N, C, h, w), every slot on its own."""
+    def decode(self, z, cell):  # (B, N, D), (B, N, 2) -> layer (B, N, C, h, w), every slot on its own
         return self.slot_decoder(z.flatten(0, 1), cell.flatten(0, 1)).to(cell.dtype).unflatten(0, z.shape[:2])
 
     def compose(self, layer, background=None):
@@ -864,11 +843,11 @@ HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and befo
 SEEN_THROUGH = 10.0  # m times a change of the background: faint masks and strong colours draw the same, later halos
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
+FITTED = 5_000  # updates of a prior, or as many as the run had
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
 
 
-def gaussian_log_likelihood(x, mean, sigma):
-    """log N(x; mean, sigma^2) summed over all but the first axis: (B, ...) -> (B,), in nats."""
+def gaussian_log_likelihood(x, mean, sigma):  # summed over all but the first axis: (B, ...) -> (B,), in nats
     return torch.distributions.Normal(mean, sigma).log_prob(x).flatten(1).sum(1)
 
 
@@ -885,17 +864,13 @@ def objective(image, mean, encoding, haze, beta, sigma):
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
 
 
-FITTED = 5_000  # updates of a prior, or as many as the run had
-
-
 @torch.no_grad()
 def posteriors(model, data, n, seed):
     """What the encoder says of n examples to train on, some BLOCK at a time, but for maps and pictures: an Encoding."""
     parts = []
     for k in trange(math.ceil(n / BLOCK), desc="posteriors", disable=None):
         noise = torch.randn(BLOCK, model.noise_sizes[1], generator=random_generator("light", seed, k))
-        image = data.batch(k, slice(0, BLOCK), BLOCK)
-        encoding = model.encode(image, noise.to(image.device))
+        encoding = model.encode(image := data.batch(k, slice(0, BLOCK), BLOCK), noise.to(image.device))
         parts.append(encoding._replace(kl_map=encoding.kl, background=encoding.kl))
     return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
@@ -927,6 +902,7 @@ def averages(scores):
     return {name: float(np.mean(column)) for name, column in columns.items()} | most
 
 
+@torch.no_grad()
 def reconstruct(model, image):
     """image (B, C, H, W) -> Encoding, layer (B, N, C, h, w), image (B, C, H, W), all of z = mu."""
     encoding = model.encode(image)
@@ -934,28 +910,19 @@ def reconstruct(model, image):
     return encoding, layer, model.compose(layer, encoding.background)
 
 
-@torch.no_grad()
 def evaluate_pictures(model, data, split, n, sigma):
     """Scores on n scenes, z = mu: MSE, of the mean picture too; with masks ARI-FG, where an object is of SMALLEST."""
     (images, labels), scores = data.scenes(split, n), []
     for i, image in enumerate(images.split(1)):
         encoding, layer, mean = reconstruct(model, image)
-        scores.append({})
-        if labels is not None and (labels[i].flatten().bincount()[1:] >= SMALLEST * labels[i].numel()).any():
-            segment, objects = model.responsibilities(layer, encoding.background)[0].argmax(0), labels[i] > 0
-            scores[-1]["ari_fg"] = adjusted_rand_index(segment[objects], labels[i][objects])
         score = {"mse": (mean - image).square().mean(), "mse_baseline": (images.mean(0) - image).square().mean()}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
         score["unexplained"] = unexplained(mean, image)
-        scores[-1] |= {name: value.item() for name, value in score.items()}
+        scores.append({name: value.item() for name, value in score.items()})
+        if labels is not None and (labels[i].flatten().bincount()[1:] >= SMALLEST * labels[i].numel()).any():
+            segment, objects = model.responsibilities(layer, encoding.background)[0].argmax(0), labels[i] > 0
+            scores[-1] = {"ari_fg": adjusted_rand_index(segment[objects], labels[i][objects])} | scores[-1]
     return averages(scores) | {"scenes": len(images)}
-
-
-def si_sdr(estimate, target):
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019): (..., samples) twice -> (...)."""
-    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True).clamp(min=1e-20)
-    distortion = (estimate - scale * target).square().sum(-1)
-    return 10 * torch.log10((scale * target).square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
 
 
 def separate(model, levels, mixture):
@@ -972,14 +939,16 @@ def separate(model, levels, mixture):
 
 def assign(parts, stems):
     """Parts (B, N, samples), stems (B, S, samples) -> each stem's part, one to one, and dB of SI-SDR gained: (B, S)."""
-    ratio = si_sdr(parts[:, :, None], stems[:, None]) - si_sdr(stems.sum(1)[:, None], stems)[:, None]  # (B, N, S)
-    silent = (stems == 0).all(2)
-    best = [linear_sum_assignment(one.cpu(), True)[1] for one in ratio.masked_fill(silent[:, None], 0.0).mT]
+    stem, heard = stems[:, :, None], torch.cat([parts, stems.sum(1, keepdim=True)], dim=1)[:, None]  # the mixture last
+    scale = (heard * stem).sum(-1, keepdim=True) / stem.square().sum(-1, keepdim=True).clamp(min=1e-20)
+    signal, distortion = (v.square().sum(-1).clamp(min=1e-20) for v in (scale * stem, heard - scale * stem))
+    ratio = 10 * torch.log10(signal / distortion)  # (B, S, N + 1), as by Le Roux et al. 2019
+    gained, silent = ratio[:, :, :-1] - ratio[:, :, -1:], (stems == 0).all(2)
+    best = [linear_sum_assignment(one.cpu(), True)[1] for one in gained.masked_fill(silent[..., None], 0.0)]
     part = torch.from_numpy(np.stack(best)).to(ratio.device)
-    return part, ratio.mT.gather(2, part[..., None])[..., 0].masked_fill(silent, math.nan)
+    return part, gained.gather(2, part[..., None])[..., 0].masked_fill(silent, math.nan)
 
 
-@torch.no_grad()
 def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
@@ -1021,7 +990,6 @@ def show_pictures(model, data, run, n=6):
     run.figure("decomposition", contact_sheet(rows, f"Scenes of {data.source} taken apart; every slot decoded alone"))
 
 
-@torch.no_grad()
 def show_sounds(model, data, run, n=5, heard=2):
     """Mixtures, KL maps, reconstructions, slots decoded alone, a row a mixture; some, and masked slots, as sounds."""
     mixture, rows = data.mixtures("valid", n).sum(1).to(data.device), []
@@ -1052,27 +1020,21 @@ def graphs(model):
         *of_cells, background, light, _ = model.encode(levels(data), slots=slots)
         return *of_cells, *((root_mean_square(data)[:, 0] / HEARD,) if sound else (background, light))
 
-    def compose(layer, background=None):
-        composed = model.compose(layer, background)
-        return HEARD / LOUDNESS * levels.to_stft_magnitude(composed) if sound else composed
-
     def imagine(noise, kept, given, light=None):
         scene = model.prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
         z, cell, background = model.slots(scene)
         return z, cell, scene.count, *(() if sound else (background,))
 
+    draw = (lambda layer: HEARD / LOUDNESS * levels.to_stft_magnitude(model.compose(layer))) if sound else model.compose
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
-    inputs["slots"], noise = (
-        torch.arange(_n := model.n_slots),
-        torch.randn(2, *model.prior.noise_shape, generator=generator),
-    )
+    inputs["slots"], noise = torch.arange(model.n_slots), torch.randn(2, *model.prior.noise_shape, generator=generator)
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
     given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": noise[:, 1:, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
-    used = filter(None, (model.prior, model.background))
+    used = model.prior, model.background
     made["prior"] = (Graph(("z", "cell", "count", "background")[: 4 - sound], imagine, *used), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
-    made["composer"] = (Graph(("spectrogram" if sound else "image",), compose, model.to_image, levels), layer)
+    made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
     if sound:
         made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
     return made
@@ -1090,6 +1052,7 @@ def describe(model):
 
 # ---------------------------------------------------------------- Command line
 
+SCRIPT = Path(__file__).stem
 PRESETS = {"sprites": {"objects": (3, 4), "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 20.0},
            "clevr": {"n_slots": 6, "sigma": 0.05, "batch": 16, "beta": 4.0, "warmup": 0.2, "minutes": 30.0},
            "nsynth-duo": {"size": 384, "cells": 96, "n_slots": 2, "d": 24, "detail": 0, "channels": 64, "op": "sum",
@@ -1102,16 +1065,14 @@ build = partial(build_model, MVAE)  # options -> an untrained model
 load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
 
 
-def check_options(options):
-    """Raise click.UsageError for options that do not go together."""
+def check_options(options):  # or click.UsageError, for those that do not go together
     size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "voices"))
-    sound, most = (True, cells) if dataset in SOUNDS else (False, cells**2)
+    sound, fits = dataset in SOUNDS, size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
-        f"--size {size} --cells {cells}: expected a multiple of {UPSCALE}, and 2, 4, 8, 16 or 32 times the cells":
-            size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32),
-        f"--N {n}: expected at most {most}, the cells": n <= most,
+        f"--size {size} --cells {cells}: expected a multiple of {UPSCALE}, and 2, 4, 8, 16 or 32 times the cells": fits,
+        f"--N {n}: expected at most {cells ** (2 - sound)}, the cells": n <= cells ** (2 - sound),
         f"--voices: expected the fewest first, and at most --N, {n}: a slot for each": not sound or low <= high <= n,
         "--voices is for --mix": dataset != "sounds" or options["mix"] or high == 2,
         f"--dataset {dataset}: expected --data-root, a folder of your own": options["data_root"] or dataset not in OWN,

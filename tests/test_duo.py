@@ -18,6 +18,7 @@ from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 import train_mvae
 from common import random_generator
 from export import GriffinLim
+from tests.experiments import judges
 from train_mvae import FRAMES, LOUDNESS, MVAE, SAMPLES, SPLITS, Mixtures, SoundLevels
 
 
@@ -211,7 +212,11 @@ def test_si_sdr_is_that_of_torchmetrics():
     estimate = 0.3 * target + torch.randn(5, 400, generator=generator) * torch.tensor([0.01, 0.1, 0.3, 1, 9])[:, None]
     oracle = ScaleInvariantSignalDistortionRatio()
     expected = [oracle(one, other).item() for one, other in zip(estimate, target, strict=True)]
-    assert train_mvae.si_sdr(estimate, target).tolist() == pytest.approx(expected, abs=1e-3)
+    assert judges.si_sdr(estimate, target).tolist() == pytest.approx(expected, abs=1e-3)
+    stems = torch.stack([target, torch.roll(target, 7, 1)], dim=1)  # (5, 2, 400)
+    mixed = [oracle(one, other).item() for one, other in zip(stems.sum(1), target, strict=True)]
+    _, gained = train_mvae.assign(torch.stack([estimate, stems[:, 1]], dim=1), stems)
+    assert (gained[:, 0] + torch.tensor(mixed)).tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_slots_go_to_stems_by_the_best_permutation():
@@ -237,7 +242,7 @@ class Knowing(torch.nn.Module):
         self.layer = levels.as_loud(stems[0]).flip(0)[None]  # (1, 2, FRAMES, bands, 1)
 
     def encode(self, level):
-        return train_mvae.Encoding(self.layer, *6 * [None])
+        return train_mvae.Encoding(self.layer, *7 * [None])
 
     def decode(self, z, cell):
         return z

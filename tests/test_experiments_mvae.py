@@ -71,7 +71,7 @@ class Cutout:
 
     def encode(self, image):
         index = next(i for i, (shown, _) in enumerate(self.shown) if torch.equal(shown, image))
-        return Encoding(torch.tensor(index), *6 * [None])
+        return Encoding(torch.tensor(index), *7 * [None])
 
     def decode(self, mu, cell):
         image, label = self.shown[int(mu)]

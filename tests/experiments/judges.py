@@ -1,4 +1,4 @@
-"""Judges of sampled notes that know nothing of the model: which pitch, and which family of instruments."""
+"""Judges of sounds that know nothing of the model: how near to another, which pitch, which family of instruments."""
 
 from itertools import pairwise
 
@@ -10,6 +10,13 @@ from common import RATE, log_compress, log_expand, random_generator
 from train_vae_audio import Spectrogram, stft_magnitude
 
 LOWEST_PITCH, HIGHEST_PITCH = 21, 108  # that `detect_pitch` can tell: the keys of a piano
+
+
+def si_sdr(estimate, target):
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019): (..., samples) twice -> (...)."""
+    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True).clamp(min=1e-20)
+    distortion = (estimate - scale * target).square().sum(-1)
+    return 10 * torch.log10((scale * target).square().sum(-1).clamp(min=1e-20) / distortion.clamp(min=1e-20))
 
 
 def detect_pitch(waveform):

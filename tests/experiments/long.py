@@ -24,7 +24,7 @@ import torch
 
 import train_mvae
 from common import FOLDER, RATE, SAMPLES, random_generator
-from train_mvae import si_sdr
+from tests.experiments.judges import si_sdr
 
 ROOT, CD = Path(train_mvae.__file__).parent, 44_100  # Hz
 PANS = (0.3, 0.75)  # where the instruments stand, 0 left, 1 right

@@ -19,8 +19,7 @@ from tqdm import tqdm
 import recompose
 import train_mvae
 from common import FOLDER, RATE, random_generator
-from tests.experiments.judges import detect_pitch
-from train_mvae import si_sdr
+from tests.experiments.judges import detect_pitch, si_sdr
 
 MOST, NEAR = 7, 0.5  # semitones that a note is moved by; that a pitch may be away
 
