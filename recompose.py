@@ -146,8 +146,7 @@ def save_sound(path, waveform, rate):
 
 # ---------------------------------------------------------------- Spectra, and windows of long sounds
 
-FADE = 0.02  # s in which a window goes over into the next
-APART, PROMINENCE = 0.3, 0.3  # s between onsets; of their peaks in the spectral flux, in levels
+FADE, APART, PROMINENCE = 0.02, 0.3, 0.3  # s of a fade between windows; s between onsets; levels that a peak stands out
 COMPARED, WIDTH, STAY = 128, 0.25, 1.0  # windows compared with; of a density's kernel; nats for a cell that stays
 
 
@@ -373,12 +372,11 @@ class Model:
     def imagine(self, noise, given=(), light=None):
         """The prior's z (1, M, D), cell (1, M, 2), background; the first slots are those `given`, (1, 2 + D) each."""
         inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
-        if len(given) > inputs["given"].shape[1]:
-            raise click.UsageError(
-                f"--complete: {len(given)} slots are kept; expected at most {inputs['given'].shape[1]}"
-            )
-        inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([len(given)])}
-        inputs["given"] = np.concatenate([*given, inputs["given"][0, len(given) :]])[None]
+        kept, most = len(given), inputs["given"].shape[1]
+        if kept > most:
+            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {most}")
+        inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
+        inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]
         made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
         return *(made[name][:, : max(1, made["count"][0])] for name in ("z", "cell")), made.get("background")
 
