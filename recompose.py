@@ -146,11 +146,7 @@ def save_sound(path, waveform, rate):
 
 # ---------------------------------------------------------------- Spectra, and windows of long sounds
 
-FADE, APART, PROMINENCE = (
-    0.02,
-    0.3,
-    0.3,
-)  # s of a fade between windows; s between onsets; their peaks in the spectral flux
+FADE, APART, PROMINENCE = 0.02, 0.3, 0.3  # s of a fade between windows; s between onsets; levels that a peak stands out
 COMPARED, WIDTH, STAY = 128, 0.25, 1.0  # windows compared with; of a density's kernel; nats for a cell that stays
 
 
