@@ -26,8 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    COMPRESSION, PITCHES, RATE, SAMPLES, FlowPrior, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
-    build_model, families_option, fit_density, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
+    COMPRESSION, PITCHES, RATE, SAMPLES, Graph, NoteSplit, ResBlock, Run, Vocoder, beta_at,
+    build_model, families_option, gaussian_kl, learning_rate_at, load_model, load_notes, log_compress,
     log_expand, log_spectral_distance, optimizer_step, random_generator, reparameterize, settle_options,
     start_device, training_command,
 )  # fmt: skip
@@ -135,7 +135,6 @@ def note_batch(split, index, device):
 
 PATCH = 4  # frames that one convolution takes together, in both steps
 START_NOTES = 1000  # that the start is computed from
-FITTED = 1500  # updates of the prior
 
 
 def principal(x, n):
@@ -152,24 +151,23 @@ def principal(x, n):
     return mean, F.pad(values.sqrt(), (0, missing)), F.pad(vectors, (0, missing))
 
 
-class NotePrior(nn.Module):
-    """p(z | y) after training: a flow, scaled as a Gaussian for every family, its mean quadratic in the pitch.
+class FittedPrior(nn.Module):
+    """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
 
-    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020).
+    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). A flow upon
+    it learns the instruments by heart (docs/prior.md).
     """
 
     def __init__(self, d, conditional, n_families):
         super().__init__()
         self.conditional, groups = conditional, n_families if conditional else 1
-        self.flow = FlowPrior(d, groups + 3, width=64)
-        self.register_buffer("groups", torch.eye(groups), persistent=False)
         self.register_buffer("mean", torch.zeros(groups, 3, d))
         self.register_buffer("factor", torch.eye(d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
         # The range of pitches fitted, beyond which the parabola does not go on.
         self.register_buffer("lowest", torch.zeros(groups))
         self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
 
-    def group_and_powers(self, like, pitch, family):
+    def groups_and_powers(self, like, pitch, family):
         """The Gaussian each of `like` (n, ...) belongs to, and 1, x, x^2 of its pitch in octaves from C4: (n, 3)."""
         x = torch.zeros_like(like[:, 0])
         group = family if self.conditional else x.long()
@@ -179,39 +177,22 @@ class NotePrior(nn.Module):
 
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, D), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
-        group, powers = self.group_and_powers(noise, pitch, family)
-        noise = self.flow.sample(noise, torch.cat([self.groups[group], powers], dim=1))
+        group, powers = self.groups_and_powers(noise, pitch, family)
         mean = (powers[:, :, None] * self.mean[group]).sum(1)
         return mean + (self.factor[group] @ noise[:, :, None])[:, :, 0]
 
-    def log_prob(self, z, pitch=None, family=None):
-        """log p(z | y) of z (n, D): (n,), in nats."""
-        group, powers = self.group_and_powers(z, pitch, family)
-        rest, factor = z - (powers[:, :, None] * self.mean[group]).sum(1), self.factor[group]
-        noise = torch.linalg.solve_triangular(factor, rest[:, :, None], upper=False)[:, :, 0]
-        log_volume = factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        return self.flow.log_prob(noise, torch.cat([self.groups[group], powers], dim=1)) - log_volume
-
+    @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
-        """Fit to posteriors (n, D) of notes of pitch and family (n,): Gaussians, to their means' covariance and mean
-        variance, then the flow, with as many updates as there are notes, at most FITTED."""
+        """Fit to posteriors (n, D) of notes of pitch and family (n,): their means' covariance and mean variance."""
         # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
         for k in family.unique() if self.conditional else range(1):
             some = family == k if self.conditional else slice(None)
             self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
-            _, x = self.group_and_powers(mu[some], pitch[some], family[some])
+            _, x = self.groups_and_powers(mu[some], pitch[some], family[some])
             self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ mu[some])
             rest = mu[some] - x @ self.mean[k]
             scatter = rest.T @ rest + torch.diag(1 + logvar[some].exp().sum(0))
             self.factor[k] = torch.linalg.cholesky(scatter / (1 + len(rest)))
-
-        def negative_log_prob(step):
-            generator = random_generator("prior", step)
-            some = torch.randint(len(mu), (256,), generator=generator)
-            z = reparameterize(mu[some], logvar[some], torch.randn(256, mu.shape[1], generator=generator))
-            return -self.log_prob(z, pitch[some], family[some])
-
-        fit_density(self, negative_log_prob, min(FITTED, len(mu)))
 
 
 def with_label(x, label):
@@ -242,7 +223,7 @@ class NoteVAE(nn.Module):
         self.spectrogram = Spectrogram(representation, n_fft, n_mels)
         bins, self.frames = self.spectrogram.bins, SAMPLES // self.spectrogram.hop + 1
         n_labels = 0 if condition == "none" else PITCHES + len(families)
-        self.prior = NotePrior(d, condition == "both", len(families))
+        self.prior = FittedPrior(d, condition == "both", len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
         self.register_buffer("families", torch.eye(len(families) if n_labels else 0), persistent=False)
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
