@@ -51,16 +51,18 @@ def test_pytorch_torchscript_and_onnxruntime_agree_at_other_sizes(any_run):
 
 def test_names_axes_and_metadata_are_those_of_the_contract(clevr_run):
     folder = clevr_run / "export"
-    sessions = {n: onnxruntime.InferenceSession(folder / f"{n}.onnx") for n in ("encoder", "decoder", "composer")}
+    graphs = "encoder", "prior", "decoder", "composer"
+    sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in graphs}
     assert {name: names_of(session) for name, session in sessions.items()} == {
-        "encoder": (["image"], ["mu", "logvar", "cell", "kl", "kl_map", "background"]),
+        "encoder": (["image"], ["mu", "logvar", "cell", "kl", "kl_map", "background", "light"]),
+        "prior": (["noise", "kept", "given", "light"], ["z", "cell", "count", "background"]),
         "decoder": (["z", "cell"], ["layer"]),
         "composer": (["layer", "background"], ["image"]),
     }
     for name, session in sessions.items():
         for tensor in session.get_inputs():
             assert tensor.shape[0] == "batch"
-            assert tensor.name in ("image", "background") or tensor.shape[1] == "slots"
+            assert name == "prior" or tensor.name in ("image", "background") or tensor.shape[1] == "slots"
         model = onnx.load(folder / f"{name}.onnx")
         assert {o.version for o in model.opset_import if not o.domain} == {export.OPSET}
         optional = [tensor.name for tensor in session.get_overridable_initializers()]
@@ -90,12 +92,13 @@ def test_torchscript_files_hold_the_weights_they_use_no_gradients_and_the_metada
 
 def test_the_graphs_of_a_model_of_sounds_are_those_of_the_contract(duo_run):
     names = {}
-    for name in ("encoder", "decoder", "composer", "vocoder"):
+    for name in ("encoder", "prior", "decoder", "composer", "vocoder"):
         path = duo_run / "export" / f"{name}.onnx"
         assert path.stat().st_size < 5e6, "matrices of the Fourier transform are computed in the graph, not stored"
         names[name] = names_of(onnxruntime.InferenceSession(path))
     assert names == {
         "encoder": (["waveform"], ["mu", "logvar", "cell", "kl", "kl_map", "gain"]),
+        "prior": (["noise", "kept", "given"], ["z", "cell", "count"]),
         "decoder": (["z", "cell"], ["layer"]),
         "composer": (["layer"], ["spectrogram"]),
         "vocoder": (["spectrogram"], ["waveform"]),
