@@ -378,7 +378,7 @@ class Model:
         inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
         inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]
         made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
-        return *(made[name][:, : max(1, made["count"][0])] for name in ("z", "cell")), made.get("background")
+        return *(made[name][:, : max(1, int(made["count"][0]))] for name in ("z", "cell")), made.get("background")
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""

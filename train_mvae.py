@@ -1023,7 +1023,7 @@ def graphs(model):
     def imagine(noise, kept, given, light=None):
         scene = model.prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
         z, cell, background = model.slots(scene)
-        return z, cell, scene.count, *(() if sound else (background,))
+        return z, cell, scene.count.float(), *(() if sound else (background,))
 
     draw = (lambda layer: HEARD / LOUDNESS * levels.to_stft_magnitude(model.compose(layer))) if sound else model.compose
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})

@@ -39,7 +39,11 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 def first_inputs(about, seed=0):
     """What a model of model.json `about` begins with: {name: array}, a picture or a sound that ships, labels, noise."""
     given = {"pitch": np.array([60]), "family": np.array([0])}
-    given["noise"] = np.random.default_rng(seed).standard_normal((1, about["D"]), np.float32)
+    n, d, noise = about.get("N", 0), about["D"], np.random.default_rng(seed).standard_normal
+    given["noise"] = noise(
+        (1, d) if not n else (1, n + 1, 1 + max(2 + d, 0 if "sample_rate" in about else 8)), np.float32
+    )
+    given |= {"kept": np.array([1]), "given": noise((1, n, 2 + d), np.float32)}
     if "sample_rate" in about:
         samples, rate = read_sound(MODELS / "nsynth-duo" / "a.flac")
         waveform = fit(resample_sound(samples.mean(1), rate, about["sample_rate"]), about["samples"])
