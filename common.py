@@ -198,15 +198,14 @@ class FlowPrior(nn.Module):
 
 @torch.enable_grad()
 def fit_density(model, negative_log_prob, steps, rate=2e-3):
-    """So many steps of Adam down the mean of negative_log_prob(step), (B,); the rate rises and falls once."""
-    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(2, steps), pct_start=0.1, cycle_momentum=False)
+    """So many steps of Adam down the mean of negative_log_prob(step), (B,)."""
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for step in trange(steps, desc="prior", disable=None):
         optimizer.zero_grad()
         negative_log_prob(step).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step / steps, step, rate)
         optimizer.step()
-        schedule.step()
 
 
 def gather_cells(values, index):

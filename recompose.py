@@ -568,7 +568,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
     for path in (out, beside):
         if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
             raise click.UsageError(f"--out: {path} is a folder, would overwrite an input, or its folder does not exist")
-    others = ["vocoder"] * bool(vocoder or edits["transpose"] or (n and sound)) + ["prior"] * bool(n or complete)
+    others = ("vocoder",) * bool(vocoder or edits["transpose"] or (n and sound)) + ("prior",) * bool(n or complete)
     model = Model(folder or SHIPPED[kind], kind, n_slots, others)
     if edits["front"] and model.about["op"] != "alpha":
         raise click.UsageError(f"--front: layers of this model, combined by {model.about['op']}, have no order")
