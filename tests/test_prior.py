@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -375,3 +376,28 @@ def test_a_rule_is_judged_by_what_slots_draw():
     assert obeyed == expected | {"apart": [True, True], "count": [False, True]}
     crossed = scene._replace(slots=scene.slots * torch.tensor([0.2, 0.2, 1, 1, 1]))
     assert experiment.judge_rule("apart", Discs(), crossed).tolist() == [False, False]
+
+
+# ---------------------------------------------------------------- The shipped models
+
+
+def test_the_shipped_models_draw_scenes_and_mixtures_that_they_know_again(tmp_path, capsys):
+    """What the prior draws is taken apart without the warning that it is unlike what the model has learnt."""
+    for name, n in (("new.png", 1), ("new.wav", 1)):
+        result = run("--sample", n, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        again = run(tmp_path / name, "--out", tmp_path / f"again_{name}")
+        assert again.exit_code == 0 and "unlike" not in again.output, again.output
+        assert int(re.search(r": (\d+) (?:object|note)", again.output)[1]) >= 1
+
+
+def test_a_completed_scene_still_has_the_slots_that_were_kept(tmp_path):
+    source = recompose.SHIPPED["mvae-image"] / "a.png"
+    for name, extra in (("two", ()), ("whole", ("--complete", "--seed", 2))):
+        assert run(source, "--slots", "0,2", *extra, "--out", tmp_path / f"{name}.png").exit_code == 0
+    two, whole = (np.asarray(recompose.Image.open(tmp_path / f"{n}.png"), np.float32) for n in ("two", "whole"))
+    model = recompose.Model(recompose.SHIPPED["mvae-image"], "mvae-image")
+    objects = [
+        int((model.run("encoder", image=im.transpose(2, 0, 1)[None] / 255)["kl"] >= 4).sum()) for im in (two, whole)
+    ]
+    assert objects[1] > objects[0] >= 2
