@@ -153,7 +153,7 @@ def no_faults(request):
 
 @functools.cache
 def model(kind):
-    return recompose.Model(recompose.SHIPPED[kind], kind, vocoder=kind == "mvae-sound")
+    return recompose.Model(recompose.SHIPPED[kind], kind, others=("vocoder",) * (kind == "mvae-sound"))
 
 
 def recomposed_picture(paths, kept, crop=None):
