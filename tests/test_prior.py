@@ -57,7 +57,7 @@ def sample(made, noise, kept=0, scene=None, light=0):
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_densities_of_all_scenes_add_up_to_one(order):
     """Of no, one and two slots of one number each; a set of two is counted in either order, so that half of it is."""
-    made, at = prior(order), torch.linspace(-12, 12, 481, dtype=torch.float64)
+    made, at = prior(order), torch.linspace(-9, 9, 91, dtype=torch.float64)
     step, pairs = float(at[1] - at[0]), torch.cartesian_prod(at, at)
     total = 0.0
     for count, slots in enumerate((torch.zeros(1, 2), torch.stack([at, 0 * at], dim=1), pairs)):
@@ -146,10 +146,10 @@ def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
 def test_what_slots_owe_to_one_another_is_learnt():
     """Two slots, the second the first's opposite: the independent prior has it by chance alone."""
     shares = {}
-    first = torch.randn(512, 2, generator=random_generator("first"))
+    first = torch.randn(256, 2, generator=random_generator("first"))
     slots = torch.stack([first, -first], dim=1)
     slots = slots + 0.05 * torch.randn(slots.shape, generator=random_generator("blur"))
-    scene = Scene(torch.zeros(512, 0), torch.full((512,), 2), slots)
+    scene = Scene(torch.zeros(256, 0), torch.full((256,), 2), slots)
     for order in ORDERS:
         torch.manual_seed(0)
         made = SlotPrior(order, 2, 2, 0, width=32, key=4)
