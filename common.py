@@ -198,14 +198,16 @@ class FlowPrior(nn.Module):
 
 @torch.enable_grad()
 def fit_density(model, negative_log_prob, steps, rate=2e-3):
-    """So many steps of Adam down the mean of negative_log_prob(step), (B,)."""
+    """So many steps of Adam down the mean of negative_log_prob(step), (B,): the last mean."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for step in trange(steps, desc="prior", disable=None):
         optimizer.zero_grad()
-        negative_log_prob(step).mean().backward()
+        loss = negative_log_prob(step).mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step / steps, step, rate)
         optimizer.step()
+    return loss.item()
 
 
 def gather_cells(values, index):

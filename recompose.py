@@ -386,9 +386,9 @@ class Model:
         return next(iter(self.run("composer", layer=layer, **behind).values()))
 
 
-def explain(model, rows, result, what):
+def explain(model, rows, result, what, more=""):
     """Say what inputs hold, and draw the figure; rows: path, tile, KL tile, slots' tiles and KL, slots kept, misfit."""
-    sheet, caption, least = [], ["of the framed slots"], EMPTY[model.about["kind"]]
+    sheet, caption, least = [], [f"of the framed slots{more}"], EMPTY[model.about["kind"]]
     for i, (path, tile, heat, slots, kl, kept, misfit) in enumerate(rows):
         held, empty = (int(some.sum()) for some in (kl >= least, kl < least))
         click.echo(f"{path}: {held} {what}{'s' * (held != 1)}, {empty} empty slot{'s' * (empty != 1)}")
@@ -442,7 +442,7 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         z, cell, _ = model.imagine(noise, given, backgrounds[0][1])
         parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
-    return Image.fromarray(result), explain(model, rows, result, "object")
+    return Image.fromarray(result), explain(model, rows, result, "object", ", completed" if noise else "")
 
 
 def recompose_sounds(model, inputs, kept, vocoder=False):
@@ -552,8 +552,8 @@ def kept_slots(slots, edits, n_inputs, n_slots):
 @click.option("--out", type=PATH, help="File to write, if not recomposed.png or .wav; NAME_figure.png explains it.")
 def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, **edits):
     # 1. Check the arguments, and read the model.
-    if bool(inputs) == bool(n):
-        raise click.UsageError("expected pictures or sounds, INPUT..., or --sample")
+    if bool(inputs) == bool(n) or (n and any((slots, n_slots, crop, vocoder, complete, *edits.values()))):
+        raise click.UsageError("expected pictures or sounds, INPUT..., or --sample with --model, --seed, --out alone")
     sound, *mixed = {path.suffix.lower() in SOUNDS for path in inputs or [out or Path()]}
     if mixed:
         raise click.UsageError("pictures and sounds cannot be recomposed together")

@@ -870,21 +870,20 @@ def posteriors(model, data, n, seed):
     parts = []
     for k in trange(math.ceil(n / BLOCK), desc="posteriors", disable=None):
         noise = torch.randn(BLOCK, model.noise_sizes[1], generator=random_generator("light", seed, k))
-        encoding = model.encode(image := data.batch(k, slice(0, BLOCK), BLOCK), noise.to(image.device))
+        encoding = model.encode(data.batch(k, slice(0, BLOCK), BLOCK), noise.to(data.device))
         parts.append(encoding._replace(kl_map=encoding.kl, background=encoding.kl))
     return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
 def fit_prior(prior, model, encoding, steps, seed, batch=64):
-    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020)."""
+    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020): the last nats of a scene."""
 
     def negative_log_prob(step):
         generator = random_generator("prior", seed, step)
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
-        scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
-        return -prior.log_prob(scene, generator)
+        return -prior.log_prob(model.scene(Encoding(*(values[some] for values in encoding)), generator), generator)
 
-    fit_density(prior, negative_log_prob, steps)
+    return fit_density(prior, negative_log_prob, steps)
 
 
 def adjusted_rand_index(predicted, true):
@@ -1139,9 +1138,10 @@ def main(context, **options):
             if run.due:
                 run.report(evaluate(model, data, "valid", n_valid, sigma))
         if run.complete:
+            click.echo("fitting the prior to what the encoder finds")
             encoding = posteriors(model, data, min(POOL, run.step * run.total), options["seed"])
-            fit_prior(model.prior.cpu(), model, encoding, min(FITTED, run.step), options["seed"])
-            model.prior.to(device)
+            model.prior = copy.deepcopy(start.prior).cpu()  # anew, also where a run was resumed
+            run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), options["seed"])})
             run.save()
             run.finish(*(evaluate(one, data, "test", n_test, sigma) for one in (model, start)))
 

@@ -219,6 +219,20 @@ def test_a_run_fits_its_prior_and_leaves_all_else_as_it_is(tmp_path):
     assert any(not states["set"][name].equal(states["independent"][name]) for name in fitted)
 
 
+def test_a_prior_is_fitted_anew_where_a_run_goes_on_and_kept_where_it_fails(tmp_path, monkeypatch):
+    train("--steps", 3, "--size", 32, "--out", tmp_path / "run")
+    before = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    result = CliRunner().invoke(train_mvae.main, ["--resume", str(tmp_path / "run")])
+    assert result.exit_code == 0, (result.output, result.exception)
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(after[name].equal(value) for name, value in before.items())
+    monkeypatch.setattr(train_mvae, "fit_prior", lambda *_: math.nan)
+    result = CliRunner().invoke(train_mvae.main, ["--resume", str(tmp_path / "run")])
+    assert result.exit_code == 1 and "is not finite: {'prior': nan}" in result.output
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(kept[name].equal(value) for name, value in before.items())
+
+
 def test_the_prior_graph_samples_as_the_model_does(sprites_run):
     model = train_mvae.load(sprites_run)
     session = recompose.Model(sprites_run / "export", "mvae-image", others=["prior"])
@@ -278,6 +292,8 @@ def test_mixtures_are_sampled_as_sounds(duo_run, tmp_path):
         (("a.png", "--sample", "2"), "expected pictures or sounds"),
         (("--sample", "0"), "0 is not in the range"),
         (("a.wav", "--complete"), "--complete is for pictures"),
+        (("--sample", "2", "--slots", "0"), "--sample with --model, --seed, --out alone"),
+        (("--sample", "2", "--front", "0"), "--sample with --model, --seed, --out alone"),
     ],
 )
 def test_what_cannot_be_sampled_or_completed_is_said(arguments, message, tmp_path, monkeypatch):
