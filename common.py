@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchaudio.transforms import GriffinLim
 from torchvision.datasets.utils import download_url
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from recompose import LONGEST, SOUNDS, fit, read_sound, resample_sound, save_sound, write_atomically
 
@@ -194,20 +194,6 @@ class FlowPrior(nn.Module):
             given, changed, shift, log_scale = self.coupling(net, noise.flip(-1), context)
             noise = torch.cat([given, shift + changed * log_scale.exp()], dim=-1)
         return noise
-
-
-@torch.enable_grad()
-def fit_density(model, negative_log_prob, steps, rate=2e-3):
-    """So many steps of Adam down the mean of negative_log_prob(step), (B,): the last mean."""
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    for step in trange(steps, desc="prior", disable=None):
-        optimizer.zero_grad()
-        loss = negative_log_prob(step).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 50.0)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step / steps, step, rate)
-        optimizer.step()
-    return loss.item()
 
 
 def gather_cells(values, index):

@@ -30,7 +30,7 @@ from tqdm import trange
 
 from common import (  # isort: skip
     COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, FlowPrior, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
-    beta_at, build_model, compose, families_option, fit_density, gather_cells, gaussian_kl, learning_rate_at,
+    beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
@@ -452,6 +452,7 @@ BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 k
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
 VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
+TRIES, TRIED = 32, 8  # slots that a prior draws to choose each next one from; while it is fitted
 BLUR = 0.01  # half picture widths: with an error as wide, where a slot stands has a density
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
@@ -632,8 +633,8 @@ ORDERS = ("independent", "autoregressive", "set")
 Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), 0 beyond
 
 
-def choose(logits, noise):  # the category of logits (B, K) that standard normal noise (B,) stands for: (B,)
-    return (logits.softmax(1).cumsum(1)[:, :-1] < torch.special.ndtr(noise)[:, None]).sum(1)
+def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for: (..., T)
+    return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < torch.special.ndtr(noise)[..., None]).sum(-1)
 
 
 class SlotPrior(nn.Module):
@@ -641,58 +642,80 @@ class SlotPrior(nn.Module):
 
     "autoregressive": by falling KL. "set": in any order (Uria et al. 2014), to go on from any slots. "independent": by
     none. A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what it suggests.
+    Of TRIES slots drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019).
     """
 
-    def __init__(self, order, d, n_slots, light, width=96, key=16):
+    def __init__(self, order, d, n_slots, light, width=96, key=16, between=48):
         super().__init__()
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
-        self.noise_shape = n_slots + 1, max(d, light) + 1
+        self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
         self.light = FlowPrior(light, couplings=4, width=64) if light else None
         self.count = nn.Sequential(nn.Linear(light + 1, width), nn.SiLU(), nn.Linear(width, n_slots + 1))
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
         self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
+        self.pair = nn.Sequential(nn.Linear(2 * d + 2, between), nn.SiLU(), nn.Linear(between, between), nn.SiLU())
+        self.pairs = nn.Sequential(nn.Linear(between, between), nn.SiLU(), nn.Linear(between, width))
+        self.rating = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
 
-    def given(self, values):
-        return torch.zeros_like(values) if self.order == "independent" else values
-
-    def count_logits(self, light):
-        return self.count(F.pad(self.given(light), (0, 1)))
+    def tokens(self, slots, before, at=slice(None)):
+        """Slots (B, K, T, D) `at` K places, and what they are to those before these, of (B, N, D): (B, K, T, width)."""
+        one, other = torch.broadcast_tensors(slots[..., None, :], before[:, None, None])  # (B, K, T, N, D)
+        squared = (one - other)[..., :2].square().sum(-1, keepdim=True)  # of the distance between their cells
+        pair = self.pair(torch.cat([one, other, 3 * (squared + 1e-6).sqrt(), (-8 * squared).exp()], dim=-1))
+        return self.token(slots) + self.pairs(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3))
 
     def suggestions(self, light, count, slots):
-        """For each slot, of none and those before it: logits (B, N, N), means (B, N, D), contexts (B, N, N, width)."""
+        """Of each slot the rest before it (B, N, D), state (B, N, width), and, of those, logits, means and contexts."""
         whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
-        before = F.pad(self.given(slots)[:, :-1], (0, 0, 1, 0))  # (B, N, D)
-        h = self.body(self.token(before) + self.whole(self.given(whole))[:, None], self.later, is_causal=True)
+        before = F.pad(self.told * slots[:, :-1], (0, 0, 1, 0))  # (B, N, D), the first of which is none
+        token = F.pad(self.tokens(slots[:, :, None], before)[:, :-1, 0], (0, 0, 1, 0))
+        h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
-        return (self.query(h) @ key.mT).masked_fill(self.later, -1e4), mean, F.silu(h[:, :, None] + context[:, None])
+        logits = (self.query(h) @ key.mT).masked_fill(self.later, -1e4)  # (B, N, N)
+        context = F.silu(h[:, :, None] + context[:, None])  # (B, N, N, width)
+        return before, h, logits, mean[:, None].expand(*logits.shape, -1), context
 
-    def log_prob(self, scene, generator):
-        """log p of Scenes, (B,), in nats; by one order of a set, drawn by `generator`, whose mean is a lower bound."""
+    def rate(self, slots, before, h, at=slice(None)):  # slots (B, K, T, D) `at` K places: (B, K, T)
+        return self.rating(h[:, at, None] + self.tokens(slots, before, at))[..., 0]
+
+    def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), of K slots logits (B, K, N) ...: (B, K, T, D)
+        one = choose(logits, noise[..., -1])[..., None]  # (B, K, T, 1)
+        mean, context = (v.gather(2, one.expand(-1, -1, -1, v.shape[3])) for v in (mean, context))
+        return mean + self.flow.sample(noise[..., : mean.shape[3]], context)
+
+    def log_prob(self, scene, generator, tries=TRIES):
+        """log p of Scenes, (B,), in nats: a mean over what `generator` draws, orders and tries, is a lower bound."""
         light, count, slots = scene
         there, total = torch.arange(self.n_slots) < count[:, None], self.light.log_prob(light) if self.light else 0.0
-        total = total + self.count_logits(light).log_softmax(1).gather(1, count[:, None])[:, 0]
+        total = total + self.count(F.pad(self.told * light, (0, 1))).log_softmax(1).gather(1, count[:, None])[:, 0]
         if self.order != "autoregressive":
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
             slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
-        logits, mean, context = self.suggestions(light, count, slots)
-        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean[:, None], context)  # (B, N, N)
-        return total + torch.where(there, each.logsumexp(2), 0.0).sum(1)
+        before, h, *suggested = self.suggestions(light, count, slots)
+        logits, mean, context = suggested
+        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
+        with torch.no_grad():
+            noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
+            tried = torch.cat([slots[:, :, None], self.draw(noise, *suggested)], dim=2)  # (B, N, T, D)
+        each = each.logsumexp(2) + self.rate(tried, before, h).log_softmax(2)[..., 0] + math.log(tries)
+        return total + torch.where(there, each, 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
         """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
         few = torch.arange(self.n_slots + 1) < kept[:, None]
-        count = choose(self.count_logits(light).masked_fill(few, -1e4), noise[:, 0, -1])
+        count = choose(self.count(F.pad(self.told * light, (0, 1))).masked_fill(few, -1e4), noise[:, 0, -1:])[:, 0]
+        noise = noise[:, 1:].unflatten(1, (-1, TRIES))  # (B, N, T, D + 2)
         for k in range(self.n_slots):
-            logits, mean, context = self.suggestions(light, count, slots)
-            one = choose(logits[:, k], noise[:, k + 1, -1])[:, None, None]  # (B, 1, 1)
-            mean, context = (v.gather(1, one.expand(-1, 1, v.shape[2]))[:, 0] for v in (mean, context[:, k]))
-            drawn = mean + self.flow.sample(noise[:, k + 1, : slots.shape[2]], context)
-            slot = torch.where(few[:, k : k + 1], slots[:, k], drawn)
+            at, (before, h, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
+            tried = self.draw(noise[:, at], *(values[:, at] for values in suggested))  # (B, 1, T, D)
+            one = choose(self.rate(tried, before, h, at), noise[:, at, 0, -2:-1])  # (B, 1, 1)
+            drawn = tried.gather(2, one[..., None].expand(-1, -1, -1, slots.shape[2]))[:, 0, 0]
+            slot = torch.where(few[:, at], slots[:, k], drawn)
             slots = torch.cat([slots[:, :k], slot[:, None], slots[:, k + 1 :]], dim=1)
         return Scene(light, count, slots)
 
@@ -875,15 +898,16 @@ def posteriors(model, data, n, seed):
     return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
-def fit_prior(prior, model, encoding, steps, seed, batch=64):
+def fit_prior(prior, model, encoding, steps, seed, batch=64, rate=2e-3):
     """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020): the last nats of a scene."""
-
-    def negative_log_prob(step):
+    optimizer = torch.optim.Adam(prior.parameters(), fused=True)
+    for step in trange(steps, desc="prior", disable=None):
         generator = random_generator("prior", seed, step)
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
-        return -prior.log_prob(model.scene(Encoding(*(values[some] for values in encoding)), generator), generator)
-
-    return fit_density(prior, negative_log_prob, steps)
+        scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
+        loss = -prior.log_prob(scene, generator, TRIED).mean()
+        optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, rate), 50.0)
+    return loss.item()
 
 
 def adjusted_rand_index(predicted, true):
@@ -1028,7 +1052,7 @@ def graphs(model):
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
     inputs["slots"], noise = torch.arange(model.n_slots), torch.randn(2, *model.prior.noise_shape, generator=generator)
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
-    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": noise[:, 1:, : 2 + model.d].contiguous()}
+    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": torch.randn(2, model.n_slots, 2 + model.d)}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
     used = model.prior, model.background
     made["prior"] = (Graph(("z", "cell", "count", "background")[: 4 - sound], imagine, *used), given)

@@ -110,7 +110,7 @@ def sampled(prior, model, n, key, kept=0, light=None, slots=None):
     """n Scenes of a prior, whose first `kept` slots, and light, are given."""
     noise = torch.randn(n, *prior.noise_shape, generator=random_generator("sampled", key))
     light = noise[:, 0, : model.noise_sizes[1]] if light is None else light
-    slots = noise[:, 1:, : 2 + model.d] if slots is None else slots
+    slots = noise[:, 1 : model.n_slots + 1, : 2 + model.d] if slots is None else slots
     return prior.sample(noise, torch.full((n,), kept), light, slots)
 
 
