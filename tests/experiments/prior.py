@@ -5,7 +5,8 @@
 
 The encoder and decoder of the run stay as they are; every prior is fitted to what they find in the train split. `obeys`
 checks a rule on slots, sampled ones and those that the encoder finds again in the pictures drawn of them; its rate on
-what is found in pictures of the test split is the data's own. By chance: slots of different pictures, shuffled.
+what is found in pictures of the test split is the data's own. By chance: slots of different pictures, shuffled. Larger:
+of scenes of more than the two slots that completions are given.
 """
 
 import math
@@ -182,7 +183,7 @@ def fitted_priors(model, data, orders, steps, seed):
 
 
 def rows_of(model, data, rule, orders, steps, seed, sigma):
-    """Rows of the table: name, slots, pictures, completions that obey the rule; log p(x), KL; seconds of the fit."""
+    """Rows of the table: name; slots, larger scenes', pictures, completions that obey; log p(x), KL; seconds to fit."""
     judge = partial(judge_fifth, model) if rule == "fifth" else partial(judge_rule, rule, model)
     test = scenes_of(model, data, "test", TESTED)
     images = (
@@ -192,15 +193,18 @@ def rows_of(model, data, rule, orders, steps, seed, sigma):
     densities = {order: partial(prior.log_prob, generator=random_generator("order")) for order, prior in priors.items()}
     nats = likelihoods(model, {"N(0, I)": partial(standard_log_prob, model)} | densities, images, sigma)
     if rule:
-        yield "the data's own", judge(test), judge(found_in(model, drawn(model, test))), None, None, None
-        yield "by chance", judge(shuffled(test)), None, None, None, None
-    yield "N(0, I)", None, None, None, nats["N(0, I)"], None
+        obeyed = judge(test)
+        again = judge(found_in(model, drawn(model, test)))
+        yield "the data's own", obeyed, obeyed[test.count > KEPT], again, None, None, None
+        yield "by chance", (obeyed := judge(shuffled(test))), obeyed[test.count > KEPT], None, None, None, None
+    yield "N(0, I)", None, None, None, None, nats["N(0, I)"], None
     for order, prior in priors.items():
-        scene, obeyed = sampled(prior, model, SAMPLES, seed), (None, None, None)
+        scene, obeyed = sampled(prior, model, SAMPLES, seed), (None, None, None, None)
         if rule:
             can = rule not in ("count", "fifth") and (test.count > KEPT).any()  # of these there is nothing to complete
             more = judge(completed(prior, model, test)) if can else None
-            obeyed = judge(scene), judge(found_in(model, drawn(model, scene))), more
+            obeyed = judge(scene)
+            obeyed = obeyed, obeyed[scene.count > KEPT], judge(found_in(model, drawn(model, scene))), more
         yield order, *obeyed, nats[order], seconds[order]
 
 
@@ -229,7 +233,8 @@ def main(run_dir, rule, objects, data_root, steps, seed):
         setattr(train_mvae, kind, ruled(rule))
     data = train_mvae.load_data(options, torch.device("cpu"))
     click.echo(f"{data.source}; {steps} updates, seed {seed}")
-    click.echo("| prior | slots | pictures | completions | log p(x) | KL | seconds |\n|-|-|-|-|-|-|-|")
+    columns = "prior", "slots", "larger", "pictures", "completions", "log p(x)", "KL", "seconds"
+    click.echo(f"| {' | '.join(columns)} |\n{'|-' * len(columns)}|")
     for name, *values, nats, seconds in rows_of(model, data, rule, ORDERS, steps, seed, options["sigma"]):
         shown = [cell(value) for value in values] + [cell(nats) if nats else " | ", cell(seconds)]
         click.echo(f"| {name} | {' | '.join(shown)} |")
