@@ -138,9 +138,16 @@ def reparameterize(mu, logvar, noise):
     return mu + (0.5 * logvar).exp() * noise
 
 
-def beta_at(progress, beta, warmup):
-    """The KL weight at `progress` in [0, 1]: a half cosine from 0 to `beta` over the first `warmup` of the run."""
-    return beta if progress >= warmup else beta * 0.5 * (1 - math.cos(math.pi * progress / warmup))
+def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for
+    return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < torch.special.ndtr(noise)[..., None]).sum(-1)
+
+
+def beta_at(progress, beta, warmup, last=0.0, fall=(1.0, 2.0)):
+    """The KL weight at `progress` in [0, 1]: half cosines from 0 to `beta` over the first `warmup` of the run, and to
+    `last` between the shares `fall`."""
+    risen = beta if progress >= warmup else beta * 0.5 * (1 - math.cos(math.pi * progress / warmup))
+    fallen = min(max((progress - fall[0]) / (fall[1] - fall[0]), 0.0), 1.0)
+    return last + (risen - last) * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def learning_rate_at(progress, step, lr):
@@ -319,18 +326,25 @@ def built_in_notes(split, families):
     return notes
 
 
+@contextlib.contextmanager
+def fetching(what, root):
+    """click.ClickException where `what` cannot be fetched, or unpacked: no network, full disk, wrong checksum."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise click.ClickException(f"{what} could not be fetched into {root}: {error}") from error
+
+
 def nsynth_notes(root, split, families, download):
     """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click exceptions without any."""
     folder, url = root / f"nsynth-{split}", ARCHIVES.format(split=split)
     if download and (not folder.is_dir() or (root / Path(url).name).exists()):
-        try:
+        with fetching(url, root):
             download_url(url, root)
             with gzip.open(root / Path(url).name) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
                 archive.extractall(root, filter="data")  # nothing outside its folder
                 stream.seek(sys.maxsize)  # to the end, where its checksum stands
             (root / Path(url).name).unlink()
-        except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise click.ClickException(f"{url} could not be fetched into {root}: {error}") from error
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     keys = "instrument_family_str", "pitch", "instrument_str", "velocity"  # of the rest, half the memory, none is used
     used = partial(json.loads, object_hook=lambda about: [about[k] for k in keys] if "pitch" in about else about)

@@ -3,11 +3,10 @@
     python train_mvae.py --dataset sprites
     python train_mvae.py --dataset clevr --N 4 --op sum --data-root CLEVR_v1.0
     python train_mvae.py --dataset nsynth-duo --data-root nsynth        # or four notes: --voices 2 4 --N 4
-    python train_mvae.py --dataset pictures --data-root my_pictures     # any folder of pictures
-    python train_mvae.py --dataset sounds --data-root my_sounds --mix   # any folder of sounds, two at once
+    python train_mvae.py --dataset pictures --data-root my_pictures     # or sounds, two at once: --dataset sounds --mix
 
-Pictures, or mixtures of notes (4 s at 16 kHz), fall apart into entities without labels. Without --data-root, CLEVR-like
-scenes are drawn by a ray caster below, and notes are synthesised. Results: docs/mvae.md and docs/mvae-audio.md.
+Pictures, or mixtures of notes, fall apart into entities without labels. Without --data-root, CLEVR-like scenes are ray
+cast below, and notes synthesised. Results: docs/mvae.md, docs/mvae-audio.md, docs/prior.md.
 """
 
 import copy
@@ -30,7 +29,7 @@ from tqdm import trange
 
 from common import (  # isort: skip
     COMPRESSION, OPS, POSITIVE, RATE, SAMPLES, SPLITS, FlowPrior, Graph, Reader, ResBlock, Run, Vocoder, alpha_masks,
-    beta_at, build_model, compose, families_option, gather_cells, gaussian_kl, learning_rate_at,
+    beta_at, build_model, choose, compose, families_option, fetching, gather_cells, gaussian_kl, learning_rate_at,
     load_file, load_model, load_notes, log_compress, log_expand, log_spectral_distance, optimizer_step,
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
@@ -106,8 +105,7 @@ class Sprites(Pool):
             if not file or size not in (32, 64):
                 raise click.UsageError(f"--data-root {data_root}: expected dsprites*.npz there, and --size 32 or 64")
             archive = load_file(file, lambda path: dict(np.load(path)), {"imgs": np.ndarray}, click.UsageError)
-            self.library = torch.from_numpy(archive["imgs"])  # (737280, 64, 64) uint8
-            self.source = f"dSprites shapes ({file.name})"
+            self.source, self.library = f"dSprites shapes ({file.name})", torch.from_numpy(archive["imgs"])  # uint8
 
     def sample(self, n, generator, times=1):
         """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
@@ -268,8 +266,7 @@ class BuiltInClevr(Pool):
         to_lamp = to_lamp / squared.sqrt()[..., None]
         lambert = (0.2 + 0.8 * (normal[:, None] * to_lamp).sum(-1)).clamp(min=0) / squared  # wide lamps reach round
         ambient = AMBIENT * (1.25 + 0.75 * normal[:, 2]) * (0.5 + 0.5 * (point[:, 2] / RADII[0]).clamp(0, 1))
-        diffuse = ambient[:, None] + 0.9 * lambert @ power
-        gloss = (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
+        diffuse, gloss = ambient[:, None] + 0.9 * lambert @ power, (mirrored[:, None] * to_lamp).sum(-1).clamp(min=0)
         rubber = rgb * diffuse + 0.05 * (gloss.pow(8) / squared) @ power
         far = point[:, 2:] / (-mirrored[:, 2:]).clamp(min=1e-2)  # a mirror shows the dark room, or the ground so far
         to_lamp = scene["lamps"][i] - (point + far * mirrored)[:, None]  # away, lit but where the object stands
@@ -429,10 +426,8 @@ def load_data(options, device):
     """The data set of the options; raises click.UsageError where its folder is not what was expected."""
     dataset, root, about = options["dataset"], options["data_root"], [options[k] for k in ("size", "objects", "seed")]
     if dataset == "clevr" and options["download"]:
-        try:
+        with fetching("CLEVR v1.0", root):
             CLEVRClassification(root, download=True)
-        except (OSError, RuntimeError) as error:  # no network, full disk, wrong checksum
-            raise click.ClickException(f"CLEVR v1.0 could not be fetched into {root}: {error}") from error
     if dataset in SOUNDS:
         return Mixtures(options, device)
     if dataset == "sprites":
@@ -459,7 +454,6 @@ LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means somethin
 # Slots by falling KL: mu, logvar (B, N, D), of sounds of what masks leave; cell (B, N, 2) as (y, x), kl (B, N); kl_map
 # (B, H_l, W_l), background (B, C, h, w) or None, light, its latents (B, L), kl_all (B,): of all latents.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background light kl_all")
-# Of sounds: levels (B, FRAMES, bands, 1), these rebuilt, Encoding; layers, levels alone, masked mixtures (B, N, ...).
 Separation = namedtuple("Separation", "level mean encoding layer alone parts")
 
 
@@ -633,17 +627,12 @@ ORDERS = ("independent", "autoregressive", "set")
 Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), 0 beyond
 
 
-def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for: (..., T)
-    return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < torch.special.ndtr(noise)[..., None]).sum(-1)
-
-
 class SlotPrior(nn.Module):
     """A density of Scenes: light, the number of slots, and slots one by one, each given all that came before it.
 
     "autoregressive": by falling KL. "set": in any order (Uria et al. 2014), to go on from any slots. "independent": by
     none. A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what it suggests.
-    Of TRIES slots drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019).
-    """
+    Of TRIES slots drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
 
     def __init__(self, order, d, n_slots, light, width=96, key=16, between=48):
         super().__init__()
@@ -675,11 +664,7 @@ class SlotPrior(nn.Module):
         h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
         logits = (self.query(h) @ key.mT).masked_fill(self.later, -1e4)  # (B, N, N)
-        context = F.silu(h[:, :, None] + context[:, None])  # (B, N, N, width)
-        return before, h, logits, mean[:, None].expand(*logits.shape, -1), context
-
-    def rate(self, slots, before, h, at=slice(None)):  # slots (B, K, T, D) `at` K places: (B, K, T)
-        return self.rating(h[:, at, None] + self.tokens(slots, before, at))[..., 0]
+        return before, h, logits, mean[:, None].expand(*logits.shape, -1), F.silu(h[:, :, None] + context[:, None])
 
     def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), of K slots logits (B, K, N) ...: (B, K, T, D)
         one = choose(logits, noise[..., -1])[..., None]  # (B, K, T, 1)
@@ -694,14 +679,13 @@ class SlotPrior(nn.Module):
         if self.order != "autoregressive":
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
             slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
-        before, h, *suggested = self.suggestions(light, count, slots)
-        logits, mean, context = suggested
+        before, h, logits, mean, context = self.suggestions(light, count, slots)
         each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
         with torch.no_grad():
             noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
-            tried = torch.cat([slots[:, :, None], self.draw(noise, *suggested)], dim=2)  # (B, N, T, D)
-        each = each.logsumexp(2) + self.rate(tried, before, h).log_softmax(2)[..., 0] + math.log(tries)
-        return total + torch.where(there, each, 0.0).sum(1)
+            tried = torch.cat([slots[:, :, None], self.draw(noise, logits, mean, context)], dim=2)  # (B, N, T, D)
+        rated = self.rating(h[:, :, None] + self.tokens(tried, before))[..., 0].log_softmax(2)  # (B, N, T)
+        return total + torch.where(there, each.logsumexp(2) + rated[..., 0] + math.log(tries), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
         """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
@@ -713,10 +697,10 @@ class SlotPrior(nn.Module):
         for k in range(self.n_slots):
             at, (before, h, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
             tried = self.draw(noise[:, at], *(values[:, at] for values in suggested))  # (B, 1, T, D)
-            one = choose(self.rate(tried, before, h, at), noise[:, at, 0, -2:-1])  # (B, 1, 1)
-            drawn = tried.gather(2, one[..., None].expand(-1, -1, -1, slots.shape[2]))[:, 0, 0]
-            slot = torch.where(few[:, at], slots[:, k], drawn)
-            slots = torch.cat([slots[:, :k], slot[:, None], slots[:, k + 1 :]], dim=1)
+            rated = self.rating(h[:, at, None] + self.tokens(tried, before, at))[..., 0]  # (B, 1, T)
+            one = choose(rated, noise[:, at, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
+            drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
+            slots = torch.cat([slots[:, :k], torch.where(few[:, at, None], slots[:, at], drawn), slots[:, k + 1 :]], 1)
         return Scene(light, count, slots)
 
 
@@ -724,8 +708,7 @@ class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
 
     compose_at "feature": slots' feature maps are combined and decoded on. `detail` of a slot's `d` latents come from a
-    closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes.
-    """
+    closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes."""
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset, prior):
         super().__init__()
@@ -874,12 +857,6 @@ def gaussian_log_likelihood(x, mean, sigma):  # summed over all but the first ax
     return torch.distributions.Normal(mean, sigma).log_prob(x).flatten(1).sum(1)
 
 
-def kl_weight(progress, beta, last, warmup):
-    """beta_at, and after the warm-up along a half cosine down to `last`."""
-    fallen = min(max((progress - FALL[0]) / (FALL[1] - FALL[0]), 0.0), 1.0)
-    return last + (beta_at(progress, beta, warmup) - last) * 0.5 * (1 + math.cos(math.pi * fallen))
-
-
 def objective(image, mean, encoding, haze, beta, sigma):
     """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on haze (B,); and its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
@@ -949,7 +926,7 @@ def evaluate_pictures(model, data, split, n, sigma):
 
 
 def separate(model, levels, mixture):
-    """Mixtures (B, samples), encoded, every slot decoded, its mask applied: -> Separation."""
+    """Mixtures (B, samples) -> levels, these rebuilt, Encoding; of slots layers, levels alone, masked mixtures."""
     level = levels(mixture)
     encoding, layer, mean = reconstruct(model, level)
     alone = model.alone(layer)
@@ -1052,10 +1029,10 @@ def graphs(model):
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
     inputs["slots"], noise = torch.arange(model.n_slots), torch.randn(2, *model.prior.noise_shape, generator=generator)
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
-    given = {"noise": noise, "kept": torch.tensor([0, 1]), "given": torch.randn(2, model.n_slots, 2 + model.d)}
+    given = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
-    used = model.prior, model.background
-    made["prior"] = (Graph(("z", "cell", "count", "background")[: 4 - sound], imagine, *used), given)
+    names = ("z", "cell", "count", "background")[: 4 - sound]
+    made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
     if sound:
@@ -1148,10 +1125,9 @@ def main(context, **options):
         if run.folder and run.step == 0:
             run.report(evaluate(model, data, "valid", n_valid, sigma))
         for step, progress in run.steps():
-            image = data.batch(step, run.own, run.total)
-            generator = random_generator("noise", options["seed"], step)
+            image, generator = data.batch(step, run.own, run.total), random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
-            beta = kl_weight(progress, options["beta"], options["last_beta"], options["warmup"])
+            beta = beta_at(progress, options["beta"], options["warmup"], options["last_beta"], FALL)
             with run.autocast():
                 encoding, mean, haze = model(image, noise, progress >= DETAILED)
             loss, terms = objective(image, mean, encoding, haze, beta, sigma)

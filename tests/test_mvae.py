@@ -193,7 +193,7 @@ def test_resampling_is_exact_for_planes_keeps_means_and_cuts_out_what_it_pasted(
 
 
 def test_the_weight_of_the_kl_rises_and_falls():
-    weights = [train_mvae.kl_weight(progress, 4.0, 0.5, 0.2) for progress in (0, 0.1, 0.2, 0.35, 0.5, 0.65, 1)]
+    weights = [train_mvae.beta_at(at, 4.0, 0.2, 0.5, train_mvae.FALL) for at in (0, 0.1, 0.2, 0.35, 0.5, 0.65, 1)]
     assert weights == pytest.approx([0, 2, 4, 4, 2.25, 0.5, 0.5])
 
 

@@ -16,11 +16,11 @@ from test_recompose import refused, run
 
 import recompose
 import train_mvae
-from common import FlowPrior, random_generator
+from common import FlowPrior, choose, random_generator
 from tests.experiments import prior as experiment
 from tests.experiments import prior_scenes
 from tests.experiments.rules import RULES, Fifths, ruled
-from train_mvae import ORDERS, Scene, SlotPrior, choose
+from train_mvae import ORDERS, Scene, SlotPrior
 
 
 def prior(order, e=1, n_slots=2, light=0, std=0.3):
@@ -41,12 +41,18 @@ def scenes(made, n, light=0, count=None):
     return Scene(torch.randn(n, light, generator=generator, dtype=torch.float64), count, slots)
 
 
+@torch.no_grad()
+def of_all_tries(made, scene, n=200):
+    """log p of Scenes, (B,): over many orders and tries the density itself, of which each alone gives a lower bound."""
+    return torch.stack([made.log_prob(scene, random_generator("try", i)) for i in range(n)]).logsumexp(0) - math.log(n)
+
+
 def noise_for(made, n, key="noise"):
     return torch.randn(n, *made.noise_shape, generator=random_generator(key), dtype=torch.float64)
 
 
 def sample(made, noise, kept=0, scene=None, light=0):
-    scene = scene or Scene(noise[:, 0, :light], None, noise[:, 1:, : made.sizes[1]])
+    scene = scene or Scene(noise[:, 0, :light], None, noise[:, : made.n_slots, : made.sizes[1]])
     return made.sample(noise, torch.full((len(noise),), kept), scene.light, scene.slots)
 
 
@@ -57,16 +63,16 @@ def sample(made, noise, kept=0, scene=None, light=0):
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_densities_of_all_scenes_add_up_to_one(order):
     """Of no, one and two slots of one number each; a set of two is counted in either order, so that half of it is."""
-    made, at = prior(order), torch.linspace(-9, 9, 91, dtype=torch.float64)
+    made, at = prior(order), torch.linspace(-9, 9, 73, dtype=torch.float64)
     step, pairs = float(at[1] - at[0]), torch.cartesian_prod(at, at)
     total = 0.0
     for count, slots in enumerate((torch.zeros(1, 2), torch.stack([at, 0 * at], dim=1), pairs)):
         scene = Scene(torch.zeros(len(slots), 0).double(), torch.full((len(slots),), count), slots[..., None].double())
-        log_p = torch.stack([made.log_prob(scene, random_generator("order", i)) for i in range(1 + 15 * (count == 2))])
+        log_p = torch.stack([made.log_prob(scene, random_generator("order", i), 4) for i in range(1 + 7 * (count == 2))])
         total += (
             float(log_p.exp().mean(0).sum()) * step**count / (1 if order == "autoregressive" else math.factorial(count))
         )
-    assert total == pytest.approx(1, abs=0.02 if order == "set" else 1e-3)
+    assert total == pytest.approx(1, abs=0.02)
 
 
 @torch.no_grad()
@@ -75,14 +81,14 @@ def test_a_set_has_the_density_of_all_its_orders_and_it_does_not_depend_on_the_o
 
     def by_order(order):
         made.order = "autoregressive"  # by the order that it comes in
-        return made.log_prob(scene._replace(slots=scene.slots[:, list(order)]), None)
+        return made.log_prob(scene._replace(slots=scene.slots[:, list(order)]), None, tries=1)
 
     expected = torch.stack([by_order(order) for order in itertools.permutations(range(3))]).logsumexp(0)
     assert (by_order((0, 1, 2)) - by_order((2, 1, 0))).abs().min() > 1e-3
     made.order = "set"
     for order in ((0, 1, 2), (2, 0, 1)):
         moved = scene._replace(slots=scene.slots[:, list(order)])
-        drawn = torch.stack([made.log_prob(moved, random_generator(order, i)) for i in range(400)])
+        drawn = torch.stack([made.log_prob(moved, random_generator(order, i), tries=1) for i in range(400)])
         torch.testing.assert_close(drawn.logsumexp(0) - math.log(400), expected, atol=0.15, rtol=0)
 
 
@@ -91,11 +97,8 @@ def test_independent_slots_know_nothing_of_one_another_nor_of_the_light():
     made = prior("independent", e=2, n_slots=3, light=2)
     one, other = scenes(made, 6, light=2, count=3), scenes(made, 6, light=2, count=3)
     other = Scene(one.light + 1, one.count, one.slots.flip(1))
-    same = made.log_prob(one, random_generator("a")) - made.light.log_prob(one.light)
-    torch.testing.assert_close(made.log_prob(other, random_generator("b")) - made.light.log_prob(other.light), same)
-    assert not torch.equal(
-        prior("set", 2, 3, 2).count_logits(one.light), prior("set", 2, 3, 2).count_logits(other.light)
-    )
+    one, other = (of_all_tries(made, scene) - made.light.log_prob(scene.light) for scene in (one, other))
+    torch.testing.assert_close(one, other, atol=0.05, rtol=0)
 
 
 # ---------------------------------------------------------------- Samples
@@ -104,7 +107,7 @@ def test_independent_slots_know_nothing_of_one_another_nor_of_the_light():
 @torch.no_grad()
 def test_a_category_is_chosen_as_often_as_it_is_likely():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3])
-    chosen = choose(p.log().expand(20_000, 4), torch.randn(20_000, generator=random_generator("choose")))
+    chosen = choose(p.log(), torch.randn(20_000, generator=random_generator("choose")))
     torch.testing.assert_close(chosen.bincount(minlength=4) / 20_000, p, atol=0.01, rtol=0)
 
 
@@ -113,9 +116,9 @@ def test_a_category_is_chosen_as_often_as_it_is_likely():
 def test_samples_have_the_density(order):
     """Shares of samples, by number and by the sign of the first slot, beside the density's integral over them."""
     made, at = prior(order), torch.linspace(-12, 12, 2401, dtype=torch.float64)
-    scene = sample(made, noise_for(made, 20_000))
-    expected = made.count_logits(torch.zeros(1, 0, dtype=torch.float64)).softmax(1)[0]
-    torch.testing.assert_close(scene.count.bincount(minlength=3) / 20_000, expected.float(), atol=0.015, rtol=0)
+    scene = sample(made, noise_for(made, 8_000))
+    expected = made.count(torch.zeros(1, 1, dtype=torch.float64)).softmax(1)[0]
+    torch.testing.assert_close(scene.count.bincount(minlength=3) / 8_000, expected.float(), atol=0.02, rtol=0)
     line = Scene(torch.zeros(2401, 0).double(), torch.ones(2401, dtype=torch.long), F_pad(at))
     below = (made.log_prob(line, random_generator("x")).exp() * (at < 0)).sum() * (at[1] - at[0]) / expected[1]
     found = (scene.slots[scene.count == 1, 0, 0] < 0).double().mean()
@@ -143,22 +146,45 @@ def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
     assert (new.slots - given.slots).abs().amax((1, 2)).min() > 1e-3 and (new.light - given.light).abs().min() > 0
 
 
+def fit(made, scene, steps):
+    optimizer = torch.optim.Adam(made.parameters(), lr=2e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        (-made.log_prob(scene, random_generator("fit", step), 4).mean()).backward()
+        optimizer.step()
+
+
 def test_what_slots_owe_to_one_another_is_learnt():
     """Two slots, the second the first's opposite: the independent prior has it by chance alone."""
     shares = {}
-    first = torch.randn(256, 2, generator=random_generator("first"))
+    first = torch.randn(128, 2, generator=random_generator("first"))
     slots = torch.stack([first, -first], dim=1)
     slots = slots + 0.05 * torch.randn(slots.shape, generator=random_generator("blur"))
-    scene = Scene(torch.zeros(256, 0), torch.full((256,), 2), slots)
+    scene = Scene(torch.zeros(128, 0), torch.full((128,), 2), slots)
     for order in ORDERS:
         torch.manual_seed(0)
         made = SlotPrior(order, 2, 2, 0, width=32, key=4)
-        train_mvae.fit_density(made, lambda step, made=made: -made.log_prob(scene, random_generator("fit", step)), 250)
-        found = made.sample(
-            *((noise := torch.randn(500, 3, 3)), torch.zeros(500).long(), noise[:, 0, :0], noise[:, 1:, 1:])
-        )
+        fit(made, scene, 250)
+        found = sample(made, torch.randn(500, *made.noise_shape, generator=random_generator("found")))
         shares[order] = float(((found.slots.sum(1).abs().amax(1) < 0.4) & (found.count == 2)).float().mean())
     assert shares["independent"] < 0.3 < 0.6 < min(shares["autoregressive"], shares["set"])
+
+
+def test_slots_that_keep_apart_leave_holes():
+    """Two slots anywhere in a square, never near each other: what is drawn near is passed over, as it is rated low."""
+    generator = random_generator("apart")
+    slots = 2 * torch.rand(4000, 2, 2, generator=generator) - 1
+    slots = slots[(slots[:, 0] - slots[:, 1]).norm(dim=1) > 0.8]
+    scene = Scene(torch.zeros(len(slots), 0), torch.full((len(slots),), 2), slots)
+    share = {}
+    for order in ("independent", "set"):
+        torch.manual_seed(0)
+        made = SlotPrior(order, 2, 2, 0, width=32, key=4)
+        fit(made, Scene(*(values[:256] for values in scene)), 150)
+        found = sample(made, torch.randn(500, *made.noise_shape, generator=random_generator("found")))
+        near = (found.slots[:, 0] - found.slots[:, 1]).norm(dim=1) < 0.7
+        share[order] = near[found.count == 2].float().mean().item()
+    assert share["set"] < 0.3 * share["independent"], share
 
 
 def test_a_flow_that_is_given_a_context_is_a_density_for_each():
@@ -237,7 +263,7 @@ def test_the_prior_graph_samples_as_the_model_does(sprites_run):
     model = train_mvae.load(sprites_run)
     session = recompose.Model(sprites_run / "export", "mvae-image", others=["prior"])
     noise = torch.randn(6, *model.prior.noise_shape, generator=random_generator("graph"))
-    given = noise[:, 1:, : model.d + 2].contiguous()
+    given = noise[:, 1 : model.n_slots + 1, : model.d + 2].contiguous()
     kept = torch.tensor([0, 1, 2, 0, 3, 0]).clamp(max=model.n_slots)
     light = noise[:, 0, : model.noise_sizes[1]].contiguous()
     inputs = {"noise": noise, "kept": kept, "given": given, "light": light}
@@ -270,7 +296,7 @@ def test_a_scene_is_completed_around_the_slots_that_are_kept(sprites_run, tmp_pa
     pixels = np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8)
     recompose.Image.fromarray(pixels).resize((size, size)).save(tmp_path / "in.png")
     seen = {}
-    for seed, extra in (("none", ()), (0, ("--complete",)), (1, ("--complete", "--seed", 1))):
+    for seed, extra in (("none", ()), *((seed, ("--complete", "--seed", seed)) for seed in range(5))):
         result = run(tmp_path / "in.png", "--slots", "0", *extra, "--model", model, "--out", tmp_path / f"{seed}.png")
         assert result.exit_code == 0, result.output
         seen[seed] = (tmp_path / f"{seed}.png").read_bytes()
