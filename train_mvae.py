@@ -25,6 +25,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.datasets import CLEVRClassification
+from torchvision.ops import MLP
 from tqdm import trange
 
 from common import (  # isort: skip
@@ -639,12 +640,12 @@ class SlotPrior(nn.Module):
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
         self.light = FlowPrior(light, couplings=4, width=64) if light else None
-        self.count = nn.Sequential(nn.Linear(light + 1, width), nn.SiLU(), nn.Linear(width, n_slots + 1))
+        ends = (light + 1, n_slots + 1), (width, 1)
+        self.count, self.rating = (MLP(n, [width, m], activation_layer=nn.SiLU) for n, m in ends)
+        nn.init.zeros_(self.rating[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
         self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
-        self.pair = nn.Sequential(nn.Linear(2 * d + 2, between), nn.SiLU(), nn.Linear(between, between), nn.SiLU())
-        self.pairs = nn.Sequential(nn.Linear(between, between), nn.SiLU(), nn.Linear(between, width))
-        self.rating = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.pair, self.pairs = MLP(2 * d + 4, [between] * 3, activation_layer=nn.SiLU), nn.Linear(between, width)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
@@ -652,9 +653,9 @@ class SlotPrior(nn.Module):
     def tokens(self, slots, before, at=slice(None)):
         """Slots (B, K, T, D) `at` K places, and what they are to those before these, of (B, N, D): (B, K, T, width)."""
         one, other = torch.broadcast_tensors(slots[..., None, :], before[:, None, None])  # (B, K, T, N, D)
-        squared = (one - other)[..., :2].square().sum(-1, keepdim=True)  # of the distance between their cells
-        pair = self.pair(torch.cat([one, other, 3 * (squared + 1e-6).sqrt(), (-8 * squared).exp()], dim=-1))
-        return self.token(slots) + self.pairs(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3))
+        away, far = (one - other)[..., :2], (one - other)[..., :2].norm(dim=-1, keepdim=True)  # of their cells
+        pair = self.pair(torch.cat([one, other, 3 * away, 3 * far, (-8 * far.square()).exp()], dim=-1))
+        return self.token(slots) + self.pairs(F.silu(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3)))
 
     def suggestions(self, light, count, slots):
         """Of each slot the rest before it (B, N, D), state (B, N, width), and, of those, logits, means and contexts."""
@@ -684,7 +685,7 @@ class SlotPrior(nn.Module):
         with torch.no_grad():
             noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
             tried = torch.cat([slots[:, :, None], self.draw(noise, logits, mean, context)], dim=2)  # (B, N, T, D)
-        rated = self.rating(h[:, :, None] + self.tokens(tried, before))[..., 0].log_softmax(2)  # (B, N, T)
+        rated = self.rating(F.silu(h[:, :, None] + self.tokens(tried, before)))[..., 0].log_softmax(2)  # (B, N, T)
         return total + torch.where(there, each.logsumexp(2) + rated[..., 0] + math.log(tries), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
@@ -697,7 +698,7 @@ class SlotPrior(nn.Module):
         for k in range(self.n_slots):
             at, (before, h, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
             tried = self.draw(noise[:, at], *(values[:, at] for values in suggested))  # (B, 1, T, D)
-            rated = self.rating(h[:, at, None] + self.tokens(tried, before, at))[..., 0]  # (B, 1, T)
+            rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, noise[:, at, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
             drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
             slots = torch.cat([slots[:, :k], torch.where(few[:, at, None], slots[:, at], drawn), slots[:, k + 1 :]], 1)
@@ -726,9 +727,8 @@ class MVAE(nn.Module):
             out = nn.Conv2d(channels, shape[0] * UPSCALE**2, 3, padding=1)
             self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), out, nn.PixelShuffle(UPSCALE))
         self.background = None if self.sound else Background((parts, side, side), channels)
-        self.most_slots = min(max(MOST_SLOTS, n_slots), grid[0] * grid[1])
         self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
-        self.blur = 1 / cells if self.sound else BLUR
+        self.most_slots, self.blur = min(max(MOST_SLOTS, n_slots), math.prod(grid)), 1 / cells if self.sound else BLUR
         self.prior = SlotPrior(prior, 2 + d, n_slots, self.noise_sizes[1])  # last: the rest starts as without
 
     @torch.no_grad()

@@ -68,7 +68,8 @@ def test_the_densities_of_all_scenes_add_up_to_one(order):
     total = 0.0
     for count, slots in enumerate((torch.zeros(1, 2), torch.stack([at, 0 * at], dim=1), pairs)):
         scene = Scene(torch.zeros(len(slots), 0).double(), torch.full((len(slots),), count), slots[..., None].double())
-        log_p = torch.stack([made.log_prob(scene, random_generator("order", i), 4) for i in range(1 + 7 * (count == 2))])
+        draws = range(1 + 7 * (count == 2))
+        log_p = torch.stack([made.log_prob(scene, random_generator("order", i), tries=4) for i in draws])
         total += (
             float(log_p.exp().mean(0).sum()) * step**count / (1 if order == "autoregressive" else math.factorial(count))
         )
