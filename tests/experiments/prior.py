@@ -222,8 +222,9 @@ def cell(value):
 @click.option("--objects", type=click.IntRange(1, 10), nargs=2, help="In a scene, if not as in the run.")
 @click.option("--data-root", type=FOLDER, help="Of the run's data set.")
 @click.option("--steps", type=click.IntRange(1), default=train_mvae.FITTED, help="Updates of every prior.")
+@click.option("--prior", "orders", type=click.Choice(ORDERS), default=ORDERS, multiple=True, help="Those to fit.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of priors, and of the pictures they are fitted to.")
-def main(run_dir, rule, objects, data_root, steps, seed):
+def main(run_dir, rule, objects, data_root, steps, orders, seed):
     """Fit every prior to what a run of train_mvae.py finds, and judge it; prints a table."""
     model = train_mvae.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False, "seed": seed}
@@ -235,7 +236,7 @@ def main(run_dir, rule, objects, data_root, steps, seed):
     click.echo(f"{data.source}; {steps} updates, seed {seed}")
     columns = "prior", "slots", "larger", "pictures", "completions", "log p(x)", "KL", "seconds"
     click.echo(f"| {' | '.join(columns)} |\n{'|-' * len(columns)}|")
-    for name, *values, nats, seconds in rows_of(model, data, rule, ORDERS, steps, seed, options["sigma"]):
+    for name, *values, nats, seconds in rows_of(model, data, rule, orders, steps, seed, options["sigma"]):
         shown = [cell(value) for value in values] + [cell(nats) if nats else " | ", cell(seconds)]
         click.echo(f"| {name} | {' | '.join(shown)} |")
 
