@@ -108,10 +108,9 @@ class Sprites(Pool):
             archive = load_file(file, lambda path: dict(np.load(path)), {"imgs": np.ndarray}, click.UsageError)
             self.source, self.library = f"dSprites shapes ({file.name})", torch.from_numpy(archive["imgs"])  # uint8
 
-    def sample(self, n, generator, times=1):
-        """n scenes, with `times` 2 of two scenes' objects, placed jointly, to be drawn apart or together."""
+    def sample(self, n, generator):
         rand, randint = (partial(f, generator=generator, device=self.device) for f in (torch.rand, torch.randint))
-        low, k = (times * count for count in self.objects)
+        low, k = self.objects
         scene = {"present": torch.arange(k, device=self.device) < randint(low, k + 1, (n, 1))}
         hue, saturation, value = (least + (1 - least) * rand(n, k, 1) for least in (0.0, 0.5, 0.6))
         phase = (torch.tensor([5.0, 3.0, 1.0], device=self.device) + 6 * hue) % 6  # (n, K, 3), HSV to RGB
@@ -194,9 +193,9 @@ class BuiltInClevr(Pool):
 
     name, crop, source = "clevr", "clevr", "built-in CLEVR-like renderer"
 
-    def sample(self, n, generator, times=1):
+    def sample(self, n, generator):
         rand, randint = (partial(f, generator=generator, device=self.device) for f in (torch.rand, torch.randint))
-        low, k = (times * count for count in self.objects)
+        low, k = self.objects
         radii, colours, camera, lamps = (torch.tensor(v, device=self.device) for v in (RADII, COLOURS, CAMERA, LAMPS))
         radius, shape = radii[randint(2, (n, k))], randint(3, (n, k))
         scene = {"shape": shape, "half": torch.where(shape == CUBE, CUBE_HALF * radius, radius)}
@@ -448,7 +447,7 @@ BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 k
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
 VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
-TRIES, TRIED = 32, 8  # slots that a prior draws to choose each next one from; while it is fitted
+TRIES, TRIED, FITTED = 32, 8, 5_000  # of a prior: slots that it chooses each from; while it is fitted; updates of that
 BLUR = 0.01  # half picture widths: with an error as wide, where a slot stands has a density
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
@@ -563,8 +562,7 @@ class CloserLook(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU(), ResBlock(channels, norm=True), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Conv2d(channels, channels, 4, 2, padding=1), nn.SiLU(), nn.Flatten())
-        first = nn.Linear(channels * (CLOSER // 4) ** 2 + d_cell, 128)
-        self.head = nn.Sequential(first, nn.SiLU(), nn.Linear(128, 2 * d))
+        self.head = MLP(channels * (CLOSER // 4) ** 2 + d_cell, [128, 2 * d], activation_layer=nn.SiLU)
 
     def forward(self, cut, mu):
         mu, logvar = self.head(torch.cat([self.trunk(4 * cut), mu], dim=1)).to(mu.dtype).chunk(2, dim=1)
@@ -629,13 +627,13 @@ Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell 
 
 
 class SlotPrior(nn.Module):
-    """A density of Scenes: light, the number of slots, and slots one by one, each given all that came before it.
+    """A density of Scenes: light, the number of slots, and these one by one, each given those before: "autoregressive",
+    by falling KL; "set", in any order (Uria et al. 2014), so as to go on from any; "independent", given none.
 
-    "autoregressive": by falling KL. "set": in any order (Uria et al. 2014), to go on from any slots. "independent": by
-    none. A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what it suggests.
-    Of TRIES slots drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
+    A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what that suggests. Of
+    TRIES drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
 
-    def __init__(self, order, d, n_slots, light, width=96, key=16, between=48):
+    def __init__(self, order, d, n_slots, light, width=96, key=16, pair=48):
         super().__init__()
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
@@ -645,7 +643,7 @@ class SlotPrior(nn.Module):
         nn.init.zeros_(self.rating[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
         self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
-        self.pair, self.pairs = MLP(2 * d + 4, [between] * 3, activation_layer=nn.SiLU), nn.Linear(between, width)
+        self.pair, self.pairs = MLP(2 * d + 2 + min(d, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
@@ -658,14 +656,16 @@ class SlotPrior(nn.Module):
         return self.token(slots) + self.pairs(F.silu(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3)))
 
     def suggestions(self, light, count, slots):
-        """Of each slot the rest before it (B, N, D), state (B, N, width), and, of those, logits, means and contexts."""
+        """Those before each (B, N, D), state (B, N, width), log q (B, N); of none and those logits, means, contexts."""
         whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
         before = F.pad(self.told * slots[:, :-1], (0, 0, 1, 0))  # (B, N, D), the first of which is none
         token = F.pad(self.tokens(slots[:, :, None], before)[:, :-1, 0], (0, 0, 1, 0))
         h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
         logits = (self.query(h) @ key.mT).masked_fill(self.later, -1e4)  # (B, N, N)
-        return before, h, logits, mean[:, None].expand(*logits.shape, -1), F.silu(h[:, :, None] + context[:, None])
+        mean, context = mean[:, None].expand(*logits.shape, -1), F.silu(h[:, :, None] + context[:, None])
+        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
+        return before, h, each.logsumexp(2), logits, mean, context
 
     def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), of K slots logits (B, K, N) ...: (B, K, T, D)
         one = choose(logits, noise[..., -1])[..., None]  # (B, K, T, 1)
@@ -680,23 +680,25 @@ class SlotPrior(nn.Module):
         if self.order != "autoregressive":
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
             slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
-        before, h, logits, mean, context = self.suggestions(light, count, slots)
-        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
+        before, h, log_q, *suggested = self.suggestions(light, count, slots)
         with torch.no_grad():
             noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
-            tried = torch.cat([slots[:, :, None], self.draw(noise, logits, mean, context)], dim=2)  # (B, N, T, D)
+            tried = torch.cat([slots[:, :, None], self.draw(noise, *suggested)], dim=2)  # (B, N, T, D)
         rated = self.rating(F.silu(h[:, :, None] + self.tokens(tried, before)))[..., 0].log_softmax(2)  # (B, N, T)
-        return total + torch.where(there, each.logsumexp(2) + rated[..., 0] + math.log(tries), 0.0).sum(1)
+        return total + torch.where(there, log_q + rated[..., 0] + math.log(tries), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
         """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
         few = torch.arange(self.n_slots + 1) < kept[:, None]
-        count = choose(self.count(F.pad(self.told * light, (0, 1))).masked_fill(few, -1e4), noise[:, 0, -1:])[:, 0]
+        log_q = [self.suggestions(light, torch.full_like(kept, n), slots)[2] for n in range(self.n_slots + 1)]  # (B, N)
+        told = torch.where(few[:, None, :-1], torch.stack(log_q, dim=1), 0.0).sum(2)  # what is kept tells of the number
+        logits = self.count(F.pad(self.told * light, (0, 1))) + told  # (B, N + 1)
+        count = choose(logits.masked_fill(few, -1e4), noise[:, 0, -1:])[:, 0]
         noise = noise[:, 1:].unflatten(1, (-1, TRIES))  # (B, N, T, D + 2)
         for k in range(self.n_slots):
-            at, (before, h, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
+            at, (before, h, _, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
             tried = self.draw(noise[:, at], *(values[:, at] for values in suggested))  # (B, 1, T, D)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, noise[:, at, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
@@ -849,7 +851,6 @@ HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and befo
 SEEN_THROUGH = 10.0  # m times a change of the background: faint masks and strong colours draw the same, later halos
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
-FITTED = 5_000  # updates of a prior, or as many as the run had
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
 
 
@@ -1106,12 +1107,11 @@ def main(context, **options):
     check_options(options)
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
-    kinds = (evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES)
-    evaluate, show, n = kinds[options["dataset"] in SOUNDS]
-    n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
 
     # 2. The model, which starts from the mean of the data.
     model = build(options)
+    score, show, n = ((evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES))[model.sound]
+    n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     start = copy.deepcopy(model)  # as it is before a resumed run's weights are loaded
@@ -1123,7 +1123,7 @@ def main(context, **options):
     # 3. Training; figures and scores of the valid split at every tenth; then the prior, scores of the test split.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
-            run.report(evaluate(model, data, "valid", n_valid, sigma))
+            run.report(score(model, data, "valid", n_valid, sigma))
         for step, progress in run.steps():
             image, generator = data.batch(step, run.own, run.total), random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
@@ -1136,14 +1136,14 @@ def main(context, **options):
             if run.looks:
                 show(model, data, run)
             if run.due:
-                run.report(evaluate(model, data, "valid", n_valid, sigma))
+                run.report(score(model, data, "valid", n_valid, sigma))
         if run.complete:
             click.echo("fitting the prior to what the encoder finds")
             encoding = posteriors(model, data, min(POOL, run.step * run.total), options["seed"])
             model.prior = copy.deepcopy(start.prior).cpu()  # anew, also where a run was resumed
             run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), options["seed"])})
             run.save()
-            run.finish(*(evaluate(one, data, "test", n_test, sigma) for one in (model, start)))
+            run.finish(*(score(one, data, "test", n_test, sigma) for one in (model, start)))
 
 
 if __name__ == "__main__":

@@ -202,8 +202,9 @@ def test_the_world_is_the_one_that_was_fitted_to_clevrs_pictures(clevr):
     assert (counted - torch.tensor(GOLDEN_LABELS)).abs().max() <= 1
 
 
-def test_pairs_are_two_scenes_that_fit_into_one(clevr):
-    both = clevr.sample(50, random_generator("pairs"), times=2)
+def test_two_scenes_fit_into_one():
+    twice = BuiltInClevr(32, (6, 12), 0, torch.device("cpu"))
+    both = twice.sample(50, random_generator("pairs"))
     assert both["present"].shape == (50, 12)
     assert set(both["present"].sum(1).tolist()) <= set(range(6, 13))
     near = both["half"][:, :, None] + both["half"][:, None]

@@ -188,6 +188,21 @@ def test_slots_that_keep_apart_leave_holes():
     assert share["set"] < 0.3 * share["independent"], share
 
 
+def test_slots_that_are_kept_tell_how_many_there_are():
+    """Scenes of one slot, at 2, or of two, at -2: a completion around either is of its kind."""
+    count = 1 + torch.arange(128) % 2
+    slots = (6.0 - 4 * count)[:, None, None] * (torch.arange(2) < count[:, None])[..., None]
+    slots = slots + 0.3 * torch.randn(slots.shape, generator=random_generator("kept"))
+    torch.manual_seed(0)
+    made = SlotPrior("set", 1, 2, 0, width=32, key=4)
+    fit(made, Scene(torch.zeros(128, 0), count, slots * (torch.arange(2) < count[:, None])[..., None]), 150)
+    kept = Scene(torch.zeros(100, 0), None, torch.tensor([[2.0], [-2.0]]).repeat(50, 1)[..., None].expand(-1, 2, -1))
+    whole = sample(made, torch.randn(100, *made.noise_shape, generator=random_generator("whole")), 1, kept)
+    assert whole.count[::2].float().mean() < 1.1 and whole.count[1::2].float().mean() > 1.9
+    new = sample(made, torch.randn(100, *made.noise_shape, generator=random_generator("whole")), 0, kept)
+    assert 1.3 < new.count.float().mean() < 1.7
+
+
 def test_a_flow_that_is_given_a_context_is_a_density_for_each():
     torch.manual_seed(0)
     flow = FlowPrior(2, context=1, couplings=3, width=8)

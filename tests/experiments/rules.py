@@ -24,8 +24,8 @@ class RuledSprites(Sprites):
         super().__init__(*arguments)
         self.source += f", rule: {self.rule}"
 
-    def sample(self, n, generator, times=1):
-        scene = super().sample(n, generator, times)
+    def sample(self, n, generator):
+        scene = super().sample(n, generator)
         return getattr(self, self.rule)(scene, *scene["present"].shape, generator)
 
     def colour(self, scene, n, k, generator):

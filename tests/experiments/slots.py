@@ -10,6 +10,7 @@ the test mixtures, how near slots are to their stems, and slots of two mixtures 
 the valid split in RUN_DIR/figures: of pictures traversals.png, moved.png and recomposition.png; of sounds remix.png.
 """
 
+import copy
 from pathlib import Path
 
 import click
@@ -120,7 +121,9 @@ def score_recomposition(model, data, split, n):
     hidden there no model can know. The baseline is A itself, and "reconstruction_psnr" that of A, so that the price of
     recomposing is seen. A and B are placed as one scene: their objects do not run into each other when drawn together.
     """
-    both = data.sample(n, random_generator("recomposition", split, device=data.device), times=2)
+    twice = copy.copy(data)
+    twice.objects = tuple(2 * count for count in data.objects)
+    both = twice.sample(n, random_generator("recomposition", split, device=data.device))
     index = torch.arange(both["present"].shape[1], device=data.device)
     in_a, half = index % 2 == 0, index % 4 < 2
     (truth, true_label), (image, label), (image_b, label_b) = (
