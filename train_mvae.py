@@ -663,12 +663,12 @@ class SlotPrior(nn.Module):
         h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
         key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
         logits = (self.query(h) @ key.mT).masked_fill(self.later, -1e4)  # (B, N, N)
-        mean, context = mean[:, None].expand(*logits.shape, -1), F.silu(h[:, :, None] + context[:, None])
+        mean, context = mean[:, None], F.silu(h[:, :, None] + context[:, None])  # (B, 1, N, D), (B, N, N, width)
         each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
         return before, h, each.logsumexp(2), logits, mean, context
 
-    def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), of K slots logits (B, K, N) ...: (B, K, T, D)
-        one = choose(logits, noise[..., -1])[..., None]  # (B, K, T, 1)
+    def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, N), (B, 1, N, D) ...: (B, K, T, D)
+        one, mean = choose(logits, noise[..., -1])[..., None], mean.expand(-1, logits.shape[1], -1, -1)  # (B, K, T, 1)
         mean, context = (v.gather(2, one.expand(-1, -1, -1, v.shape[3])) for v in (mean, context))
         return mean + self.flow.sample(noise[..., : mean.shape[3]], context)
 
@@ -698,8 +698,8 @@ class SlotPrior(nn.Module):
         count = choose(logits.masked_fill(few, -1e4), noise[:, 0, -1:])[:, 0]
         noise = noise[:, 1:].unflatten(1, (-1, TRIES))  # (B, N, T, D + 2)
         for k in range(self.n_slots):
-            at, (before, h, _, *suggested) = slice(k, k + 1), self.suggestions(light, count, slots)
-            tried = self.draw(noise[:, at], *(values[:, at] for values in suggested))  # (B, 1, T, D)
+            at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
+            tried = self.draw(noise[:, k, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, D)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, noise[:, at, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
             drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)

@@ -70,7 +70,7 @@ def test_every_parameter_gets_a_gradient_and_what_is_trained_is_what_is_scored(o
 
 def narrow(model):
     """The same model, with posteriors without a width."""
-    for head in (model.encoder.head, model.closer.head[-1], model.background.posterior):
+    for head in (model.encoder.head, model.closer.head[-2], model.background.posterior):
         head.bias.data[len(head.bias) // 2 :] = -60.0
         head.weight.data[len(head.bias) // 2 :] = 0
     return model

@@ -36,14 +36,14 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 # ---------------------------------------------------------------- What graphs are given
 
 
-def first_inputs(about, seed=0):
-    """What a model of model.json `about` begins with: {name: array}, a picture or a sound that ships, labels, noise."""
-    given = {"pitch": np.array([60]), "family": np.array([0])}
-    n, d, noise = about.get("N", 0), about["D"], np.random.default_rng(seed).standard_normal
-    given["noise"] = noise(
-        (1, d) if not n else (1, n + 1, 1 + max(2 + d, 0 if "sample_rate" in about else 8)), np.float32
-    )
-    given |= {"kept": np.array([1]), "given": noise((1, n, 2 + d), np.float32)}
+def first_inputs(folder, about, seed=0):
+    """What the model in a folder begins with: {name: array}, a picture or a sound that ships, labels, noise."""
+    given, noise = {"pitch": np.array([60]), "family": np.array([0])}, np.random.default_rng(seed).standard_normal
+    if (folder / "prior.onnx").exists():  # which says how much noise it takes
+        for one in onnx.load(folder / "prior.onnx").graph.input:
+            sizes = [axis.dim_value or 1 for axis in one.type.tensor_type.shape.dim]
+            given |= {one.name: noise(sizes, np.float32)} if one.name in ("noise", "given") else {}
+        given["kept"] = np.array([1])
     if "sample_rate" in about:
         samples, rate = read_sound(MODELS / "nsynth-duo" / "a.flac")
         waveform = fit(resample_sound(samples.mean(1), rate, about["sample_rate"]), about["samples"])
@@ -63,7 +63,7 @@ def run_onnxruntime(path, inputs):
 def chain(folder, suffix=".onnx"):
     """{graph: (inputs, outputs of onnxruntime)} of an exported folder, each graph fed by those before."""
     about = json.loads((folder / "model.json").read_text())
-    values, said = first_inputs(about), {}
+    values, said = first_inputs(folder, about), {}
     for name, tensors in about["graphs"].items():
         inputs = {key: values[key] for key in tensors["inputs"] if key != "slots"}  # that has a default
         path = folder / f"{name}{suffix}"
