@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from filelock import FileLock, Timeout
+from onnx_ir.passes.common import DeduplicateInitializersPass
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
@@ -208,6 +209,7 @@ def write_onnx(graph, inputs, path, info, static=False):
         graph, tuple(inputs.values()), input_names=list(inputs), output_names=list(graph.outputs), opset_version=OPSET,
         dynamic_shapes=(axes,) if axes and isinstance(graph, Graph) else axes, dynamo=True, verbose=False,
     )  # fmt: skip
+    DeduplicateInitializersPass(2**30)(program.model)  # transposed weights, again for every time that they are used
     written = program.model.graph
     for value in (value for value in written.inputs if value.name in getattr(graph, "optional", ())):
         value.const_value = onnx_ir.tensor(inputs[value.name].numpy(), name=value.name)
