@@ -557,12 +557,12 @@ def start_device(name, seed):
     return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
-def optimizer_step(loss, terms, optimizer, lr, clip):
-    """One step down `loss`, gradients averaged over processes and clipped to a norm; returns numbers to log."""
+def optimizer_step(loss, terms, optimizer, lr, clip, shared=True):
+    """One step down `loss`, gradients, averaged over processes if shared, clipped to a norm; returns numbers to log."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     (group,) = optimizer.param_groups
-    if dist.is_initialized():
+    if shared and dist.is_initialized():
         total = torch.cat([p.grad.flatten() for p in group["params"]])
         dist.all_reduce(total)  # in one message, not one each
         for p, part in zip(group["params"], total.split([p.numel() for p in group["params"]]), strict=True):

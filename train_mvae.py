@@ -692,10 +692,10 @@ class SlotPrior(nn.Module):
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
         few = torch.arange(self.n_slots + 1) < kept[:, None]
+        slots = torch.where(few[:, :-1, None], slots, 0.0)
         log_q = [self.suggestions(light, torch.full_like(kept, n), slots)[2] for n in range(self.n_slots + 1)]  # (B, N)
-        told = torch.where(few[:, None, :-1], torch.stack(log_q, dim=1), 0.0).sum(2)  # what is kept tells of the number
-        logits = self.count(F.pad(self.told * light, (0, 1))) + told  # (B, N + 1)
-        count = choose(logits.masked_fill(few, -1e4), noise[:, 0, -1:])[:, 0]
+        told = torch.where(few[:, None, :-1], torch.stack(log_q, dim=1), 0.0).sum(2).masked_fill(few, -1e4)
+        count = choose(self.count(F.pad(self.told * light, (0, 1))) + told, noise[:, 0, -1:])[:, 0]  # by what is kept
         noise = noise[:, 1:].unflatten(1, (-1, TRIES))  # (B, N, T, D + 2)
         for k in range(self.n_slots):
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
@@ -884,7 +884,7 @@ def fit_prior(prior, model, encoding, steps, seed, batch=64, rate=2e-3):
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
         scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
         loss = -prior.log_prob(scene, generator, TRIED).mean()
-        optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, rate), 50.0)
+        optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, rate), 50.0, shared=False)
     return loss.item()
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
     torch.testing.assert_close(whole.light, given.light)
     assert whole.count.min() >= 2 and whole.count.max() == 4
     other = sample(made, noise, kept=2, scene=given._replace(slots=given.slots + 0))
-    nonsense = given._replace(slots=torch.cat([given.slots[:, :2], 1e3 + given.slots[:, 2:]], dim=1))
+    nonsense = given._replace(slots=torch.cat([given.slots[:, :2], math.inf * given.slots[:, 2:]], dim=1))
     torch.testing.assert_close(sample(made, noise, kept=2, scene=nonsense).slots, other.slots)  # is not looked at
     new = sample(made, noise, kept=0, scene=given)
     assert (new.slots - given.slots).abs().amax((1, 2)).min() > 1e-3 and (new.light - given.light).abs().min() > 0
@@ -284,6 +285,10 @@ def test_the_prior_graph_samples_as_the_model_does(sprites_run):
     light = noise[:, 0, : model.noise_sizes[1]].contiguous()
     inputs = {"noise": noise, "kept": kept, "given": given, "light": light}
     made = session.run("prior", **{name: value.numpy() for name, value in inputs.items()})
+    contract = json.loads((Path(__file__).parents[1] / "docs" / "contract.json").read_text())
+    rows, *columns = re.search("batch, (.*), W.*of (.*) and (.*)", contract["tensors"]["noise (mvae-image)"]).groups()
+    sizes = {"N": model.n_slots, "D": model.d, "L": model.noise_sizes[1]}
+    assert noise.shape[1:] == (eval(rows, sizes), max(eval(one, sizes) for one in columns))
     with torch.no_grad():
         scene = model.prior.sample(noise, kept, light, given)
         z, cell, background = model.slots(scene)
