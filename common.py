@@ -255,10 +255,11 @@ def log_spectral_distance(level, reference, bins=1):
 class Vocoder(nn.Module):
     """torchaudio's Griffin-Lim: STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * n_fft / 4)."""
 
-    outputs, to_stft_magnitude = ("waveform",), nn.Identity()
+    outputs = ("waveform",)
 
-    def __init__(self, n_fft, iterations=32):
+    def __init__(self, n_fft, iterations=32, to_stft_magnitude=nn.Identity()):
         super().__init__()
+        self.to_stft_magnitude = to_stft_magnitude
         self.inverse = GriffinLim(n_fft, iterations, hop_length=n_fft // 4, power=1, rand_init=False)
 
     def forward(self, spectrogram):
@@ -603,10 +604,10 @@ def build_model(kind, options):
         raise click.UsageError(f"these options make no {kind.__name__}: {error}") from error
 
 
-def load_model(folder, kind):
+def load_model(folder, build):
     """The trained model of a run folder; its `config` is config.json, step, last valid scores. Click exceptions."""
     config, curve, last = load_config(folder), Path(folder) / "curve.json", lambda path: read_json(path)[-1]
-    model = build_model(kind, config["options"])
+    model = build(config["options"])
     valid = load_file(curve, last, {}, click.UsageError) if curve.is_file() else {}
     model.config = config | {"step": load_checkpoint(folder, "cpu", model=model)["step"], "valid": valid}
     return model.eval()

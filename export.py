@@ -3,11 +3,11 @@
     python export.py runs/mvae-clevr-alpha-N6-seed0              # writes runs/.../export/
     python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript --static --fp16
 
-A run of train_vae_mnist gives encoder and decoder; of train_vae_audio these, prior and vocoder (Griffin-Lim); of
-train_mvae encoder, decoder (of slots on their own), composer (of any slots), and of sounds vocoder. What tensors mean,
-docs/contract.json, stands in model.json and in every file; docs/embedding.md has programs. A graph that differs from
-the model by more than its tolerance, at other sizes than it was traced with, on zeros, silence, full scale or noise, or
-gives NaN or infinity, is reported, the exit code is 1, and an export folder of before is left as it was.
+A run of train_vae_mnist gives encoder and decoder; of train_vae_audio these, prior and vocoder (Griffin-Lim), or, of
+waveforms, nn_tilde.ts for Max and Pure Data; of train_mvae encoder, decoder (of slots on their own), composer (of any
+slots), of sounds vocoder. docs/contract.json, what tensors mean, stands in model.json and every file; docs/embedding.md
+has programs. A graph that differs from the model by more than its tolerance, at other sizes than it was traced with, on
+zeros, full scale or noise, or gives NaN or infinity, is reported, exit code 1, and an export of before is left alone.
 """
 
 import hashlib
@@ -43,22 +43,24 @@ ROUNDED = 0.05  # the same of weights of fewer bits: a graph that differs more i
 DECIBELS = 3.0  # that a vocoder may lose in spectral convergence on any one input; on average it gains
 OF_SLOTS = ("mu", "logvar", "cell", "kl")  # outputs that a tie of two cells' KL may exchange, and so what is near them
 CONTRACT = json.loads((Path(__file__).parent / "docs" / "contract.json").read_text(encoding="utf-8"))
-FORMS = (".onnx", ".static.onnx", ".fp16.onnx", ".int8.onnx", ".pt")
+FORMS = (".onnx", ".static.onnx", ".fp16.onnx", ".int8.onnx", ".pt", ".ts")
 BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are traced with 2 and 3
 
 # ---------------------------------------------------------------- Inputs
 
 
 def dynamic_axes(inputs):
-    """{input: {axis: name}}: the batch, the slots of slots' latents, cells and layers, a spectrogram's frames."""
-    known = {"slots": {0: "slots"}, "spectrogram": {0: "batch", 2: "frames"}}
+    """{input: {axis: name}}: the batch, the slots of slots' latents, cells and layers, frames, blocks of a stream."""
+    known, stream = {"slots": {0: "slots"}, "spectrogram": {0: "batch", 2: "frames"}}, "cache" in inputs
+    blocks = {"z": {0: "batch", 2: "blocks"}, "waveform": {0: "batch", 1: "samples"}}
     slots = {n: {0: "batch", 1: "slots"} for n in ("z", "cell", "layer") if n in inputs and inputs[n].ndim > 2}
-    return {name: (known | slots).get(name, {0: "batch"}) for name in inputs}
+    return {name: (known | (blocks if stream else slots)).get(name, {0: "batch"}) for name in inputs}
 
 
 def resized(inputs, batch, slots, generator, frames=None):
     """The example inputs at another batch, number of slots and of frames, each entry somewhat changed."""
-    sizes, axes, other = {"batch": batch, "slots": slots, "frames": frames or 8 + 8 * slots}, dynamic_axes(inputs), {}
+    sizes = {"batch": batch, "slots": slots, "frames": frames or 8 + 8 * slots, "blocks": slots, "samples": 512 * slots}
+    axes, other = dynamic_axes(inputs), {}
     for name, value in inputs.items():
         for axis, kind in axes[name].items():
             repeated = torch.arange(sizes[kind])
@@ -374,12 +376,14 @@ def main(run_dir, out, **forms):
         lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
         with lock, tempfile.TemporaryDirectory(prefix=".partial", dir=out) as folder:
             agreed = [write_graph(Path(folder) / name, *pair, info, forms) for name, pair in graphs.items()]
+            for name, (module, given, expected) in getattr(script, "scripted", lambda _: {})(model).items():
+                module.save(str(Path(folder) / f"{name}.ts"), _extra_files={"model.json": json.dumps(info)})
+                agreed.append(largest_difference(("waveform",), (expected,), (module(given).numpy(),)) < TOLERANCE)
             if not all(agreed):
                 raise click.ClickException("an exported graph differs from the trained model; nothing was written")
             write_json(Path(folder) / "model.json", info)
             made = {file.name: hashlib.sha256(file.read_bytes()) for file in sorted(Path(folder).iterdir())}
-            sums = "".join(f"{digest.hexdigest()}  {name}\n" for name, digest in made.items())
-            (Path(folder) / "SHA256SUMS").write_text(sums)  # for `sha256sum -c`
+            (Path(folder) / "SHA256SUMS").write_text("".join(f"{d.hexdigest()}  {name}\n" for name, d in made.items()))
             for file in Path(folder).iterdir():
                 file.replace(out / file.name)
             for stale in {f"{graph}{form}" for graph, form in product(CONTRACT["graphs"], FORMS)} - made.keys():

@@ -1063,7 +1063,7 @@ FOREIGN = {"sprites": ("families", "download", "mix", "voices"), "clevr": ("fami
            "pictures": ("families", "download", "mix", "voices", "objects"), "nsynth-duo": ("objects", "detail", "mix"),
            "sounds": ("objects", "detail", "families", "download")}  # fmt: skip
 build = partial(build_model, MVAE)  # options -> an untrained model
-load = partial(load_model, kind=MVAE)  # a run folder -> its trained model
+load = partial(load_model, build=build)  # a run folder -> its trained model
 
 
 def check_options(options):  # or click.UsageError, for those that do not go together

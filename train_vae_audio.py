@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
+from scipy.signal import firwin, kaiser_beta
 from torch import nn
 from tqdm import tqdm
 
@@ -47,14 +48,13 @@ class STFTMagnitude(nn.Module):
 
     def forward(self, waveform):
         spectrum = self.stft(waveform)
-        return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag).sqrt_()
+        return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag).add_(1e-20).sqrt_()  # 0 has no gradient
 
 
 class Spectrogram(nn.Module):
     """Waveforms to compressed magnitudes and back to magnitudes; T = samples / hop + 1 frames.
 
-    `representation`: "stft" or "mel". `mean` (bins, 1) and `std` scale what a model sees; they are kept in the
-    checkpoint. Raises ValueError where a mel band would hold no bin.
+    `representation`: "stft" or "mel". Raises ValueError where a mel band would hold no bin.
     """
 
     def __init__(self, representation, n_fft, n_mels):
@@ -64,32 +64,22 @@ class Spectrogram(nn.Module):
         self.bins = n_fft // 2 + 1 if representation == "stft" else n_mels
         if representation == "mel":
             ends = (n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE)
-            bank = torchaudio.functional.melscale_fbanks(*ends, mel_scale="slaney").T
+            bank = torchaudio.functional.melscale_fbanks(*ends, mel_scale="slaney").T.contiguous()
             if (bank.amax(1) == 0).any():
                 raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
-            self.register_buffer("bank", bank.contiguous(), persistent=False)  # (bands, F)
-            inverse = torch.linalg.pinv(bank.double()).float()
-            self.register_buffer("bank_inverse", inverse.contiguous(), persistent=False)  # (F, bands)
-        self.register_buffer("mean", torch.zeros(self.bins, 1))
-        self.register_buffer("std", torch.ones(()))
+            self.register_buffer("bank", bank, persistent=False)  # (bands, F)
+            self.register_buffer(
+                "bank_inverse", torch.linalg.pinv(bank.double()).float().contiguous(), persistent=False
+            )
 
     def forward(self, waveform):
         """(B, samples) -> levels (B, bins, T)."""
-        return self.level(self.magnitude(waveform))
-
-    def level(self, magnitude):
-        """STFT magnitudes (B, F, T) -> levels (B, bins, T)."""
+        magnitude = self.magnitude(waveform)
         return log_compress(magnitude if self.representation == "stft" else self.bank @ magnitude)
 
     def to_stft_magnitude(self, magnitude):
         """Magnitudes (B, bins, T) -> those of the STFT, (B, F, T): for mel bands the least that give them, cut at 0."""
         return magnitude if self.representation == "stft" else (self.bank_inverse @ magnitude).clamp(min=0)
-
-    def scale(self, level):
-        return (level - self.mean) / self.std
-
-    def unscale(self, scaled):
-        return (scaled * self.std + self.mean).clamp(min=0)
 
 
 def stft_magnitude(waveform):
@@ -104,11 +94,13 @@ def spectral_convergence(magnitude, reference):
 
 
 def load_splits(options):
-    """The splits of `load_notes`, training notes up to --transpose semitones higher and lower too; and their source.
-
-    What would leave MIDI's pitches is left out; pitches that are not known stay so.
-    """
+    """The splits of `load_notes`, training notes up to --transpose semitones higher and lower too, within MIDI's; and
+    their source. Raises click.UsageError where a model is to be asked for pitches, and some are not known."""
     splits, source = load_notes(options)
+    unknown = [note.name for split in splits.values() for note in split.notes if note.pitch < 0]
+    if options["condition"] == "both" and unknown:
+        found = f"{len(unknown)} files carry no pitch, such as {unknown[0]}"
+        raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
     if options["transpose"]:
         moves = range(-options["transpose"], options["transpose"] + 1)
         pairs = ((note, k) for note in splits["train"].notes for k in moves)
@@ -118,14 +110,6 @@ def load_splits(options):
     return splits, source
 
 
-def check_labels(splits):
-    """Raise click.UsageError where notes have no pitch."""
-    pitches = {note.name: note.pitch for split in splits.values() for note in split.notes}
-    if unknown := [name for name, pitch in pitches.items() if pitch < 0]:
-        found = f"{len(unknown)} of {len(pitches)} files carry no pitch, such as {unknown[0]}"
-        raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
-
-
 def note_batch(split, index, device):
     """The notes at `index`: waveform (B, SAMPLES), pitch and family (B,), on the device."""
     return tuple(v.to(device) for v in (split.waveform(index), split.pitch[index], split.family[index]))
@@ -133,7 +117,8 @@ def note_batch(split, index, device):
 
 # ---------------------------------------------------------------- Model
 
-PATCH = 4  # frames that one convolution takes together, in both steps
+PATCH = 4  # frames that one convolution takes together
+SCORES = 64  # principal components that a prior has of more latents
 START_NOTES = 1000  # that the start is computed from
 
 
@@ -151,52 +136,86 @@ def principal(x, n):
     return mean, F.pad(values.sqrt(), (0, missing)), F.pad(vectors, (0, missing))
 
 
+def start_patches(x, encoder, decoder):
+    """Initialise two convolutions of PATCH steps each, in and out, as a PCA of x (n, channels, T): x encoded."""
+    patches = x.unfold(2, PATCH, PATCH).transpose(1, 2).flatten(2).flatten(0, 1)  # (n T / PATCH, channels * PATCH)
+    few = patches[:: max(1, len(patches) // 20_000)]
+    mean, scales, directions = principal(few, encoder.out_channels)
+    scale = scales.square().mean().sqrt()
+    encoder.weight.copy_((directions / scale).T.view_as(encoder.weight))
+    encoder.bias.copy_(-mean @ directions / scale)
+    decoder.weight.copy_((directions * scale).T.view_as(decoder.weight))
+    decoder.bias.copy_(mean.view(-1, PATCH).mean(1))
+    return encoder(x)
+
+
+def start_latents(h, label, posterior, latents):
+    """Initialise the layers from and to features h (n, k) as a PCA of what the label (n, n_labels) does not explain."""
+    y = torch.ones(len(h), 1) if label is None else F.pad(label, (0, 1), value=1.0)  # the constant comes last
+    by_label = torch.linalg.solve(y.T @ y + torch.eye(y.shape[1]), y.T @ h)  # ridge: (n_labels + 1, k)
+    d = len(posterior.bias) // 2
+    mean, scales, directions = principal(h - y @ by_label, d)
+    inward = torch.where(scales > 1e-3 * scales[0] + 1e-6, directions / scales, 0.0)  # none of too few notes
+    weight = torch.cat([inward.T, -(by_label[:-1] @ inward).T], dim=1)
+    posterior.weight.copy_(F.pad(weight, (0, 0, 0, d)).view_as(posterior.weight))
+    posterior.bias[:d] = -(by_label[-1] + mean) @ inward
+    posterior.bias[d:] = 3.0
+    latents.weight.copy_(torch.cat([directions * scales, by_label[:-1].T], dim=1).view_as(latents.weight))
+    latents.bias.copy_(by_label[-1] + mean)
+
+
 class FittedPrior(nn.Module):
     """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
 
     Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). A flow upon
-    it learns the instruments by heart (docs/prior.md).
+    it learns the instruments by heart (docs/prior.md). Of more than SCORES latents it has as many principal components.
     """
 
     def __init__(self, d, conditional, n_families):
         super().__init__()
-        self.conditional, groups = conditional, n_families if conditional else 1
-        self.register_buffer("mean", torch.zeros(groups, 3, d))
-        self.register_buffer("factor", torch.eye(d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
-        # The range of pitches fitted, beyond which the parabola does not go on.
-        self.register_buffer("lowest", torch.zeros(groups))
-        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
+        self.conditional, self.d, groups = conditional, min(d, SCORES), n_families if conditional else 1
+        self.register_buffer("typical", torch.zeros(d))
+        self.register_buffer("directions", torch.eye(d, self.d))
+        self.register_buffer("mean", torch.zeros(groups, 3, self.d))
+        self.register_buffer("factor", torch.eye(self.d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
+        # The range of pitches fitted, beyond which the parabola does not go on; without a label, C4 alone.
+        self.register_buffer("lowest", torch.full((groups,), 0.0 if conditional else 60.0))
+        self.register_buffer("highest", torch.full((groups,), float(PITCHES) if conditional else 60.0))
 
-    def groups_and_powers(self, like, pitch, family):
-        """The Gaussian each of `like` (n, ...) belongs to, and 1, x, x^2 of its pitch in octaves from C4: (n, 3)."""
-        x = torch.zeros_like(like[:, 0])
-        group = family if self.conditional else x.long()
-        if self.conditional:
-            x = (torch.minimum(torch.maximum(pitch.float(), self.lowest[family]), self.highest[family]) - 60) / 12
-        return group, torch.stack([torch.ones_like(x), x, x.square()], dim=1)
+    def powers(self, pitch, family):
+        """1, x and x^2 of pitches in octaves from C4, cut to the range that was fitted: (n, 3)."""
+        x = (pitch.float().clamp(self.lowest[family], self.highest[family]) - 60) / 12
+        return torch.stack([torch.ones_like(x), x, x.square()], dim=1)
 
     def forward(self, noise, pitch=None, family=None):
-        """Standard normal noise (n, D), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
-        group, powers = self.groups_and_powers(noise, pitch, family)
-        mean = (powers[:, :, None] * self.mean[group]).sum(1)
-        return mean + (self.factor[group] @ noise[:, :, None])[:, :, 0]
+        """Standard normal noise (n, d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
+        none = torch.zeros_like(noise[:, 0]).long()
+        pitch, family = (pitch, family) if self.conditional else (none, none)
+        mean = (self.powers(pitch, family)[:, :, None] * self.mean[family]).sum(1)
+        return self.typical + (mean + (self.factor[family] @ noise[:, :, None])[:, :, 0]) @ self.directions.T
 
     @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
         """Fit to posteriors (n, D) of notes of pitch and family (n,): their means' covariance and mean variance."""
+        if self.d < len(self.typical):
+            self.typical[:], _, self.directions[:] = principal(mu, self.d)
+        scores, variance = (mu - self.typical) @ self.directions, logvar.exp() @ self.directions.square()
+        family = family if self.conditional else torch.zeros_like(family)
         # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
-        for k in family.unique() if self.conditional else range(1):
-            some = family == k if self.conditional else slice(None)
-            self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
-            _, x = self.groups_and_powers(mu[some], pitch[some], family[some])
-            self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ mu[some])
-            rest = mu[some] - x @ self.mean[k]
-            scatter = rest.T @ rest + torch.diag(1 + logvar[some].exp().sum(0))
+        for k in family.unique():
+            some = family == k
+            if self.conditional:
+                self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
+            x = self.powers(pitch[some], family[some])
+            self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ scores[some])
+            rest = scores[some] - x @ self.mean[k]
+            scatter = rest.T @ rest + torch.diag(1 + variance[some].sum(0))
             self.factor[k] = torch.linalg.cholesky(scatter / (1 + len(rest)))
 
 
 def with_label(x, label):
-    """x (B, n) and label (B, n_labels) side by side."""
+    """x (B, n) or (B, n, T), and label (B, n_labels) side by side, at every step in time."""
+    label = label if label is None or x.ndim == 2 else label[:, :, None].expand(-1, -1, x.shape[2])
     return x if label is None else torch.cat([x, label], dim=1)
 
 
@@ -207,55 +226,44 @@ class ColumnNorm(nn.GroupNorm):
         return super().forward(x[..., None])[..., 0]
 
 
-class NoteVAE(nn.Module):
-    """p(z) = N(0, I), p(x | z, y) Gaussian around a decoded spectrogram, q(z | x, y) a Gaussian of diagonal covariance.
+class FrameNorm(nn.GroupNorm):
+    """Of (B, C, T), at every step in time by itself."""
 
-    y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). Convolutions run along time, with the
-    frequency bins as channels: a note's partials move together, which no filter that is local in frequency can see.
-    `start_at` initialises the net as a three-stage PCA, the linear VAE's optimum (Lucas et al. 2019).
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        return super().forward(x.flatten(0, 1)).view_as(x).transpose(1, 2)
+
+
+def blocks(channels, n, conv, norm):
+    """Residual blocks that start as the identity."""
+    blocks = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(n)])
+    for block in blocks:
+        block.norm1, block.norm2 = norm(8, channels), norm(8, channels)
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+    return blocks
+
+
+class NoteVAE(nn.Module):
+    """p(z) = N(0, I), p(x | z, y) Gaussian around what is decoded, q(z | x, y) a Gaussian of diagonal covariance.
+
+    y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). `latents` is the shape of a note's z,
+    `crop` how many of its samples are seen in training. Both kinds look along time, with frequencies as channels, as a
+    note's partials move together, and start as PCAs, the linear VAE's optimum (Lucas et al. 2019). Of both, `front`
+    makes x of waveforms; x, as decoded too, is `views` to the objective, a `level` to eyes, a `sound` to ears.
     """
 
-    def __init__(self, *, representation, n_fft, n_mels, d, channels, condition, families):
+    def __init__(self, d, latents, crop, bins, channels, condition, families):
         super().__init__()
         if channels % 8:
             raise ValueError(f"--channels {channels} must be a multiple of 8")
-        self.d, self.condition = d, condition
-        self.spectrogram = Spectrogram(representation, n_fft, n_mels)
-        bins, self.frames = self.spectrogram.bins, SAMPLES // self.spectrogram.hop + 1
-        n_labels = 0 if condition == "none" else PITCHES + len(families)
-        self.prior = FittedPrior(d, condition == "both", len(families))
+        self.d, self.latents, self.crop, self.condition = d, latents, crop, condition
+        self.n_labels = 0 if condition == "none" else PITCHES + len(families)
+        self.prior = FittedPrior(math.prod(latents), condition == "both", len(families))
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
-        self.register_buffer("families", torch.eye(len(families) if n_labels else 0), persistent=False)
-        self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
-        wide = channels * self.coarse
-        self.encoder = nn.ModuleDict({
-            "patches": nn.Conv1d(bins, channels, PATCH, stride=PATCH),
-            "fine": self.blocks(channels, 1),
-            "merge": nn.Conv1d(channels, channels, PATCH, stride=PATCH),
-            "coarse": self.blocks(channels, 2),
-            "posterior": nn.Linear(wide + n_labels, 2 * d),
-        })  # fmt: skip
-        self.decoder = nn.ModuleDict({
-            "latents": nn.Linear(d + n_labels, wide),
-            "coarse": self.blocks(channels, 2),
-            "split": nn.ConvTranspose1d(channels, channels, PATCH, stride=PATCH),
-            "fine": self.blocks(channels, 1),
-            "patches": nn.ConvTranspose1d(channels, bins, PATCH, stride=PATCH),
-        })  # fmt: skip
-
-    @staticmethod
-    def blocks(channels, n):
-        """Residual blocks that start as the identity."""
-        blocks = nn.Sequential(*[ResBlock(channels, norm=True, conv=nn.Conv1d) for _ in range(n)])
-        for block in blocks:
-            block.norm1, block.norm2 = (ColumnNorm(norm.num_groups, channels) for norm in (block.norm1, block.norm2))
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
-        return blocks
-
-    @property
-    def device(self):
-        return self.pitches.device
+        self.register_buffer("families", torch.eye(len(families) if self.n_labels else 0), persistent=False)
+        self.register_buffer("mean", torch.zeros(bins, 1))  # of levels, and their deviation
+        self.register_buffer("std", torch.ones(()))
 
     def label(self, pitch=None, family=None):
         """MIDI pitch (B,) and index of the family (B,) -> (B, n_labels); None for a model without a label."""
@@ -265,98 +273,297 @@ class NoteVAE(nn.Module):
         # A negative number would count from the end; this one is refused.
         return torch.cat([table[torch.where(index < 0, PITCHES, index)] for table, index in known], dim=1)
 
-    def encode(self, level, label):
-        """Levels (B, bins, T), label (B, n_labels) -> mu, logvar, each (B, D); no posterior is wider than the prior."""
-        x = F.pad(self.spectrogram.scale(level), (0, self.coarse * PATCH**2 - self.frames))
-        for name in ("patches", "fine", "merge", "coarse"):
-            x = self.encoder[name](x)
-        mu, width = self.encoder["posterior"](with_label(x.flatten(1), label)).float().chunk(2, dim=1)
+    def scaled(self, level):
+        return (level - self.mean) / self.std
+
+    def encode(self, x, label):
+        """x, label (B, n_labels) -> mu, logvar; no posterior is wider than the prior."""
+        mu, width = self.posterior(with_label(self.encoder(self.scaled(x)), label)).float().chunk(2, dim=1)
         return mu, -F.softplus(width)
 
-    def decode(self, z, label):
-        """z (B, D), label (B, n_labels) -> scaled levels (B, bins, T); `spectrogram.unscale` makes levels of them."""
-        h = self.decoder["latents"](with_label(z, label)).unflatten(1, (-1, self.coarse))  # (B, channels, coarse)
-        for name in ("coarse", "split", "fine", "patches"):
-            h = self.decoder[name](h)
-        return h[:, :, : self.frames].float()
+    def reconstruct(self, x, label):
+        """x -> what is decoded from the posterior's mean, mu and logvar."""
+        mu, logvar = self.encode(x, label)
+        return self.decode(mu, label), mu, logvar
 
-    def reconstruct(self, level, label):
-        """Levels (B, bins, T) -> the levels decoded from the posterior's mean, mu and logvar (B, D)."""
-        mu, logvar = self.encode(level, label)
-        return self.spectrogram.unscale(self.decode(mu, label)), mu, logvar
+
+class SpectrumVAE(NoteVAE):
+    """D latents a note, all of which is seen at once: its spectrogram, levels (B, bins, T)."""
+
+    def __init__(self, *, representation, n_fft, n_mels, d, channels, condition, families):
+        spectrogram = Spectrogram(representation, n_fft, n_mels)
+        super().__init__(d, (d,), SAMPLES, spectrogram.bins, channels, condition, families)
+        self.front, self.level = spectrogram, partial(torch.clamp, min=0)
+        self.vocoder = Vocoder(n_fft, to_stft_magnitude=spectrogram.to_stft_magnitude)
+        self.frames, around = SAMPLES // spectrogram.hop + 1, (nn.Conv1d, ColumnNorm)
+        self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
+        self.encoder = nn.Sequential(
+            nn.ConstantPad1d((0, self.coarse * PATCH**2 - self.frames), 0.0),
+            nn.Conv1d(spectrogram.bins, channels, PATCH, stride=PATCH), blocks(channels, 1, *around),
+            nn.Conv1d(channels, channels, PATCH, stride=PATCH), blocks(channels, 2, *around), nn.Flatten(),
+        )  # fmt: skip
+        self.posterior = nn.Linear(channels * self.coarse + self.n_labels, 2 * d)
+        self.latent_layer = nn.Linear(d + self.n_labels, channels * self.coarse)
+        self.decoder = nn.Sequential(
+            nn.Unflatten(1, (channels, self.coarse)), blocks(channels, 2, *around),
+            nn.ConvTranspose1d(channels, channels, PATCH, stride=PATCH), blocks(channels, 1, *around),
+            nn.ConvTranspose1d(channels, spectrogram.bins, PATCH, stride=PATCH),
+        )  # fmt: skip
+
+    def views(self, x):
+        return [self.scaled(x)]
+
+    def sound(self, x):
+        """Levels (B, bins, T) -> waveforms (B, SAMPLES), through Griffin-Lim."""
+        return self.vocoder(log_expand(self.level(x)))
+
+    def decode(self, z, label):
+        """z (B, D), label (B, n_labels) -> levels (B, bins, T)."""
+        h = self.decoder(self.latent_layer(with_label(z, label)))
+        return h[..., : self.frames].float() * self.std + self.mean
 
     @torch.no_grad()
     def start_at(self, level, label):
-        """Set the scaling from levels (n, bins, T), and initialise the net as a PCA in stages: of patches of frames, of
-        patches of those, and what the label (n, n_labels) does not explain of a note; latents get variance 1."""
-        self.spectrogram.mean.copy_(level.mean((0, 2))[:, None])
-        self.spectrogram.std.copy_(level.std())
-        x = F.pad(self.spectrogram.scale(level), (0, self.coarse * PATCH**2 - self.frames))
-        for inward, outward in (("patches", "patches"), ("merge", "split")):
-            patches = x.unfold(2, PATCH, PATCH).transpose(1, 2).flatten(2)  # (n, T', channels * PATCH)
-            few = patches.flatten(0, 1)
-            few = few[:: max(1, len(few) // 20_000)]
-            encoder, decoder = self.encoder[inward], self.decoder[outward]
-            mean, scales, directions = principal(few, encoder.out_channels)
-            scale = scales.square().mean().sqrt()
-            encoder.weight.copy_((directions / scale).T.view_as(encoder.weight))
-            encoder.bias.copy_(-mean @ directions / scale)
-            decoder.weight.copy_((directions * scale).T.view_as(decoder.weight))
-            decoder.bias.copy_(mean.view(-1, PATCH).mean(1))
-            x = encoder(x)
-        h = x.flatten(1)  # (n, wide)
-        y = torch.ones(len(h), 1) if label is None else F.pad(label, (0, 1), value=1.0)  # the constant comes last
-        by_label = torch.linalg.solve(y.T @ y + torch.eye(y.shape[1]), y.T @ h)  # ridge: (n_labels + 1, wide)
-        mean, scales, directions = principal(h - y @ by_label, self.d)
-        inward = torch.where(scales > 1e-3 * scales[0] + 1e-6, directions / scales, 0.0)  # none of too few notes
-        posterior, latents = self.encoder["posterior"], self.decoder["latents"]
-        posterior.weight.zero_()
-        posterior.weight[: self.d] = torch.cat([inward.T, -(by_label[:-1] @ inward).T], dim=1)
-        posterior.bias[: self.d] = -(by_label[-1] + mean) @ inward
-        posterior.bias[self.d :] = 3.0
-        latents.weight.copy_(torch.cat([directions * scales, by_label[:-1].T], dim=1))
-        latents.bias.copy_(by_label[-1] + mean)
+        """Scaling, and the net as a PCA: of patches of frames of levels (n, bins, T), of patches of those, and of what
+        the label (n, n_labels) does not explain of a note; latents get variance 1."""
+        self.mean.copy_(level.mean((0, 2))[:, None])
+        self.std.copy_(level.std())
+        x = start_patches(self.encoder[0](self.scaled(level)), self.encoder[1], self.decoder[4])
+        x = start_patches(x, self.encoder[3], self.decoder[2])
+        start_latents(x.flatten(1), label, self.posterior, self.latent_layer)
 
 
-build = partial(build_model, NoteVAE)  # options -> an untrained model
-load = partial(load_model, kind=NoteVAE)  # a run folder -> its trained model
+# ---------------------------------------------------------------- Model of waveforms
+
+BANDS, TAPS, CUTOFF = 16, 193, 0.0367312  # of the filters; with this cutoff the sum of all bands is flattest
+NARROW, HOP = 16, 8  # narrow bands and oscillators of every band, and how many of its samples one value stands for
+BLOCK = BANDS * HOP * PATCH  # samples of one step of the latents
+WINDOW = 64  # samples of a band that narrow bands are seen through
+DELAY, AHEAD = 704, 2  # samples that a decoded sound comes late, by filters and windows; blocks that hold as many
+RESOLUTIONS = 2048, 1024, 512, 256  # n_fft of the spectra that the objective compares
+
+
+class Causal(nn.Module):
+    """A layer that looks back: at zeros, or, within `stream`, at what it saw in the block before."""
+
+    past = None
+
+    def recall(self, x):
+        """x (B, C, T) after its past, of shape `memory`, (C, frames): (B, C, frames + T)."""
+        x = torch.cat([x.new_zeros(len(x), *self.memory) if self.past is None else self.past, x], dim=2)
+        self.past = None if self.past is None else x[:, :, -self.memory[1] :]
+        return x
+
+
+def stream(function, net, x, cache):
+    """function(x) of a block (B, ...) that goes on from `cache` (B, n), zeros at the start, of layers of `net`; and the
+    cache for the next. Blocks, one after another, give what the whole gives."""
+    layers = [layer for layer in net.modules() if isinstance(layer, Causal)]
+    for layer, part in zip(layers, cache.split([math.prod(layer.memory) for layer in layers], dim=1), strict=True):
+        layer.past = part.unflatten(1, layer.memory)
+    output, cache = function(x), torch.cat([layer.past.flatten(1) for layer in layers], dim=1)
+    for layer in layers:
+        layer.past = None
+    return output, cache
+
+
+class CausalConv(Causal, nn.Conv1d):
+    def __init__(self, channels, out_channels, kernel, padding=0):  # its past is all the padding that it has
+        super().__init__(channels, out_channels, kernel)
+        self.memory = channels, kernel - 1
+
+    def forward(self, x):
+        return super().forward(self.recall(x))
+
+
+MIDDLES = (torch.arange(BANDS * NARROW, dtype=torch.float64) + 0.5) * RATE / 2 / BANDS / NARROW  # of narrow bands, Hz
+PROTOTYPE = torch.from_numpy(firwin(TAPS, CUTOFF, window=("kaiser", kaiser_beta(90))))  # of all filters of bands
+
+
+class PQMF(Causal):
+    """Cosine-modulated filters that nearly reconstruct (Rothweiler 1983): waveforms (B, T BANDS) <-> bands (B, BANDS,
+    T) of 500 Hz, by convolutions of polyphase components. Back, sound is 177 samples late."""
+
+    def __init__(self, synthesis):
+        super().__init__()
+        self.synthesis, band, time = synthesis, torch.arange(BANDS)[:, None], torch.arange(TAPS) - TAPS // 2
+        phase = (-1) ** band * math.pi / 4 * (-1 if synthesis else 1)
+        filters = 2 * PROTOTYPE * torch.cos((band + 0.5) * math.pi / BANDS * time + phase)
+        parts = F.pad(filters, (0, -TAPS % BANDS)).unflatten(1, (-1, BANDS)).flip(1)  # (band, step, sample)
+        weight = BANDS * parts.permute(2, 0, 1) if synthesis else parts.flip(2).transpose(1, 2)
+        self.register_buffer("weight", weight.float().contiguous(), persistent=False)
+        self.memory = BANDS, weight.shape[2] - 1
+
+    def forward(self, x):
+        if self.synthesis:
+            return F.conv1d(self.recall(x), self.weight).transpose(1, 2).flatten(1)
+        return F.conv1d(self.recall(x.unflatten(1, (-1, BANDS)).transpose(1, 2)), self.weight)
+
+
+class NarrowBands(Causal):
+    """Bands (B, BANDS, T) -> of the narrow bands that each has NARROW of, levels, and by how much what sounds is off
+    their middle, -1 to 1 at the ends, times a quarter of the level: (B, 2, BANDS * NARROW, T / HOP)."""
+
+    def __init__(self):
+        super().__init__()
+        angle = math.pi / NARROW * (torch.arange(NARROW)[:, None] + 0.5) * torch.arange(WINDOW)
+        even = torch.stack([angle.cos(), -angle.sin()], dim=1) * torch.hann_window(WINDOW)  # (NARROW, 2, WINDOW)
+        odd = (even * torch.tensor([1.0, -1.0])[:, None]).flip(0)  # every other band is upside down
+        weight = BANDS * torch.stack([even, odd]).repeat(BANDS // 2, 1, 1, 1).flatten(0, 2)[:, None]
+        turn = 2 * math.pi * HOP * BANDS / RATE * MIDDLES[:, None]  # of a middle's phase in a hop
+        self.register_buffer("weight", weight, persistent=False)  # levels are as n_fft 1024 gives
+        self.register_buffer("turn", torch.stack([turn.cos(), turn.sin()]).float(), persistent=False)
+        self.memory = BANDS, WINDOW
+
+    def forward(self, x):
+        spectrum = F.conv1d(self.recall(x), self.weight, stride=HOP, groups=BANDS).unflatten(1, (-1, 2))
+        re, im = spectrum.unbind(2)  # (B, n, 1 + T / HOP): the frame before, too
+        magnitude = (re.square() + im.square()).clamp(min=1e-12).sqrt()
+        cosine = re[..., 1:] * re[..., :-1] + im[..., 1:] * im[..., :-1]
+        sine = im[..., 1:] * re[..., :-1] - re[..., 1:] * im[..., :-1]
+        off = (sine * self.turn[0] - cosine * self.turn[1]) / (magnitude[..., 1:] * magnitude[..., :-1])
+        level = log_compress(magnitude[..., 1:])
+        return torch.stack([level, (off * 2**0.5).clamp(-1, 1) * level / 4], dim=1)  # an eighth turn is at the end
+
+
+class Oscillators(Causal):
+    """A sine in each of n narrow bands: levels (B, n, T) -> bands (B, BANDS, T HOP).
+
+    `shift` (B, n, T) is how far sines are off the middle of narrow bands, -1 to 1 at the ends. Amplitudes and
+    frequencies go on in lines, and phases are sums of these (McAulay & Quatieri 1986): a steady sound has steady
+    latents. By how much a sine is in which bands is nearly linear in its frequency.
+    """
+
+    def __init__(self):
+        super().__init__()
+        step, n = torch.arange(1, HOP + 1) / HOP, len(MIDDLES)
+        line, area = torch.stack([1 - step, step]), HOP * step * (step + 1 / HOP) / 2  # from the frame before to this
+        turns, edge = MIDDLES[:, None] * step * HOP * BANDS / RATE, RATE / 4 / n
+        low, middle, high = (self.gains(MIDDLES + off) for off in (-edge, 0, edge))
+        swept = torch.stack([HOP * step - area, area]) * edge * BANDS / RATE
+        mix = torch.cat([middle, (high - low) / 2])  # (4, BANDS, n)
+        for name, table in {"line": line, "swept": swept, "turns": turns, "mix": mix}.items():
+            self.register_buffer(name, table.float(), persistent=False)
+        self.memory = 4 * n, 1  # what pairs of frames are made of, and phases
+
+    @staticmethod
+    def gains(hertz):
+        """What filters make of cosines and sines of frequencies (n,), in whose middle these begin: (2, BANDS, n)."""
+        time = torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1
+        angle = 2 * math.pi / RATE * hertz[:, None] * time
+        return torch.stack([PQMF(synthesis=False)(x.float())[:, :, -1].T for x in (angle.cos(), -angle.sin())])
+
+    def forward(self, level, shift):
+        loud = (F.softplus(level, beta=4).exp() - 1) / (256 * COMPRESSION)
+        values = torch.cat([loud, loud * shift, shift], dim=1)  # (B, 3 n, T)
+        past = level.new_zeros(len(level), *self.memory) if self.past is None else self.past
+        before, phase = past.split([values.shape[1], level.shape[1]], dim=1)
+        pairs = torch.stack([torch.cat([before, values[..., :-1]], dim=2), values], dim=3).chunk(3, dim=1)
+        loud, changed, swept = pairs[0] @ self.line, pairs[1] @ self.line, pairs[2] @ self.swept  # (B, n, T, HOP)
+        exact = torch.float32 if level.device.type == "mps" else torch.float64  # sums of thousands of turns
+        ends = (phase + (swept[..., -1] + self.turns[:, -1:]).to(exact).cumsum(2)).remainder(1).float()  # (B, n, T)
+        begun = torch.cat([phase, ends[..., :-1]], dim=2)[..., None]
+        angle = 2 * math.pi * (begun + swept + self.turns[:, None])
+        parts = loud * angle.cos(), loud * angle.sin(), changed * angle.cos(), changed * angle.sin()
+        if self.past is not None:
+            self.past = torch.cat([values[..., -1:], ends[..., -1:]], dim=1)
+        return sum(mix @ part.flatten(2) for mix, part in zip(self.mix, parts, strict=True))  # (B, BANDS, T HOP)
+
+
+class WaveVAE(NoteVAE):
+    """D latents every BLOCK samples of sound, which is compared in spectra. Causal: the encoder sees levels of narrow
+    bands, and the decoder tells oscillators in these how to sound: in bands, as RAVE (Caillon & Esling 2021), with
+    phases that no net needs to learn (Engel et al. 2020)."""
+
+    def __init__(self, *, d, channels, condition, families):
+        n, around, latents = len(MIDDLES), (CausalConv, FrameNorm), (d, SAMPLES // BLOCK + AHEAD)
+        super().__init__(d, latents, 32 * BLOCK, n, channels, condition, families)
+        self.front, self.level, self.sound = nn.Identity(), Spectrogram("stft", 1024, 0), nn.Identity()
+        self.magnitudes = nn.ModuleList(STFTMagnitude(n_fft) for n_fft in RESOLUTIONS)
+        self.analysis = nn.Sequential(PQMF(synthesis=False), NarrowBands())
+        self.encoder = nn.Sequential(nn.Conv1d(n, channels, PATCH, stride=PATCH), blocks(channels, 3, *around))
+        self.posterior = nn.Conv1d(channels + self.n_labels, 2 * d, 1)
+        self.latent_layer = nn.Conv1d(d + self.n_labels, channels, 1)
+        to_frames = nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH)
+        self.decoder = nn.Sequential(blocks(channels, 3, *around), to_frames, blocks(n, 2, *around))
+        self.shift = nn.Conv1d(n, n, 1)
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+        self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
+
+    def views(self, x):
+        return [*(log_compress(magnitude(x)) for magnitude in self.magnitudes), self.analysis(x)[:, 1]]
+
+    def scaled(self, waveform):
+        with torch.autocast(waveform.device.type, enabled=False):
+            return super().scaled(self.analysis(waveform)[:, 0])  # (B, n, T PATCH)
+
+    def encode(self, x, label):
+        """Waveforms (B, T BLOCK), silence after them, label (B, n_labels) -> mu, logvar (B, D, T + AHEAD)."""
+        return super().encode(F.pad(x, (0, AHEAD * BLOCK)), label)
+
+    def decode(self, z, label):
+        """z (B, D, T + AHEAD), label (B, n_labels) -> waveforms (B, T BLOCK)."""
+        return self.synthesise(z, label)[:, DELAY : DELAY - AHEAD * BLOCK]
+
+    def synthesise(self, z, label):
+        """z (B, D, T), label (B, n_labels) -> waveforms (B, T BLOCK), DELAY samples late."""
+        h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, n, T PATCH)
+        with torch.autocast(z.device.type, enabled=False):
+            shift = self.shift(h.float()).tanh()
+            return self.synthesis(self.oscillators(h.float() * self.std + self.mean, shift))
+
+    @torch.no_grad()
+    def start_at(self, waveform, label):
+        """Scaling, and the net as a PCA: of levels in blocks of waveforms (n, samples), and of what the label
+        (n, n_labels) does not explain of these."""
+        level = torch.cat([self.analysis(some)[:, 0] for some in waveform.split(CHUNK)])
+        self.mean.copy_(level.mean((0, 2))[:, None])
+        self.std.copy_(level.std())
+        h = start_patches(super().scaled(level), self.encoder[0], self.decoder[1])
+        label = None if label is None else label.repeat_interleave(h.shape[2], dim=0)
+        start_latents(h.transpose(1, 2).flatten(0, 1), label, self.posterior, self.latent_layer)
+
+
+def build(options):
+    """An untrained model of these options."""
+    return build_model(WaveVAE if options.get("representation") == "waveform" else SpectrumVAE, options)
+
+
+load = partial(load_model, build=build)  # a run folder -> its trained model
 
 
 def start_at_notes(model, split):
     """`start_at` on at most START_NOTES notes of a split, spread evenly, transposed ones among them."""
     even = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
     index = torch.tensor(split.usable(even.tolist()))
-    level = torch.cat([level for _, level, _ in in_chunks(model, split, index)])
-    model.start_at(level, model.label(split.pitch[index], split.family[index]))
+    x = torch.cat([x for _, x, _ in in_chunks(model, split, index)])
+    model.start_at(x, model.label(split.pitch[index], split.family[index]))
     return model
 
 
 # ---------------------------------------------------------------- Objective
 
 
-def mean_over_processes(value):
-    """A number, averaged over all processes, in which it is the same afterwards."""
-    if not dist.is_initialized():
-        return value
-    total = value.double()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
-
-
-def objective(model, level, label, noise, beta):
-    """The loss of a batch, and its terms in nats per note: levels (B, bins, T), label (B, n_labels), noise (B, D).
+def objective(model, x, label, noise, beta):
+    """The loss of a batch, and its terms in nats per note: x as the model sees it, label (B, n_labels), standard noise.
 
     The Gaussian's variance is the mean squared error over the batch of all processes, the most likely one (sigma-VAE,
-    Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net can reach. It is held constant: at the
-    optimum the loss does not change with it to first order. The loss is in nats per value of the spectrogram.
+    Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net can reach; of several views of a sound
+    the mean of theirs. It is held constant: at the optimum the loss does not change with it to first order. The loss is
+    in nats per value of a spectrogram.
     """
-    mu, logvar = model.encode(level, label)
-    decoded = model.decode(reparameterize(mu, logvar, noise), label)
-    error = (decoded - model.spectrogram.scale(level)).square().mean()
-    variance = torch.as_tensor(mean_over_processes(error.detach()), dtype=torch.float32)
-    kl, values = gaussian_kl(mu, logvar).sum(1).mean(), level[0].numel()
-    reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance)
-    terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.sqrt()}
+    mu, logvar = model.encode(x, label)
+    noise = noise[..., : mu.shape[-1]]  # a part of a note has fewer latents
+    views = zip(model.views(model.decode(reparameterize(mu, logvar, noise), label)), model.views(x), strict=True)
+    error = torch.stack([(decoded - view).square().mean() for decoded, view in views])
+    variance = error.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(variance)
+        variance /= dist.get_world_size()
+    kl, values = gaussian_kl(mu, logvar).flatten(1).sum(1).mean(), model.views(x[:1])[0].numel()
+    reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance).mean()
+    terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.mean().sqrt()}
     return (reconstruction + beta * kl) / values, terms
 
 
@@ -370,81 +577,48 @@ CHUNK = 32  # notes that are encoded, decoded and heard at a time
 
 @torch.no_grad()
 def in_chunks(model, split, index):
-    """Of the notes at `index`, CHUNK at a time, on the model's device: waveforms, levels (B, bins, T), labels."""
+    """Of the notes at `index`, CHUNK at a time, on the model's device: waveforms, what the model sees, labels."""
     for some in index.split(CHUNK):
-        waveform, pitch, family = note_batch(split, some, model.device)
-        yield waveform, model.spectrogram(waveform), model.label(pitch, family)
+        waveform, pitch, family = note_batch(split, some, model.mean.device)
+        yield waveform, model.front(waveform), model.label(pitch, family)
 
 
 @torch.no_grad()
-def posteriors(model, split, index):
-    """The posteriors of the notes at `index`: mu and logvar (n, D), on the CPU."""
-    parts = [model.encode(level, label) for _, level, label in in_chunks(model, split, index)]
-    return tuple(torch.cat(part).cpu() for part in zip(*parts, strict=True))
-
-
-def sound(model, level):
-    """Levels (B, bins, T) -> waveforms (B, samples), through Griffin-Lim."""
-    return NoteVocoder(model.spectrogram).to(level.device)(log_expand(level))
-
-
-@torch.no_grad()
-def watch(model, split, most):
-    """What is watched while training: mean LSD and KL of at most so many notes."""
-    parts = []
-    for _, level, label in in_chunks(model, split, split.spread(most)):
-        decoded, mu, logvar = model.reconstruct(level, label)
-        parts.append((log_spectral_distance(decoded, level), gaussian_kl(mu, logvar).sum(1)))
-    lsd, kl = (torch.cat(part).mean().item() for part in zip(*parts, strict=True))
-    return {"lsd": lsd, "kl": kl}
-
-
 def fit_prior(model, split):
     """Fit the model's prior to the posteriors of at most 2,000 of a split's notes, as they are."""
-    index, device = split.spread(2000), model.device
-    model.prior.cpu().fit(*posteriors(model, split, index), split.pitch[index], split.family[index])
+    index, device = split.spread(2000), model.mean.device
+    parts = [model.encode(x, label) for _, x, label in in_chunks(model, split, index)]
+    mu, logvar = (torch.cat(part).flatten(1).cpu() for part in zip(*parts, strict=True))
+    model.prior.cpu().fit(mu, logvar, split.pitch[index], split.family[index])
     model.prior.to(device)
 
 
 @torch.no_grad()
-def evaluate(model, start, splits, most):
-    """Distances in dB on test notes, and what they are held against: means over at most `most` notes.
-
-    "lsd" is between levels, the others between STFT magnitudes of the decoded sound and of the note. "step_0/":
-    `start`, the model before training; "_pca": as many principal components as the model has latents; "_ceiling": the
-    notes' own spectrograms, through Griffin-Lim.
-    """
-    index, values, latents = splits["test"].spread(most), defaultdict(list), []
-    train = in_chunks(model, splits["train"], splits["train"].spread(2000))
-    own = torch.cat([level.flatten(1).cpu() for _, level, _ in train])
-    mean, _, directions = (part.to(model.device) for part in principal(own, model.d))
-    chunks, total = in_chunks(model, splits["test"], index), math.ceil(len(index) / CHUNK)
-    for waveform, level, label in tqdm(chunks, desc="evaluation", total=total, disable=None):
-        (decoded, mu, logvar), reference = model.reconstruct(level, label), stft_magnitude(waveform)
-        latents.append((mu, gaussian_kl(mu, logvar).sum(1)))
-        by_components = (((level.flatten(1) - mean) @ directions) @ directions.T + mean).clamp(min=0).view_as(level)
-        others = {"step_0/{}": start.reconstruct(level, label)[0], "{}_pca": by_components, "{}_ceiling": level}
-        for form, candidate in ({"{}": decoded} | others).items():
-            heard = stft_magnitude(sound(model, candidate))
-            values[form.format("lsd")].append(log_spectral_distance(candidate, level))
-            distance = log_spectral_distance(log_compress(heard), log_compress(reference))
-            values[form.format("lsd_sound")].append(distance)
-            values[form.format("convergence_sound")].append(spectral_convergence(heard, reference))
-    del values["lsd_ceiling"]  # 0
-    mu, kl = (torch.cat(part) for part in zip(*latents, strict=True))
-    scores = {name: torch.cat(parts).mean().item() for name, parts in values.items()}
-    active = int((mu.var(0, correction=0) > 0.01).sum())
-    return scores | {"kl": kl.mean().item(), "active_units": active, "notes": len(index)}
+def evaluate(model, split, most, heard=True):
+    """{score: mean over at most so many notes of a split}; distances in dB, "lsd" of levels, others of the decoded sound
+    and the note. What a linear code and Griffin-Lim reach: tests/experiments/waveforms.py."""
+    index, values = split.spread(most), defaultdict(list)
+    chunks, total = in_chunks(model, split, index), math.ceil(len(index) / CHUNK)
+    for waveform, x, label in tqdm(chunks, desc="evaluation", total=total, disable=None if heard else True):
+        decoded, mu, logvar = model.reconstruct(x, label)
+        values["lsd"].append(log_spectral_distance(model.level(decoded), model.level(x)))
+        values["kl"].append(gaussian_kl(mu, logvar).flatten(1).sum(1))
+        if heard:
+            sound, reference = stft_magnitude(model.sound(decoded)), stft_magnitude(waveform)
+            values["lsd_sound"].append(log_spectral_distance(log_compress(sound), log_compress(reference)))
+            values["convergence_sound"].append(spectral_convergence(sound, reference))
+    return {name: torch.cat(parts).mean().item() for name, parts in values.items()} | {"notes": len(index)}
 
 
 @torch.no_grad()
 def sample(model, pitch, family, *key, fitted=True, same=False):
-    """Levels (n, bins, T) of notes of pitch and family (n,) by the fitted prior, or N(0, I); `key` seeds the noise."""
-    noise = torch.randn(1 if same else len(pitch), model.d, generator=random_generator("sample", *key))
-    z = noise.expand(len(pitch), -1).to(model.device)
-    pitch, family = pitch.to(model.device), family.to(model.device)
-    z = model.prior(z, pitch, family) if fitted else z
-    return model.spectrogram.unscale(model.decode(z, model.label(pitch, family)))
+    """Notes of pitch and family (n,), as the model sees them, by the fitted prior or N(0, I); `key` seeds the noise."""
+    size = (model.prior.d,) if fitted else model.latents
+    noise = torch.randn(1 if same else len(pitch), *size, generator=random_generator("sample", *key))
+    z = noise.expand(len(pitch), *size).to(model.mean.device)
+    pitch, family = pitch.to(model.mean.device), family.to(model.mean.device)
+    z = model.prior(z, pitch, family).unflatten(1, model.latents) if fitted else z
+    return model.decode(z, model.label(pitch, family))
 
 
 # ---------------------------------------------------------------- Figures and sounds
@@ -460,27 +634,22 @@ def slerp(a, b, share):
     return torch.lerp(a.norm(), b.norm(), share) * turned / angle.sin()
 
 
-def show(run, name, title, rows):
-    """A figure and sounds of `rows` {label: (levels (n, bins, T), waveforms (n, samples), n captions)}."""
-    top = max(level.max().item() for level, _, _ in rows.values())
-    end = "8 kHz" if run.options["representation"] == "stft" else f"band {run.options['n_mels']}"
+def show(model, run, name, title, rows):
+    """A figure and sounds of `rows` {label: (n notes as the model sees them, or has decoded them; n captions)}."""
+    levels = {label: model.level(x).cpu() for label, (x, _) in rows.items()}
+    top = max(level.max().item() for level in levels.values())
+    end = f"band {run.options['n_mels']}" if run.options["representation"] == "mel" else "8 kHz"
     unit, fade, sheet = 20 / math.log(10), (torch.arange(RATE, 0, -1) / 320).clamp(max=1), []  # a level of 1 in dB
-    for label, (level, waveforms, captions) in rows.items():
-        level = F.adaptive_avg_pool2d(level.cpu(), TILE).flip(1).numpy()
+    for label, (x, captions) in rows.items():
+        level = F.adaptive_avg_pool2d(levels[label], TILE).flip(1).numpy()
         images = [heat_map(values, top) for values in level]
         images[-1] = with_scales(images[-1], unit * top, "dB", ("0", "4 s"), ("0", end))
         sheet.append([Tile(*pair) for pair in zip(images, captions, strict=True)])
+        waveforms = model.sound(x)
         for k, waveform in enumerate(waveforms):
             run.sound(f"{name}-{label}-{k}", waveform)
         run.sound(f"{name}-{label}", (waveforms[:, :RATE].cpu() * fade).flatten())  # a second of each
     run.figure(name, contact_sheet(sheet, title, [*rows]))
-
-
-def one_of_each(split, most=11):
-    """Numbers of notes, one of every family that is there, from the middle of its notes; of a single family two."""
-    members = [(split.family == family).nonzero()[:, 0] for family in split.family.unique()[:most]]
-    middle = [int(numbers[len(numbers) // 2]) for numbers in members]
-    return split.spread(2) if len(middle) == 1 else torch.tensor(split.usable(middle))
 
 
 def captions_of(run, pitch, family):
@@ -491,98 +660,146 @@ def captions_of(run, pitch, family):
 
 @torch.no_grad()
 def show_reconstructions(model, split, run):
-    """One validation note of every family, and what is decoded from its posterior's mean."""
-    waveform, *label = note_batch(split, one_of_each(split), model.device)
-    level = model.spectrogram(waveform)
-    decoded, _, _ = model.reconstruct(level, model.label(*label))
-    rows = {"note": (level, waveform, captions_of(run, *label))}
-    rows["decoded"] = decoded, sound(model, decoded), [""] * len(level)
-    show(run, "reconstructions", "Validation notes and what is decoded from their posterior means", rows)
-
-
-def show_samples(model, split, run):
-    """Eight samples from either prior; a conditional model is asked for labels of training notes."""
-    asked = torch.randint(len(split.notes), (8,), generator=random_generator("asked for a figure"))
-    label, rows = (split.pitch[asked], split.family[asked]), {}
-    captions = [""] * 8 if model.condition == "none" else captions_of(run, *label)
-    for name, fitted in (("fitted", True), ("standard", False)):
-        level = sample(model, *label, "figure", fitted=fitted)
-        rows[name] = level, sound(model, level), captions
-    show(run, "samples", "Samples from the fitted prior, and from the standard normal one", rows)
+    """Validation notes, spread evenly over families, and what is decoded from their posterior means."""
+    index = split.spread(8)
+    ((_, x, label),) = in_chunks(model, split, index)
+    rows = {"note": (x, captions_of(run, split.pitch[index], split.family[index]))}
+    rows["decoded"] = model.reconstruct(x, label)[0], [""] * len(x)
+    show(model, run, "reconstructions", "Validation notes and what is decoded from their posterior means", rows)
 
 
 @torch.no_grad()
-def show_interpolations(model, split, run):
-    """From one validation note to one of another family, straight and spherical."""
-    waveform, *labels = note_batch(split, one_of_each(split)[[0, -1]], model.device)
-    label, (first, last) = model.label(*labels), captions_of(run, *labels)
-    mu, _ = model.encode(model.spectrogram(waveform), label)
-    share, rows = torch.linspace(0, 1, 7, device=mu.device)[:, None], {}
+def show_latents(model, splits, run):
+    """Samples from either prior, of a conditional model asked for labels of training notes; from one validation note to
+    another, straight and spherical; asked for a scale of every family, around the middle of the pitches it knows."""
+    split, conditional = splits["train"], model.condition == "both"
+    asked = torch.randint(len(split.notes), (8,), generator=random_generator("asked for a figure"))
+    label = split.pitch[asked], split.family[asked]
+    captions, rows = captions_of(run, *label) if conditional else [""] * 8, {}
+    for name in ("fitted", "standard"):
+        rows[name] = sample(model, *label, "figure", fitted=name == "fitted"), captions
+    show(model, run, "samples", "Samples from the fitted prior, and from the standard normal one", rows)
+
+    index, share, rows = splits["valid"].spread(2), torch.linspace(0, 1, 7, device=model.mean.device)[:, None], {}
+    ((_, x, label),) = in_chunks(model, splits["valid"], index)
+    first, last = captions_of(run, splits["valid"].pitch[index], splits["valid"].family[index])
     captions = [first, *(f"{s:.0%}" for s in share[1:-1, 0].tolist()), last]
     for name, way in (("linear", torch.lerp), ("spherical", slerp)):
-        decoded = model.decode(way(*mu, share), None if label is None else torch.lerp(*label, share))
-        level = model.spectrogram.unscale(decoded)
-        rows[name] = level, sound(model, level), captions
-    show(run, "interpolations", "Between the posterior means of two validation notes", rows)
+        z = way(*model.encode(x, label)[0].flatten(1), share).unflatten(1, model.latents)
+        rows[name] = model.decode(z, torch.lerp(*label, share) if conditional else None), captions
+    show(model, run, "interpolations", "Between the posterior means of two validation notes", rows)
 
-
-@torch.no_grad()
-def show_scale(model, split, run):
-    """One sample of every family, through an octave of pitches that the family was trained on, where it has one."""
     steps, rows = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12]), {}
-    for family, name in enumerate(run.options["families"] if model.condition == "both" else ()):
-        known = set(split.pitch[split.family == family].tolist())
-        if starts := [p for p in sorted(known) if known.issuperset(range(p, p + 13))]:
-            pitch, families = starts[len(starts) // 2] + steps, torch.full_like(steps, family)
-            level = sample(model, pitch, families, "scale", family, same=True)
-            rows[name] = level, sound(model, level), [f"MIDI {p}" for p in pitch.tolist()]
+    for family, name in enumerate(run.options["families"] if conditional else ()):
+        pitch = int(model.prior.lowest[family] + model.prior.highest[family]) // 2 - 6 + steps
+        x = sample(model, pitch, torch.full_like(steps, family), "scale", family, same=True)
+        rows[name] = x, [f"MIDI {p}" for p in pitch.tolist()]
     if rows:
-        show(run, "scale", "One sample of every family, asked for a major scale", rows)
+        show(model, run, "scale", "One sample of every family, asked for a major scale", rows)
 
 
 # ---------------------------------------------------------------- Graphs
 
 
-class NoteVocoder(Vocoder):
-    """Griffin-Lim of magnitudes (B, bins, T) as `spectrogram` has them, mel bands among them."""
-
-    def __init__(self, spectrogram):
-        super().__init__(spectrogram.n_fft)
-        self.spectrogram = spectrogram
-
-    def to_stft_magnitude(self, spectrogram):
-        return self.spectrogram.to_stft_magnitude(spectrogram)
-
-
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
-    del inward.decoder, inward.prior, outward.encoder, outward.prior  # weights that a graph's file need not hold
+    # Weights that a graph's file need not hold.
+    inward.prior = inward.latent_layer = inward.decoder = inward.shift = inward.oscillators = inward.synthesis = None
+    outward.prior = outward.analysis = outward.encoder = outward.posterior = None
 
     def posterior(waveform, *label):
-        mu, logvar = inward.encode(inward.spectrogram(waveform), inward.label(*label))
+        mu, logvar = inward.encode(inward.front(waveform), inward.label(*label))
         return mu, logvar, gaussian_kl(mu, logvar).sum(1)
 
-    def magnitude(z, *label):
-        return log_expand(outward.spectrogram.unscale(outward.decode(z, outward.label(*label))))
+    def posterior_of_block(waveform, cache, *label):
+        encode = partial(NoteVAE.encode, inward, label=inward.label(*label))
+        (mu, logvar), cache = stream(encode, inward, waveform, cache)
+        return mu, logvar, gaussian_kl(mu, logvar).sum(1), cache
+
+    def block(z, cache, *label):
+        return stream(partial(outward.synthesise, label=outward.label(*label)), outward, z, cache)
 
     t, frequency = torch.arange(SAMPLES) / RATE, 80 + 1000 * torch.rand(2, 6, 1, generator=generator)  # s, Hz
     waveform = 0.1 * (torch.sin(2 * math.pi * frequency * t) * torch.exp(-t)).sum(1)
-    spectrogram = log_expand(model.spectrogram(waveform))[:, :, :120].contiguous()
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
-    z = torch.randn(2, model.d, generator=generator)
+    sampled = Graph(("z",), lambda *inputs: model.prior(*inputs).unflatten(1, model.latents), model.prior)
+    prior = sampled, {"noise": torch.randn(2, model.prior.d, generator=generator)} | label
+    if isinstance(model, WaveVAE):
+        waveform, z = waveform[:, : 4 * BLOCK].contiguous(), torch.randn(2, model.d, 4, generator=generator)
+        sizes = [sum(math.prod(m.memory) for m in net.modules() if isinstance(m, Causal)) for net in (inward, outward)]
+        heard, played = ({"cache": torch.zeros(2, size)} | label for size in sizes)
+        names = ("mu", "logvar", "kl", "next_cache"), ("waveform", "next_cache")
+        return {
+            "encoder": (Graph(names[0], posterior_of_block, inward), {"waveform": waveform} | heard),
+            "prior": prior,
+            "decoder": (Graph(names[1], block, outward), {"z": z} | played),
+        }
+    spectrogram = log_expand(model.front(waveform))[:, :, :120].contiguous()
+    magnitude = Graph(("spectrogram",), lambda z, *label: log_expand(outward.decode(z, outward.label(*label))), outward)
     return {
         "encoder": (Graph(("mu", "logvar", "kl"), posterior, inward), {"waveform": waveform} | label),
-        "prior": (Graph(("z",), lambda *inputs: model.prior(*inputs), model.prior), {"noise": z} | label),
-        "decoder": (Graph(("spectrogram",), magnitude, outward), {"z": z} | label),
-        "vocoder": (NoteVocoder(copy.deepcopy(model.spectrogram)), {"spectrogram": spectrogram}),
+        "prior": prior,
+        "decoder": (magnitude, {"z": torch.randn(2, model.d, generator=generator)} | label),
+        "vocoder": (copy.deepcopy(model).vocoder, {"spectrogram": spectrogram}),
     }
+
+
+class Tilde(nn.Module):
+    """A model of waveforms as nn~ plays it in Max and Pure Data: sound (B, 1, T BLOCK) <-> latents (B, D, T). What goes
+    on from block to block is inside."""
+
+    def __init__(self, encoder, decoder, caches, d):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.register_buffer("heard", caches[0])
+        self.register_buffer("played", caches[1])
+        for name, params in {"encode": (1, 1, d, BLOCK), "decode": (d, BLOCK, 1, 1), "forward": (1, 1, 1, 1)}.items():
+            self.register_buffer(f"{name}_params", torch.tensor(params))  # channels and samples a value, in and out
+
+    @torch.jit.export
+    def encode(self, x):
+        heard = self.heard if len(self.heard) == len(x) else self.heard.new_zeros(len(x), self.heard.shape[1])
+        mu, _, _, self.heard = self.encoder(x[:, 0], heard)
+        return mu
+
+    @torch.jit.export
+    def decode(self, z):
+        played = self.played if len(self.played) == len(z) else self.played.new_zeros(len(z), self.played.shape[1])
+        waveform, self.played = self.decoder(z, played)
+        return waveform[:, None]
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    @torch.jit.export
+    def get_methods(self):
+        return ["encode", "decode", "forward"]
+
+    @torch.jit.export
+    def get_attributes(self) -> list[str]:
+        return []
+
+
+def scripted(model):
+    """{name: (TorchScript module, example, what the model makes of it)} beside the graphs."""
+    if not isinstance(model, WaveVAE) or model.condition != "none":
+        return {}
+    pairs = [graphs(model)[name] for name in ("encoder", "decoder")]
+    traced = [torch.jit.trace(graph, tuple(inputs.values()), check_trace=False) for graph, inputs in pairs]
+    module = Tilde(*traced, [inputs["cache"][:1] for _, inputs in pairs], model.d).eval()
+    x = pairs[0][1]["waveform"]
+    expected = model.synthesise(NoteVAE.encode(model, x, None)[0], None)
+    return {"nn_tilde": (torch.jit.script(module), x[:, None], expected[:, None])}
 
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
+    if isinstance(model, WaveVAE):
+        sizes = {"frames": model.latents[1], "block": BLOCK, "delay": DELAY, "scores": model.prior.d}
+        return {"kind": "vae-waveform", "sample_rate": RATE, "samples": SAMPLES} | sizes
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
-    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.spectrogram.hop, "frames": model.frames}
+    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.front.hop, "frames": model.frames}
     return {"kind": "vae-sound", "scaling": scaling} | sizes
 
 
@@ -597,7 +814,7 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 @families_option
 @click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are also moved by.")
 @click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer by so much.")
-@click.option("--representation", type=click.Choice(["stft", "mel"]), default="stft", help="What the model sees.")
+@click.option("--representation", type=click.Choice(["stft", "mel", "waveform"]), default="stft", help="Seen as what.")
 @click.option("--n-fft", type=click.Choice([512, 1024, 2048]), default=1024, help="Samples of a frame, four hops.")
 @click.option("--n-mels", type=click.IntRange(16), default=192, help="Bands of a mel spectrogram.")
 @click.option("--D", "d", type=click.IntRange(1), default=32, help="Latents.")
@@ -609,8 +826,6 @@ def main(context, **options):
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
     splits, source = load_splits(options)
-    if options["condition"] == "both":
-        check_labels(splits)
     model = build(options)
     train, valid = splits["train"], splits["valid"]
     watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
@@ -618,25 +833,26 @@ def main(context, **options):
         start_at_notes(model, train)
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-6, fused=True)
-    counts = {split: len(part.notes) for split, part in splits.items()}
-    about = {"name": options["dataset"], "source": source, "notes": counts}
+    about = {"name": options["dataset"], "source": source, "notes": {k: len(part.notes) for k, part in splits.items()}}
 
     # 2. Train: the score of the start first, figures and scores of the validation split on the way.
     with Run(options, SCRIPT, RUN_NAME.format(**options), about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
-            run.report(watch(model, valid, watched))
+            run.report(evaluate(model, valid, watched, heard=False))
         for step, progress in run.steps():
             generator = random_generator("batch", options["seed"], step)
             index = torch.randint(len(train.notes), (run.total,), generator=generator)[run.own]
             index = torch.tensor(train.usable(index.tolist()))
             loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own] - 1
-            noise = torch.randn(run.total, model.d, generator=generator)[run.own].to(device)
+            noise = torch.randn(run.total, *model.latents, generator=generator)[run.own].to(device)
+            begin = torch.randint(SAMPLES - model.crop + 1, (run.total, 1), generator=generator)[run.own].to(device)
             waveform, pitch, family = note_batch(train, index, device)
+            waveform = waveform.gather(1, begin + torch.arange(model.crop, device=device))
             gain = 10 ** (options["gain_db"] / 20 * loudness.to(device))
-            level, label = model.spectrogram(gain * waveform), model.label(pitch, family)
+            x, label = model.front(gain * waveform), model.label(pitch, family)
             beta = beta_at(progress, options["beta"], options["warmup"])
             with run.autocast():
-                loss, terms = objective(model, level, label, noise, beta)
+                loss, terms = objective(model, x, label, noise, beta)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
@@ -644,15 +860,13 @@ def main(context, **options):
             if run.folder and (run.due or run.stopped):
                 fit_prior(model, train)
             if run.due:
-                show_samples(model, train, run)
-                show_interpolations(model, valid, run)
-                show_scale(model, train, run)
-                run.report(watch(model, valid, watched))
+                show_latents(model, splits, run)
+                run.report(evaluate(model, valid, watched, heard=False))
 
         # 3. Score on the test split, beside the start.
         if run.complete:
             start = start_at_notes(build(options), train).to(device)
-            run.finish(evaluate(model, start, splits, evaluated), {})  # the scores of the start are among them
+            run.finish(*(evaluate(m, splits["test"], evaluated) for m in (model, start)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    SPLITS, FlowPrior, Graph, ResBlock, Run, beta_at, build_model, gaussian_kl, learning_rate_at, load_config,
+    SPLITS, FlowPrior, Graph, ResBlock, Run, beta_at, build_model, gaussian_kl, learning_rate_at,
     load_model, optimizer_step, random_generator, reparameterize, settle_options, start_device, training_command,
 )  # fmt: skip
 from recompose import Tile, contact_sheet
@@ -352,7 +352,7 @@ build = partial(build_model, VAE)  # options -> an untrained model
 
 def load(folder):
     """The trained model of a run folder; one of before there were priors has N(0, I)."""
-    return load_model(folder, VAE if "prior" in load_config(folder)["options"] else partial(VAE, "standard"))
+    return load_model(folder, lambda options: build({"prior": "standard"} | options))
 
 
 @training_command(SCRIPT, PRESETS)
