@@ -257,9 +257,9 @@ class Vocoder(nn.Module):
 
     outputs = ("waveform",)
 
-    def __init__(self, n_fft, iterations=32, to_stft_magnitude=nn.Identity()):
+    def __init__(self, n_fft, iterations=32, to_stft_magnitude=None):
         super().__init__()
-        self.to_stft_magnitude = to_stft_magnitude
+        self.to_stft_magnitude = to_stft_magnitude or nn.Identity()
         self.inverse = GriffinLim(n_fft, iterations, hop_length=n_fft // 4, power=1, rand_init=False)
 
     def forward(self, spectrogram):

@@ -5,10 +5,11 @@
     python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
+    python train_vae_audio.py --representation waveform --D 64 --beta 0.1 --lr 3e-4 --batch 16
 
-For who wants notes of four seconds (16 kHz) as a few latents, and back as sound through Griffin-Lim. They are seen as
-spectrograms, STFT magnitudes or mel bands, log-compressed. Results: docs/audio.md; whether samples have the pitch and
-family asked for: tests/experiments/conditional.py.
+For who wants notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed
+STFT magnitudes or mel bands, and sound through Griffin-Lim; or as sound, by latents in sequence, block after block.
+Results: docs/audio.md; whether samples have the pitch and family asked for: tests/experiments/conditional.py.
 """
 
 import copy
@@ -52,10 +53,8 @@ class STFTMagnitude(nn.Module):
 
 
 class Spectrogram(nn.Module):
-    """Waveforms to compressed magnitudes and back to magnitudes; T = samples / hop + 1 frames.
-
-    `representation`: "stft" or "mel". Raises ValueError where a mel band would hold no bin.
-    """
+    """Waveforms to compressed magnitudes, and these to magnitudes of an STFT; T = samples / hop + 1 frames.
+    `representation`: "stft" or "mel". Raises ValueError where a mel band would hold no bin."""
 
     def __init__(self, representation, n_fft, n_mels):
         super().__init__()
@@ -110,16 +109,15 @@ def load_splits(options):
     return splits, source
 
 
-def note_batch(split, index, device):
-    """The notes at `index`: waveform (B, SAMPLES), pitch and family (B,), on the device."""
-    return tuple(v.to(device) for v in (split.waveform(index), split.pitch[index], split.family[index]))
+def note_batch(model, split, index):
+    """The notes at `index`: waveforms (B, SAMPLES), and their label, on the model's device."""
+    numbers = split.pitch[index], split.family[index]
+    return split.waveform(index).to(model.mean.device), model.label(*(n.to(model.mean.device) for n in numbers))
 
 
 # ---------------------------------------------------------------- Model
 
-PATCH = 4  # frames that one convolution takes together
-SCORES = 64  # principal components that a prior has of more latents
-START_NOTES = 1000  # that the start is computed from
+PATCH, SCORES, START_NOTES = 4, 64, 1000  # frames of a convolution; scores a prior has of many latents; notes to start
 
 
 def principal(x, n):
@@ -132,8 +130,7 @@ def principal(x, n):
     values, vectors = values.flip(0)[:n].clamp(min=0).float(), vectors.flip(1)[:, :n].float()
     if wide:
         vectors = F.normalize(centred.T @ vectors, dim=0)
-    missing = n - len(values)
-    return mean, F.pad(values.sqrt(), (0, missing)), F.pad(vectors, (0, missing))
+    return mean, *(F.pad(part, (0, n - len(values))) for part in (values.sqrt(), vectors))
 
 
 def start_patches(x, encoder, decoder):
@@ -178,9 +175,9 @@ class FittedPrior(nn.Module):
         self.register_buffer("directions", torch.eye(d, self.d))
         self.register_buffer("mean", torch.zeros(groups, 3, self.d))
         self.register_buffer("factor", torch.eye(self.d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
-        # The range of pitches fitted, beyond which the parabola does not go on; without a label, C4 alone.
-        self.register_buffer("lowest", torch.full((groups,), 0.0 if conditional else 60.0))
-        self.register_buffer("highest", torch.full((groups,), float(PITCHES) if conditional else 60.0))
+        # The range of pitches fitted, beyond which the parabola does not go on; without a label all are C4.
+        self.register_buffer("lowest", torch.zeros(groups))
+        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
 
     def powers(self, pitch, family):
         """1, x and x^2 of pitches in octaves from C4, cut to the range that was fitted: (n, 3)."""
@@ -190,7 +187,7 @@ class FittedPrior(nn.Module):
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
         none = torch.zeros_like(noise[:, 0]).long()
-        pitch, family = (pitch, family) if self.conditional else (none, none)
+        pitch, family = (pitch, family) if self.conditional else (none + 60, none)
         mean = (self.powers(pitch, family)[:, :, None] * self.mean[family]).sum(1)
         return self.typical + (mean + (self.factor[family] @ noise[:, :, None])[:, :, 0]) @ self.directions.T
 
@@ -200,12 +197,11 @@ class FittedPrior(nn.Module):
         if self.d < len(self.typical):
             self.typical[:], _, self.directions[:] = principal(mu, self.d)
         scores, variance = (mu - self.typical) @ self.directions, logvar.exp() @ self.directions.square()
-        family = family if self.conditional else torch.zeros_like(family)
+        pitch, family = (pitch, family) if self.conditional else (0 * pitch + 60, 0 * family)
         # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
         for k in family.unique():
             some = family == k
-            if self.conditional:
-                self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
+            self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
             x = self.powers(pitch[some], family[some])
             self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ scores[some])
             rest = scores[some] - x @ self.mean[k]
@@ -248,10 +244,9 @@ class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around what is decoded, q(z | x, y) a Gaussian of diagonal covariance.
 
     y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). `latents` is the shape of a note's z,
-    `crop` how many of its samples are seen in training. Both kinds look along time, with frequencies as channels, as a
-    note's partials move together, and start as PCAs, the linear VAE's optimum (Lucas et al. 2019). Of both, `front`
-    makes x of waveforms; x, as decoded too, is `views` to the objective, a `level` to eyes, a `sound` to ears.
-    """
+    `crop` how many of its samples training sees. Both kinds look along time, with frequencies as channels, and start as
+    PCAs, the linear VAE's optimum (Lucas et al. 2019). `front` makes x of waveforms; x, as decoded too, is `views` to
+    the objective, a `level` to eyes, a `sound` to ears."""
 
     def __init__(self, d, latents, crop, bins, channels, condition, families):
         super().__init__()
@@ -313,8 +308,7 @@ class SpectrumVAE(NoteVAE):
     def views(self, x):
         return [self.scaled(x)]
 
-    def sound(self, x):
-        """Levels (B, bins, T) -> waveforms (B, SAMPLES), through Griffin-Lim."""
+    def sound(self, x):  # (B, bins, T) -> (B, SAMPLES), through Griffin-Lim
         return self.vocoder(log_expand(self.level(x)))
 
     def decode(self, z, label):
@@ -338,8 +332,7 @@ class SpectrumVAE(NoteVAE):
 BANDS, TAPS, CUTOFF = 16, 193, 0.0367312  # of the filters; with this cutoff the sum of all bands is flattest
 NARROW, HOP = 16, 8  # narrow bands and oscillators of every band, and how many of its samples one value stands for
 BLOCK = BANDS * HOP * PATCH  # samples of one step of the latents
-WINDOW = 64  # samples of a band that narrow bands are seen through
-DELAY, AHEAD = 704, 2  # samples that a decoded sound comes late, by filters and windows; blocks that hold as many
+WINDOW, DELAY, AHEAD = 64, 704, 2  # samples of a band seen at once; that decoded sound is late; blocks for these
 RESOLUTIONS = 2048, 1024, 512, 256  # n_fft of the spectra that the objective compares
 
 
@@ -409,9 +402,9 @@ class NarrowBands(Causal):
         angle = math.pi / NARROW * (torch.arange(NARROW)[:, None] + 0.5) * torch.arange(WINDOW)
         even = torch.stack([angle.cos(), -angle.sin()], dim=1) * torch.hann_window(WINDOW)  # (NARROW, 2, WINDOW)
         odd = (even * torch.tensor([1.0, -1.0])[:, None]).flip(0)  # every other band is upside down
-        weight = BANDS * torch.stack([even, odd]).repeat(BANDS // 2, 1, 1, 1).flatten(0, 2)[:, None]
+        weight = BANDS * torch.stack([even, odd]).repeat(BANDS // 2, 1, 1, 1)  # so that levels are as n_fft 1024 gives
         turn = 2 * math.pi * HOP * BANDS / RATE * MIDDLES[:, None]  # of a middle's phase in a hop
-        self.register_buffer("weight", weight, persistent=False)  # levels are as n_fft 1024 gives
+        self.register_buffer("weight", weight.flatten(0, 2)[:, None], persistent=False)
         self.register_buffer("turn", torch.stack([turn.cos(), turn.sin()]).float(), persistent=False)
         self.memory = BANDS, WINDOW
 
@@ -431,8 +424,7 @@ class Oscillators(Causal):
 
     `shift` (B, n, T) is how far sines are off the middle of narrow bands, -1 to 1 at the ends. Amplitudes and
     frequencies go on in lines, and phases are sums of these (McAulay & Quatieri 1986): a steady sound has steady
-    latents. By how much a sine is in which bands is nearly linear in its frequency.
-    """
+    latents. By how much a sine is in which bands is nearly linear in its frequency."""
 
     def __init__(self):
         super().__init__()
@@ -537,7 +529,7 @@ def start_at_notes(model, split):
     """`start_at` on at most START_NOTES notes of a split, spread evenly, transposed ones among them."""
     even = torch.linspace(0, len(split.notes) - 1, min(len(split.notes), START_NOTES)).round().long()
     index = torch.tensor(split.usable(even.tolist()))
-    x = torch.cat([x for _, x, _ in in_chunks(model, split, index)])
+    x = torch.cat([model.front(note_batch(model, split, some)[0]) for some in index.split(CHUNK)])
     model.start_at(x, model.label(split.pitch[index], split.family[index]))
     return model
 
@@ -546,12 +538,11 @@ def start_at_notes(model, split):
 
 
 def objective(model, x, label, noise, beta):
-    """The loss of a batch, and its terms in nats per note: x as the model sees it, label (B, n_labels), standard noise.
+    """The loss of a batch, in nats per value of a spectrogram, and its terms, in nats per note.
 
     The Gaussian's variance is the mean squared error over the batch of all processes, the most likely one (sigma-VAE,
     Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net can reach; of several views of a sound
-    the mean of theirs. It is held constant: at the optimum the loss does not change with it to first order. The loss is
-    in nats per value of a spectrogram.
+    the mean of theirs. It is held constant: at the optimum the loss does not change with it to first order.
     """
     mu, logvar = model.encode(x, label)
     noise = noise[..., : mu.shape[-1]]  # a part of a note has fewer latents
@@ -559,8 +550,7 @@ def objective(model, x, label, noise, beta):
     error = torch.stack([(decoded - view).square().mean() for decoded, view in views])
     variance = error.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(variance)
-        variance /= dist.get_world_size()
+        dist.all_reduce(variance.div_(dist.get_world_size()))
     kl, values = gaussian_kl(mu, logvar).flatten(1).sum(1).mean(), model.views(x[:1])[0].numel()
     reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.mean().sqrt()}
@@ -569,25 +559,16 @@ def objective(model, x, label, noise, beta):
 
 # ---------------------------------------------------------------- Evaluation
 
-EVALUATED = 500  # notes of the test split that a run is judged by
-WATCHED = 200  # notes of the validation split that are scored while training
-QUICK = 50  # notes of either with --eval quick
+EVALUATED, WATCHED, QUICK = 500, 200, 50  # notes scored of the test split, the validation split, by --eval quick
 CHUNK = 32  # notes that are encoded, decoded and heard at a time
-
-
-@torch.no_grad()
-def in_chunks(model, split, index):
-    """Of the notes at `index`, CHUNK at a time, on the model's device: waveforms, what the model sees, labels."""
-    for some in index.split(CHUNK):
-        waveform, pitch, family = note_batch(split, some, model.mean.device)
-        yield waveform, model.front(waveform), model.label(pitch, family)
 
 
 @torch.no_grad()
 def fit_prior(model, split):
     """Fit the model's prior to the posteriors of at most 2,000 of a split's notes, as they are."""
     index, device = split.spread(2000), model.mean.device
-    parts = [model.encode(x, label) for _, x, label in in_chunks(model, split, index)]
+    notes = (note_batch(model, split, some) for some in index.split(CHUNK))
+    parts = [model.encode(model.front(waveform), label) for waveform, label in notes]
     mu, logvar = (torch.cat(part).flatten(1).cpu() for part in zip(*parts, strict=True))
     model.prior.cpu().fit(mu, logvar, split.pitch[index], split.family[index])
     model.prior.to(device)
@@ -595,11 +576,12 @@ def fit_prior(model, split):
 
 @torch.no_grad()
 def evaluate(model, split, most, heard=True):
-    """{score: mean over at most so many notes of a split}; distances in dB, "lsd" of levels, others of the decoded sound
-    and the note. What a linear code and Griffin-Lim reach: tests/experiments/waveforms.py."""
+    """{score: mean over at most so many notes of a split}: KL in nats, distances in dB, "lsd" of levels, others of the
+    decoded sound. What a linear code and Griffin-Lim reach: tests/experiments/waveforms.py."""
     index, values = split.spread(most), defaultdict(list)
-    chunks, total = in_chunks(model, split, index), math.ceil(len(index) / CHUNK)
-    for waveform, x, label in tqdm(chunks, desc="evaluation", total=total, disable=None if heard else True):
+    for some in tqdm(index.split(CHUNK), desc="evaluation", disable=None if heard else True):
+        waveform, label = note_batch(model, split, some)
+        x = model.front(waveform)
         decoded, mu, logvar = model.reconstruct(x, label)
         values["lsd"].append(log_spectral_distance(model.level(decoded), model.level(x)))
         values["kl"].append(gaussian_kl(mu, logvar).flatten(1).sum(1))
@@ -615,8 +597,7 @@ def sample(model, pitch, family, *key, fitted=True, same=False):
     """Notes of pitch and family (n,), as the model sees them, by the fitted prior or N(0, I); `key` seeds the noise."""
     size = (model.prior.d,) if fitted else model.latents
     noise = torch.randn(1 if same else len(pitch), *size, generator=random_generator("sample", *key))
-    z = noise.expand(len(pitch), *size).to(model.mean.device)
-    pitch, family = pitch.to(model.mean.device), family.to(model.mean.device)
+    z, pitch, family = (v.to(model.mean.device) for v in (noise.expand(len(pitch), *size), pitch, family))
     z = model.prior(z, pitch, family).unflatten(1, model.latents) if fitted else z
     return model.decode(z, model.label(pitch, family))
 
@@ -662,7 +643,8 @@ def captions_of(run, pitch, family):
 def show_reconstructions(model, split, run):
     """Validation notes, spread evenly over families, and what is decoded from their posterior means."""
     index = split.spread(8)
-    ((_, x, label),) = in_chunks(model, split, index)
+    waveform, label = note_batch(model, split, index)
+    x = model.front(waveform)
     rows = {"note": (x, captions_of(run, split.pitch[index], split.family[index]))}
     rows["decoded"] = model.reconstruct(x, label)[0], [""] * len(x)
     show(model, run, "reconstructions", "Validation notes and what is decoded from their posterior means", rows)
@@ -681,11 +663,12 @@ def show_latents(model, splits, run):
     show(model, run, "samples", "Samples from the fitted prior, and from the standard normal one", rows)
 
     index, share, rows = splits["valid"].spread(2), torch.linspace(0, 1, 7, device=model.mean.device)[:, None], {}
-    ((_, x, label),) = in_chunks(model, splits["valid"], index)
+    waveform, label = note_batch(model, splits["valid"], index)
+    mu, _ = model.encode(model.front(waveform), label)
     first, last = captions_of(run, splits["valid"].pitch[index], splits["valid"].family[index])
     captions = [first, *(f"{s:.0%}" for s in share[1:-1, 0].tolist()), last]
     for name, way in (("linear", torch.lerp), ("spherical", slerp)):
-        z = way(*model.encode(x, label)[0].flatten(1), share).unflatten(1, model.latents)
+        z = way(*mu.flatten(1), share).unflatten(1, model.latents)
         rows[name] = model.decode(z, torch.lerp(*label, share) if conditional else None), captions
     show(model, run, "interpolations", "Between the posterior means of two validation notes", rows)
 
@@ -704,20 +687,19 @@ def show_latents(model, splits, run):
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
-    # Weights that a graph's file need not hold.
     inward.prior = inward.latent_layer = inward.decoder = inward.shift = inward.oscillators = inward.synthesis = None
-    outward.prior = outward.analysis = outward.encoder = outward.posterior = None
+    outward.prior = outward.analysis = outward.encoder = outward.posterior = None  # not in either's file
 
     def posterior(waveform, *label):
         mu, logvar = inward.encode(inward.front(waveform), inward.label(*label))
         return mu, logvar, gaussian_kl(mu, logvar).sum(1)
 
-    def posterior_of_block(waveform, cache, *label):
-        encode = partial(NoteVAE.encode, inward, label=inward.label(*label))
+    def hear(waveform, cache, *label):
+        encode = partial(super(WaveVAE, inward).encode, label=inward.label(*label))
         (mu, logvar), cache = stream(encode, inward, waveform, cache)
         return mu, logvar, gaussian_kl(mu, logvar).sum(1), cache
 
-    def block(z, cache, *label):
+    def play(z, cache, *label):
         return stream(partial(outward.synthesise, label=outward.label(*label)), outward, z, cache)
 
     t, frequency = torch.arange(SAMPLES) / RATE, 80 + 1000 * torch.rand(2, 6, 1, generator=generator)  # s, Hz
@@ -729,12 +711,9 @@ def graphs(model):
         waveform, z = waveform[:, : 4 * BLOCK].contiguous(), torch.randn(2, model.d, 4, generator=generator)
         sizes = [sum(math.prod(m.memory) for m in net.modules() if isinstance(m, Causal)) for net in (inward, outward)]
         heard, played = ({"cache": torch.zeros(2, size)} | label for size in sizes)
-        names = ("mu", "logvar", "kl", "next_cache"), ("waveform", "next_cache")
-        return {
-            "encoder": (Graph(names[0], posterior_of_block, inward), {"waveform": waveform} | heard),
-            "prior": prior,
-            "decoder": (Graph(names[1], block, outward), {"z": z} | played),
-        }
+        encoder = Graph(("mu", "logvar", "kl", "next_cache"), hear, inward), {"waveform": waveform} | heard
+        decoder = Graph(("waveform", "next_cache"), play, outward), {"z": z} | played
+        return {"encoder": encoder, "prior": prior, "decoder": decoder}
     spectrogram = log_expand(model.front(waveform))[:, :, :120].contiguous()
     magnitude = Graph(("spectrogram",), lambda z, *label: log_expand(outward.decode(z, outward.label(*label))), outward)
     return {
@@ -746,8 +725,7 @@ def graphs(model):
 
 
 class Tilde(nn.Module):
-    """A model of waveforms as nn~ plays it in Max and Pure Data: sound (B, 1, T BLOCK) <-> latents (B, D, T). What goes
-    on from block to block is inside."""
+    """A model of waveforms, as nn~ plays it in Max and Pure Data: sound (B, 1, T BLOCK) <-> latents (B, D, T)."""
 
     def __init__(self, encoder, decoder, caches, d):
         super().__init__()
@@ -789,18 +767,18 @@ def scripted(model):
     traced = [torch.jit.trace(graph, tuple(inputs.values()), check_trace=False) for graph, inputs in pairs]
     module = Tilde(*traced, [inputs["cache"][:1] for _, inputs in pairs], model.d).eval()
     x = pairs[0][1]["waveform"]
-    expected = model.synthesise(NoteVAE.encode(model, x, None)[0], None)
-    return {"nn_tilde": (torch.jit.script(module), x[:, None], expected[:, None])}
+    heard = model.synthesise(super(WaveVAE, model).encode(x, None)[0], None)
+    return {"nn_tilde": (torch.jit.script(module), x[:, None], heard[:, None])}
 
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
+    about = {"sample_rate": RATE, "samples": SAMPLES}
     if isinstance(model, WaveVAE):
         sizes = {"frames": model.latents[1], "block": BLOCK, "delay": DELAY, "scores": model.prior.d}
-        return {"kind": "vae-waveform", "sample_rate": RATE, "samples": SAMPLES} | sizes
+        return {"kind": "vae-waveform"} | about | sizes
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
-    sizes = {"sample_rate": RATE, "samples": SAMPLES, "hop": model.front.hop, "frames": model.frames}
-    return {"kind": "vae-sound", "scaling": scaling} | sizes
+    return {"kind": "vae-sound", "scaling": scaling, "hop": model.front.hop, "frames": model.frames} | about
 
 
 # ---------------------------------------------------------------- Command line
@@ -846,13 +824,12 @@ def main(context, **options):
             loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own] - 1
             noise = torch.randn(run.total, *model.latents, generator=generator)[run.own].to(device)
             begin = torch.randint(SAMPLES - model.crop + 1, (run.total, 1), generator=generator)[run.own].to(device)
-            waveform, pitch, family = note_batch(train, index, device)
+            waveform, label = note_batch(model, train, index)
             waveform = waveform.gather(1, begin + torch.arange(model.crop, device=device))
             gain = 10 ** (options["gain_db"] / 20 * loudness.to(device))
-            x, label = model.front(gain * waveform), model.label(pitch, family)
             beta = beta_at(progress, options["beta"], options["warmup"])
             with run.autocast():
-                loss, terms = objective(model, x, label, noise, beta)
+                loss, terms = objective(model, model.front(gain * waveform), label, noise, beta)
             lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:

@@ -179,6 +179,13 @@ def notes_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wave_run(tmp_path_factory):
+    """A run of one step on the waveforms of synthesised notes, and its export."""
+    args = [*NOTES, "--representation", "waveform", "--channels", 16, "--steps", 1]
+    return made(tmp_path_factory, "wave", *args, main=train_vae_audio.main)
+
+
+@pytest.fixture(scope="session")
 def duo_run(tmp_path_factory):
     """A run of one step on mixtures of synthesised notes, and its export, of ONNX alone."""
     args = ["--dataset", "nsynth-duo", "--size", 64, "--cells", 16, "--channels", 8, *NOTES, "--steps", 1]

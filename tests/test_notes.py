@@ -20,7 +20,7 @@ TWO = [("flute", 60), ("guitar", 48), ("flute", 64), ("guitar", 52)]
 
 
 def options(root=None, families=("flute", "guitar"), download=False):
-    return {"data_root": root, "families": families and list(families), "download": download}
+    return {"data_root": root, "families": families and list(families), "download": download, "condition": "none"}
 
 
 def sine(midi, samples=SAMPLES):

@@ -24,8 +24,7 @@ JUDGED = 500  # samples, and at most as many real notes
 def sampled_sounds(model, pitch, family, fitted):
     """Samples with labels pitch and family (n,), a chunk at a time: (waveforms (B, samples), pitch, family)."""
     for k, label in enumerate(zip(pitch.split(audio.CHUNK), family.split(audio.CHUNK), strict=True)):
-        level = audio.sample(model, *label, "judged", k, fitted=fitted)
-        yield audio.sound(model, level), *label
+        yield model.sound(audio.sample(model, *label, "judged", k, fitted=fitted)), *label
 
 
 def real_notes(split, index):

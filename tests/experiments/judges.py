@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import RATE, log_compress, log_expand, random_generator
-from train_vae_audio import Spectrogram, stft_magnitude
+from train_vae_audio import Spectrogram
 
 LOWEST_PITCH, HIGHEST_PITCH = 21, 108  # that `detect_pitch` can tell: the keys of a piano
 
@@ -82,7 +82,7 @@ class FamilyClassifier(nn.Module):
     @torch.no_grad()
     def features(self, waveform):
         """(B, samples) -> (B, 6, 80): levels averaged over the spans."""
-        level = self.mel.level(stft_magnitude(waveform))
+        level = self.mel(waveform)
         return torch.stack([level[:, :, a:b].mean(2) for a, b in pairwise(self.SPANS)], dim=1)
 
     def fit(self, features, family):

@@ -6,10 +6,18 @@ python -m tests.experiments.latents runs/vae-notes-stft-none-D32-beta1-seed0 --d
 from pathlib import Path
 
 import click
+import torch
 from matplotlib.figure import Figure
 
 import train_vae_audio as audio
 from common import FOLDER, load_notes
+
+
+@torch.no_grad()
+def posterior_means(model, split, index):
+    """Of the notes at `index`, flat: (n, D)."""
+    notes = (audio.note_batch(model, split, some) for some in index.split(audio.CHUNK))
+    return torch.cat([model.encode(model.front(waveform), label)[0].flatten(1) for waveform, label in notes])
 
 
 @click.command()
@@ -21,7 +29,7 @@ def main(run_dir: Path, data_root):
     options = model.config["options"] | {"data_root": data_root, "download": False}
     split = load_notes(options)[0]["valid"]
     index = split.spread(1000)
-    mu, _ = audio.posteriors(model, split, index)
+    mu = posterior_means(model, split, index)
     mean, scales, directions = audio.principal(mu, 2)
     points = (mu - mean) @ directions
     share = scales.square() / mu.var(0, correction=0).sum()

@@ -230,7 +230,7 @@ def open_data(script, words):
     def draw(step, processes):
         index = torch.randint(len(train.notes), (processes * batch,), generator=random_generator("batch", 0, step))
         index = index[:batch]
-        return module.note_batch(train, torch.tensor(train.usable(index.tolist())), device)
+        return train.waveform(torch.tensor(train.usable(index.tolist()))), train.pitch[index], train.family[index]
 
     return draw, splits
 
