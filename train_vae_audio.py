@@ -168,9 +168,10 @@ class FittedPrior(nn.Module):
     it learns the instruments by heart (docs/prior.md). Of more than SCORES latents it has as many principal components.
     """
 
-    def __init__(self, d, conditional, n_families):
+    def __init__(self, d, conditional, n_families, shape=()):
         super().__init__()
-        self.conditional, self.d, groups = conditional, min(d, SCORES), n_families if conditional else 1
+        self.conditional, self.d, self.shape = conditional, min(d, SCORES), shape  # of z, where it is not flat
+        groups = n_families if conditional else 1
         self.register_buffer("typical", torch.zeros(d))
         self.register_buffer("directions", torch.eye(d, self.d))
         self.register_buffer("mean", torch.zeros(groups, 3, self.d))
@@ -189,7 +190,8 @@ class FittedPrior(nn.Module):
         none = torch.zeros_like(noise[:, 0]).long()
         pitch, family = (pitch, family) if self.conditional else (none + 60, none)
         mean = (self.powers(pitch, family)[:, :, None] * self.mean[family]).sum(1)
-        return self.typical + (mean + (self.factor[family] @ noise[:, :, None])[:, :, 0]) @ self.directions.T
+        z = self.typical + (mean + (self.factor[family] @ noise[:, :, None])[:, :, 0]) @ self.directions.T
+        return z.unflatten(1, self.shape) if self.shape else z
 
     @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
@@ -254,7 +256,7 @@ class NoteVAE(nn.Module):
             raise ValueError(f"--channels {channels} must be a multiple of 8")
         self.d, self.latents, self.crop, self.condition = d, latents, crop, condition
         self.n_labels = 0 if condition == "none" else PITCHES + len(families)
-        self.prior = FittedPrior(math.prod(latents), condition == "both", len(families))
+        self.prior = FittedPrior(math.prod(latents), condition == "both", len(families), latents[1:] and latents)
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
         self.register_buffer("families", torch.eye(len(families) if self.n_labels else 0), persistent=False)
         self.register_buffer("mean", torch.zeros(bins, 1))  # of levels, and their deviation
@@ -598,8 +600,7 @@ def sample(model, pitch, family, *key, fitted=True, same=False):
     size = (model.prior.d,) if fitted else model.latents
     noise = torch.randn(1 if same else len(pitch), *size, generator=random_generator("sample", *key))
     z, pitch, family = (v.to(model.mean.device) for v in (noise.expand(len(pitch), *size), pitch, family))
-    z = model.prior(z, pitch, family).unflatten(1, model.latents) if fitted else z
-    return model.decode(z, model.label(pitch, family))
+    return model.decode(model.prior(z, pitch, family) if fitted else z, model.label(pitch, family))
 
 
 # ---------------------------------------------------------------- Figures and sounds
@@ -705,8 +706,7 @@ def graphs(model):
     t, frequency = torch.arange(SAMPLES) / RATE, 80 + 1000 * torch.rand(2, 6, 1, generator=generator)  # s, Hz
     waveform = 0.1 * (torch.sin(2 * math.pi * frequency * t) * torch.exp(-t)).sum(1)
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
-    sampled = Graph(("z",), lambda *inputs: model.prior(*inputs).unflatten(1, model.latents), model.prior)
-    prior = sampled, {"noise": torch.randn(2, model.prior.d, generator=generator)} | label
+    prior = Graph(("z",), model.prior), {"noise": torch.randn(2, model.prior.d, generator=generator)} | label
     if isinstance(model, WaveVAE):
         waveform, z = waveform[:, : 4 * BLOCK].contiguous(), torch.randn(2, model.d, 4, generator=generator)
         sizes = [sum(math.prod(m.memory) for m in net.modules() if isinstance(m, Causal)) for net in (inward, outward)]

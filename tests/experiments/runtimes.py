@@ -81,7 +81,7 @@ def run_openvino(path, inputs):
 
     core = openvino.Core()
     model = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return {output.any_name: value for output, value in model(inputs).items()}
+    return {name: value for output, value in model(inputs).items() for name in output.names}
 
 
 def run_opencv(path, inputs):
