@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from test_data import write_clevr
 
-from tests.benchmarks import griffin_lim, recompose, renderer, steps, warm
+from tests.benchmarks import griffin_lim, recompose, renderer, steps, streams, warm
 
 
 def invoke(command, *args):
@@ -44,6 +44,15 @@ def test_griffin_lim_is_timed_beside_onnxruntime(notes_run, monkeypatch):
     monkeypatch.setattr(griffin_lim, "ROUNDS", 1)
     monkeypatch.setattr(griffin_lim, "REPEATS", 1)
     assert "of torchaudio's time" in invoke(griffin_lim.main)
+
+
+def test_streams_are_timed_beside_griffin_lim(wave_run, notes_run, monkeypatch):
+    exported = notes_run / "export" / "vocoder.onnx"
+    monkeypatch.setattr(griffin_lim.export, "write_onnx", lambda graph, inputs, path, info: shutil.copy(exported, path))
+    monkeypatch.setattr(griffin_lim, "REPEATS", 1)
+    said = invoke(streams.main, wave_run / "export", "--repeats", 2).splitlines()
+    assert [row.split(" | ")[0] for row in said[2:6]] == ["| 512", "| 1024", "| 2048", "| 4096"]
+    assert said[2].endswith("| 76 |") and "x real time" in said[6]
 
 
 @pytest.mark.parametrize("stage", ["MNIST conv", "sprites"])

@@ -184,7 +184,7 @@ def test_onnxruntime_for_node_agrees(duo_run):
 # ---------------------------------------------------------------- The contract
 
 
-@pytest.mark.parametrize("run", ["vae_run", "clevr_run", "sprites_run", "notes_run", "duo_run"])
+@pytest.mark.parametrize("run", ["vae_run", "clevr_run", "sprites_run", "notes_run", "wave_run", "duo_run"])
 def test_every_tensor_is_described_in_the_files_and_in_model_json(run, request):
     folder = request.getfixturevalue(run) / "export"
     about = json.loads((folder / "model.json").read_text())

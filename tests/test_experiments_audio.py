@@ -7,10 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_nsynth
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 import common
 from common import RATE, SPLITS, built_in_notes, load_notes, random_generator, synthesise
-from tests.experiments import conditional, griffin_lim, judges, rough
+from tests.experiments import conditional, griffin_lim, judges, latents, rough, waveforms
 from tests.experiments.judges import FamilyClassifier, detect_pitch
 
 
@@ -63,6 +64,29 @@ def test_the_conditional_experiment_judges_a_run_its_start_and_real_notes(notes_
     assert single.startswith("| one pitch | ") and family.count("%") == 5
     result = CliRunner().invoke(conditional.main, [str(notes_run.parent), "--samples", "6"])
     assert result.exit_code == 2 and "config.json" in result.output
+
+
+def test_distances_of_sounds_are_none_of_the_same_and_si_sdr_finds_a_shift():
+    sound = torch.stack([tone(60, 6), tone(41, 9)])
+    late = sound.roll(300, 1)
+    assert waveforms.multi_resolution(sound, sound).max() < 1e-3 < waveforms.multi_resolution(late * 0.5, sound).min()
+    noise = torch.randn(sound.shape, generator=random_generator("noise"))
+    noise *= 0.1 * sound.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    expected = scale_invariant_signal_distortion_ratio(0.3 * sound + noise, sound)
+    torch.testing.assert_close(waveforms.si_sdr(0.3 * sound + noise, sound), expected, atol=0.3, rtol=0)
+    padded = torch.nn.functional.pad(sound, (0, 400))
+    torch.testing.assert_close(waveforms.si_sdr(padded.roll(300, 1), padded) > 60, torch.tensor([True, True]))
+
+
+def test_codes_are_judged_beside_lines(wave_run, notes_run, monkeypatch):
+    monkeypatch.setattr(waveforms, "LEARNT", 4)
+    monkeypatch.setattr(waveforms, "COMPONENTS", (2,))
+    result = CliRunner().invoke(waveforms.main, [str(wave_run), "--notes", "2"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = result.output.strip().splitlines()[-6:]
+    assert [row.split(" | ")[1] for row in rows] == ["95", "95", "125", "32062", "125", "12000"]
+    result = CliRunner().invoke(latents.main, [str(wave_run)])
+    assert result.exit_code == 0 and (wave_run / "figures" / "latents.png").is_file()
 
 
 def test_the_griffin_lim_study_prints_its_tables():
