@@ -13,9 +13,11 @@ import onnx
 import onnxruntime
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 import recompose
+import train_vae_audio
 from tests.experiments import runtimes
 
 ROOT = Path(recompose.__file__).parent
@@ -46,7 +48,7 @@ def pixels(path):
 
 
 def test_programs_are_short_and_whole():
-    assert set(PROGRAMS) == {"move.py", "transpose.js", "move.html", "move.cpp"}
+    assert set(PROGRAMS) == {"move.py", "transpose.js", "move.html", "move.cpp", "stream.py"}
     for name, program in PROGRAMS.items():
         assert len(program.splitlines()) <= 40, name
 
@@ -141,6 +143,18 @@ def test_the_cpp_program_moves_an_object_as_the_python_program(tmp_path, clevr_r
     words = exported, tmp_path / "in.ppm", tmp_path / "cpp.ppm", about["N"], about["empty"]
     subprocess.run([tmp_path / "move", *map(str, words)], check=True, capture_output=True)
     assert np.abs(pixels(tmp_path / "cpp.ppm") - pixels(tmp_path / "py.png")).max() <= 1
+
+
+def test_the_stream_program_plays_what_the_model_decodes(tmp_path, wave_run):
+    t = np.arange(40 * 512) / 16000
+    soundfile.write(tmp_path / "in.wav", 0.3 * np.sin(2 * np.pi * 330 * t), 16000, subtype="FLOAT")
+    words = write_program(tmp_path, "stream.py"), tmp_path / "in.wav", wave_run / "export", tmp_path / "out.wav"
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    model, (sound, _) = train_vae_audio.load(wave_run), soundfile.read(tmp_path / "in.wav", dtype="float32")
+    with torch.no_grad():
+        expected, _, _ = model.reconstruct(torch.from_numpy(sound)[None], None)
+    found, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    assert rate == 16000 and np.abs(found[: len(sound)] - expected[0].numpy()).max() < 1e-3
 
 
 # ---------------------------------------------------------------- Runtimes
