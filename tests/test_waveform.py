@@ -221,7 +221,7 @@ def test_a_run_on_waveforms_leaves_numbers_pictures_and_sounds(wave_run):
     assert {"lsd", "lsd_sound", "step_0/lsd", "kl"} <= metrics.keys()
     assert metrics["lsd"] == pytest.approx(metrics["lsd_sound"], rel=1e-3), "its levels are those of its sound"
     pictures = {path.stem for path in (wave_run / "figures").glob("*.png")}
-    assert pictures - {"latents"} == {"reconstructions", "samples", "interpolations"}  # which an experiment may have added
+    assert pictures - {"latents"} == {"reconstructions", "samples", "interpolations"}  # an experiment adds it
     assert (wave_run / "sounds" / "samples-fitted-0.wav").is_file()
 
 
