@@ -443,8 +443,7 @@ class Oscillators(Causal):
     @staticmethod
     def gains(hertz):
         """What filters make of cosines and sines of frequencies (n,), in whose middle these begin: (2, BANDS, n)."""
-        time = torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1
-        angle = 2 * math.pi / RATE * hertz[:, None] * time
+        angle = 2 * math.pi / RATE * hertz[:, None] * (torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1)
         return torch.stack([PQMF(synthesis=False)(x.float())[:, :, -1].T for x in (angle.cos(), -angle.sin())])
 
     def forward(self, level, shift):
@@ -486,7 +485,8 @@ class WaveVAE(NoteVAE):
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
 
     def views(self, x):
-        return [*(log_compress(magnitude(x)) for magnitude in self.magnitudes), self.analysis(x)[:, 1]]
+        with torch.autocast(x.device.type, enabled=False):
+            return [*(log_compress(magnitude(x)) for magnitude in self.magnitudes), self.analysis(x)[:, 1]]
 
     def scaled(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):

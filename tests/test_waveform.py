@@ -197,6 +197,19 @@ def test_a_frequency_that_is_wrong_gets_a_gradient_towards_the_right_one():
 
 
 @torch.no_grad()
+def test_half_precision_leaves_filters_and_oscillators_as_they_are():
+    """Of bfloat16, phases would be wrong by percents of a turn; nets may have it."""
+    model, (x, _, _) = tiny_model(), some_notes(2)
+    model.start_at(x, None)
+    full = [*model.views(x), model.scaled(x)]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = [*model.views(x), model.scaled(x)]
+        played = model.decode(model.encode(x, None)[0], None)
+    assert all(torch.equal(a, b) for a, b in zip(full, half, strict=True))
+    assert log_spectral_distance(model.level(played), model.level(model.reconstruct(x, None)[0])).max() < 1
+
+
+@torch.no_grad()
 def test_the_prior_of_many_latents_gives_sequences_as_the_posteriors_are():
     generator = random_generator("sequences")
     basis, n = torch.linalg.qr(torch.randn(200, 3, generator=generator))[0], 4000
