@@ -220,23 +220,25 @@ def with_label(x, label):
 class ColumnNorm(nn.GroupNorm):
     """Of (B, C, T), as of pictures one pixel wide: some runtimes know no other."""
 
+    def __init__(self, channels):
+        super().__init__(8, channels)
+
     def forward(self, x):
         return super().forward(x[..., None])[..., 0]
 
 
-class FrameNorm(nn.GroupNorm):
+class FrameNorm(nn.LayerNorm):
     """Of (B, C, T), at every step in time by itself."""
 
     def forward(self, x):
-        x = x.transpose(1, 2)
-        return super().forward(x.flatten(0, 1)).view_as(x).transpose(1, 2)
+        return super().forward(x.mT).mT
 
 
 def blocks(channels, n, conv, norm):
     """Residual blocks that start as the identity."""
     blocks = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(n)])
     for block in blocks:
-        block.norm1, block.norm2 = norm(8, channels), norm(8, channels)
+        block.norm1, block.norm2 = norm(channels), norm(channels)
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
     return blocks
@@ -477,11 +479,14 @@ class WaveVAE(NoteVAE):
         self.encoder = nn.Sequential(nn.Conv1d(n, channels, PATCH, stride=PATCH), blocks(channels, 3, *around))
         self.posterior = nn.Conv1d(channels + self.n_labels, 2 * d, 1)
         self.latent_layer = nn.Conv1d(d + self.n_labels, channels, 1)
-        to_frames = nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH)
-        self.decoder = nn.Sequential(blocks(channels, 3, *around), to_frames, blocks(n, 2, *around))
-        self.shift = nn.Conv1d(n, n, 1)
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
+
+        def head():
+            return nn.Sequential(nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH), blocks(n, 2, *around))
+
+        self.decoder, self.loudness = blocks(channels, 3, *around), head()
+        self.shift = head().append(nn.Conv1d(n, n, 1))
+        nn.init.zeros_(self.shift[2].weight)
+        nn.init.zeros_(self.shift[2].bias)
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
 
     def views(self, x):
@@ -502,10 +507,10 @@ class WaveVAE(NoteVAE):
 
     def synthesise(self, z, label):
         """z (B, D, T), label (B, n_labels) -> waveforms (B, T BLOCK), DELAY samples late."""
-        h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, n, T PATCH)
+        h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, channels, T)
+        level, shift = (head(h).float() for head in (self.loudness, self.shift))  # (B, n, T PATCH) each
         with torch.autocast(z.device.type, enabled=False):
-            shift = self.shift(h.float()).tanh()
-            return self.synthesis(self.oscillators(h.float() * self.std + self.mean, shift))
+            return self.synthesis(self.oscillators(level * self.std + self.mean, shift.tanh()))
 
     @torch.no_grad()
     def start_at(self, waveform, label):
@@ -514,7 +519,7 @@ class WaveVAE(NoteVAE):
         level = torch.cat([self.analysis(some)[:, 0] for some in waveform.split(CHUNK)])
         self.mean.copy_(level.mean((0, 2))[:, None])
         self.std.copy_(level.std())
-        h = start_patches(super().scaled(level), self.encoder[0], self.decoder[1])
+        h = start_patches(super().scaled(level), self.encoder[0], self.loudness[0])
         label = None if label is None else label.repeat_interleave(h.shape[2], dim=0)
         start_latents(h.transpose(1, 2).flatten(0, 1), label, self.posterior, self.latent_layer)
 
@@ -688,8 +693,8 @@ def show_latents(model, splits, run):
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
-    inward.prior = inward.latent_layer = inward.decoder = inward.shift = inward.oscillators = inward.synthesis = None
-    outward.prior = outward.analysis = outward.encoder = outward.posterior = None  # not in either's file
+    inward.prior = inward.latent_layer = inward.decoder = inward.loudness = inward.shift = None  # not in its file
+    outward.prior = outward.analysis = outward.encoder = outward.posterior = inward.oscillators = None
 
     def posterior(waveform, *label):
         mu, logvar = inward.encode(inward.front(waveform), inward.label(*label))
