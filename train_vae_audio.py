@@ -693,8 +693,9 @@ def show_latents(model, splits, run):
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; the sounds are decaying chords."""
     generator, inward, outward = random_generator("graphs"), copy.deepcopy(model), copy.deepcopy(model)
-    inward.prior = inward.latent_layer = inward.decoder = inward.loudness = inward.shift = None  # not in its file
-    outward.prior = outward.analysis = outward.encoder = outward.posterior = inward.oscillators = None
+    for name in ("prior", "latent_layer", "decoder", "loudness", "shift", "oscillators", "synthesis"):
+        setattr(inward, name, None)  # not in its file
+    outward.prior = outward.analysis = outward.encoder = outward.posterior = None
 
     def posterior(waveform, *label):
         mu, logvar = inward.encode(inward.front(waveform), inward.label(*label))
