@@ -220,9 +220,6 @@ def with_label(x, label):
 class ColumnNorm(nn.GroupNorm):
     """Of (B, C, T), as of pictures one pixel wide: some runtimes know no other."""
 
-    def __init__(self, channels):
-        super().__init__(8, channels)
-
     def forward(self, x):
         return super().forward(x[..., None])[..., 0]
 
@@ -294,7 +291,7 @@ class SpectrumVAE(NoteVAE):
         super().__init__(d, (d,), SAMPLES, spectrogram.bins, channels, condition, families)
         self.front, self.level = spectrogram, partial(torch.clamp, min=0)
         self.vocoder = Vocoder(n_fft, to_stft_magnitude=spectrogram.to_stft_magnitude)
-        self.frames, around = SAMPLES // spectrogram.hop + 1, (nn.Conv1d, ColumnNorm)
+        self.frames, around = SAMPLES // spectrogram.hop + 1, (nn.Conv1d, partial(ColumnNorm, 8))
         self.coarse = math.ceil(self.frames / PATCH**2)  # steps in time that the latents see
         self.encoder = nn.Sequential(
             nn.ConstantPad1d((0, self.coarse * PATCH**2 - self.frames), 0.0),
@@ -479,12 +476,11 @@ class WaveVAE(NoteVAE):
         self.encoder = nn.Sequential(nn.Conv1d(n, channels, PATCH, stride=PATCH), blocks(channels, 3, *around))
         self.posterior = nn.Conv1d(channels + self.n_labels, 2 * d, 1)
         self.latent_layer = nn.Conv1d(d + self.n_labels, channels, 1)
-
-        def head():
-            return nn.Sequential(nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH), blocks(n, 2, *around))
-
-        self.decoder, self.loudness = blocks(channels, 3, *around), head()
-        self.shift = head().append(nn.Conv1d(n, n, 1))
+        self.decoder = blocks(channels, 3, *around)
+        self.loudness, self.shift = (
+            nn.Sequential(nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH), blocks(n, 2, *around)) for _ in range(2)
+        )
+        self.shift.append(nn.Conv1d(n, n, 1))
         nn.init.zeros_(self.shift[2].weight)
         nn.init.zeros_(self.shift[2].bias)
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
@@ -810,8 +806,7 @@ def main(context, **options):
     settle_options(context, options)
     device = start_device(options["device"], options["seed"])
     splits, source = load_splits(options)
-    model = build(options)
-    train, valid = splits["train"], splits["valid"]
+    model, train, valid = build(options), splits["train"], splits["valid"]
     watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
     if not options["resume"]:
         start_at_notes(model, train)
@@ -833,10 +828,12 @@ def main(context, **options):
             waveform, label = note_batch(model, train, index)
             waveform = waveform.gather(1, begin + torch.arange(model.crop, device=device))
             gain = 10 ** (options["gain_db"] / 20 * loudness.to(device))
-            beta = beta_at(progress, options["beta"], options["warmup"])
+            lr, beta = (
+                learning_rate_at(progress, step, options["lr"]),
+                beta_at(progress, options["beta"], options["warmup"]),
+            )
             with run.autocast():
                 loss, terms = objective(model, model.front(gain * waveform), label, noise, beta)
-            lr = learning_rate_at(progress, step, options["lr"])
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
                 show_reconstructions(model, valid, run)
