@@ -822,18 +822,15 @@ def main(context, **options):
             generator = random_generator("batch", options["seed"], step)
             index = torch.randint(len(train.notes), (run.total,), generator=generator)[run.own]
             index = torch.tensor(train.usable(index.tolist()))
-            loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own] - 1
+            loudness = 2 * torch.rand(run.total, 1, generator=generator)[run.own].to(device) - 1
             noise = torch.randn(run.total, *model.latents, generator=generator)[run.own].to(device)
             begin = torch.randint(SAMPLES - model.crop + 1, (run.total, 1), generator=generator)[run.own].to(device)
             waveform, label = note_batch(model, train, index)
-            waveform = waveform.gather(1, begin + torch.arange(model.crop, device=device))
-            gain = 10 ** (options["gain_db"] / 20 * loudness.to(device))
-            lr, beta = (
-                learning_rate_at(progress, step, options["lr"]),
-                beta_at(progress, options["beta"], options["warmup"]),
-            )
+            gain, crop = 10 ** (options["gain_db"] / 20 * loudness), begin + torch.arange(model.crop, device=device)
+            lr = learning_rate_at(progress, step, options["lr"])
+            beta = beta_at(progress, options["beta"], options["warmup"])
             with run.autocast():
-                loss, terms = objective(model, model.front(gain * waveform), label, noise, beta)
+                loss, terms = objective(model, model.front(gain * waveform.gather(1, crop)), label, noise, beta)
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
                 show_reconstructions(model, valid, run)
