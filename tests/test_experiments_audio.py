@@ -10,8 +10,9 @@ from conftest import write_nsynth
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 import common
+import train_vae_audio as audio
 from common import RATE, SPLITS, built_in_notes, load_notes, random_generator, synthesise
-from tests.experiments import conditional, griffin_lim, judges, latents, rough, waveforms
+from tests.experiments import adversarial, conditional, griffin_lim, judges, latents, rough, waveforms
 from tests.experiments.judges import FamilyClassifier, detect_pitch
 
 
@@ -87,6 +88,35 @@ def test_codes_are_judged_beside_lines(wave_run, notes_run, monkeypatch):
     assert [row.split(" | ")[1] for row in rows] == ["95", "95", "125", "32062", "125", "12000"]
     result = CliRunner().invoke(latents.main, [str(wave_run)])
     assert result.exit_code == 0 and (wave_run / "figures" / "latents.png").is_file()
+
+
+def test_a_second_phase_trains_the_decoder_alone_and_is_judged(wave_run, notes_run, monkeypatch):
+    monkeypatch.setattr(adversarial, "UPDATES", 2)
+    monkeypatch.setattr(adversarial, "TOLD", 2)
+    monkeypatch.setattr(adversarial, "BATCH", 2)
+    result = CliRunner().invoke(adversarial.main, [str(wave_run), "--notes", "2", "--minutes", "0.01"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [row.split(" | ") for row in result.output.splitlines() if row.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| the run", "| spectral alone", "| adversarial"]
+    assert len({tuple(row[2:5]) for row in rows}) == 3, "either phase changes what is played"
+    model, split = audio.load(wave_run), load_notes({"data_root": None, "families": ["bass"], "download": False})[0]
+    after, steps = adversarial.go_on(model, split["train"], 0.001, adversarial=True)
+    before, now = model.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], now[name])}
+    assert steps > 0 and changed == {"latent_layer", "decoder", "loudness", "shift"}
+    result = CliRunner().invoke(adversarial.main, [str(notes_run)])
+    assert result.exit_code == 2 and "no run of waveforms" in result.output
+
+
+def test_a_net_that_tells_apart_tells_noise_from_notes(wave_run, monkeypatch):
+    monkeypatch.setattr(adversarial, "UPDATES", 30)
+    monkeypatch.setattr(adversarial, "TOLD", 16)
+    monkeypatch.setattr(adversarial, "BATCH", 4)
+    model = audio.load(wave_run)
+    splits, _ = load_notes({"data_root": None, "families": ["bass"], "download": False})
+    noise = random_generator("noise")
+    monkeypatch.setattr(model, "reconstruct", lambda x, _: (torch.randn(x.shape, generator=noise) * 0.1, None, None))
+    assert adversarial.told_apart(model, splits) > 0.9
 
 
 def test_the_griffin_lim_study_prints_its_tables():
