@@ -5,7 +5,7 @@
     python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
-    python train_vae_audio.py --representation waveform --D 64 --beta 0.1 --lr 3e-4 --batch 16
+    python train_vae_audio.py --representation waveform --D 128 --beta 0.1 --lr 3e-4 --batch 16
 
 For who wants notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed
 STFT magnitudes or mel bands, and sound through Griffin-Lim; or as sound, by latents in sequence, block after block.

@@ -1,6 +1,6 @@
 """How fast a waveform model's exported decoder plays, block by block, beside Griffin-Lim; through onnxruntime.
 
-python -m tests.benchmarks.streams runs/vae-notes-waveform-none-D64-beta0.1-seed0/export
+python -m tests.benchmarks.streams runs/vae-notes-waveform-none-D128-beta0.1-seed0/export
 
 One thread. "x real time": seconds of sound a second. Latency: a block has to be heard before it is encoded, and decoded
 sound is `delay` samples late; the time a block takes comes upon that. Griffin-Lim (export.py's twelve steps at n_fft

@@ -1,6 +1,6 @@
 """What sound loses in a code of so many values a second: runs of train_vae_audio.py, linear codes, Griffin-Lim.
 
-python -m tests.experiments.waveforms runs/vae-notes-waveform-none-D64-beta0.1-seed0 --data-root nsynth
+python -m tests.experiments.waveforms runs/vae-notes-waveform-none-D128-beta0.1-seed0 --data-root nsynth
 
 Of every test note, decoded from posterior means: the log-spectral distance of its sound at n_fft 1024, as in
 docs/audio.md; a distance over several resolutions, the mean over n_fft 2048 to 256 of spectral convergence (a ratio)
