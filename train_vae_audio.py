@@ -62,14 +62,12 @@ class Spectrogram(nn.Module):
         self.magnitude = STFTMagnitude(n_fft)
         self.bins = n_fft // 2 + 1 if representation == "stft" else n_mels
         if representation == "mel":
-            ends = (n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE)
-            bank = torchaudio.functional.melscale_fbanks(*ends, mel_scale="slaney").T.contiguous()
-            if (bank.amax(1) == 0).any():
+            bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE, mel_scale="slaney")
+            if (bank.amax(0) == 0).any():
                 raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
-            self.register_buffer("bank", bank, persistent=False)  # (bands, F)
-            self.register_buffer(
-                "bank_inverse", torch.linalg.pinv(bank.double()).float().contiguous(), persistent=False
-            )
+            inverse = torch.linalg.pinv(bank.T.double()).float().contiguous()
+            self.register_buffer("bank", bank.T.contiguous(), persistent=False)  # (bands, F)
+            self.register_buffer("bank_inverse", inverse, persistent=False)
 
     def forward(self, waveform):
         """(B, samples) -> levels (B, bins, T)."""
@@ -102,9 +100,8 @@ def load_splits(options):
         raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
     if options["transpose"]:
         moves = range(-options["transpose"], options["transpose"] + 1)
-        pairs = ((note, k) for note in splits["train"].notes for k in moves)
-        moved = [(note, k) for note, k in pairs if note.pitch < 0 or 0 <= note.pitch + k < PITCHES]
-        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in moved]
+        pairs = ((n, k) for n in splits["train"].notes for k in moves if n.pitch < 0 or 0 <= n.pitch + k < PITCHES)
+        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in pairs]
         splits["train"] = NoteSplit(moved, options["families"], "train")
     return splits, source
 
@@ -122,9 +119,8 @@ PATCH, SCORES, START_NOTES = 4, 64, 1000  # frames of a convolution; scores a pr
 
 def principal(x, n):
     """The n principal components of the rows of x: mean (k,), scales (n,), 0 beyond the data, directions (k, n)."""
-    mean = x.mean(0)
+    mean, wide = x.mean(0), x.shape[1] > x.shape[0]
     centred = x - mean
-    wide = x.shape[1] > x.shape[0]
     gram = (centred @ centred.T if wide else centred.T @ centred) / len(x)
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0)[:n].clamp(min=0).float(), vectors.flip(1)[:, :n].float()
@@ -136,8 +132,7 @@ def principal(x, n):
 def start_patches(x, encoder, decoder):
     """Initialise two convolutions of PATCH steps each, in and out, as a PCA of x (n, channels, T): x encoded."""
     patches = x.unfold(2, PATCH, PATCH).transpose(1, 2).flatten(2).flatten(0, 1)  # (n T / PATCH, channels * PATCH)
-    few = patches[:: max(1, len(patches) // 20_000)]
-    mean, scales, directions = principal(few, encoder.out_channels)
+    mean, scales, directions = principal(patches[:: max(1, len(patches) // 20_000)], encoder.out_channels)
     scale = scales.square().mean().sqrt()
     encoder.weight.copy_((directions / scale).T.view_as(encoder.weight))
     encoder.bias.copy_(-mean @ directions / scale)
@@ -164,8 +159,8 @@ def start_latents(h, label, posterior, latents):
 class FittedPrior(nn.Module):
     """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
 
-    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). A flow upon
-    it learns the instruments by heart (docs/prior.md). Of more than SCORES latents it has as many principal components.
+    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). Of more
+    latents than SCORES it has as many principal components.
     """
 
     def __init__(self, d, conditional, n_families, shape=()):
@@ -462,6 +457,13 @@ class Oscillators(Causal):
         return sum(mix @ part.flatten(2) for mix, part in zip(self.mix, parts, strict=True))  # (B, BANDS, T HOP)
 
 
+def nearest_partials(label):
+    """Of the pitch of a label (B, n_labels), how far partials are off the middles of narrow bands, as shifts (B, n)."""
+    middles, midi = MIDDLES.to(label), label[:, :PITCHES] @ torch.arange(PITCHES).to(label)
+    hertz = 440 * 2 ** ((midi[:, None] - 69) / 12)
+    return (((middles / hertz).round().clamp(min=1) * hertz - middles) / middles[0]).clamp(-1, 1)
+
+
 class WaveVAE(NoteVAE):
     """D latents every BLOCK samples of sound, which is compared in spectra. Causal: the encoder sees levels of narrow
     bands, and the decoder tells oscillators in these how to sound: in bands, as RAVE (Caillon & Esling 2021), with
@@ -477,10 +479,8 @@ class WaveVAE(NoteVAE):
         self.posterior = nn.Conv1d(channels + self.n_labels, 2 * d, 1)
         self.latent_layer = nn.Conv1d(d + self.n_labels, channels, 1)
         self.decoder = blocks(channels, 3, *around)
-        self.loudness, self.shift = (
-            nn.Sequential(nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH), blocks(n, 2, *around)) for _ in range(2)
-        )
-        self.shift.append(nn.Conv1d(n, n, 1))
+        self.loudness = nn.Sequential(nn.ConvTranspose1d(channels, n, PATCH, stride=PATCH), blocks(n, 2, *around))
+        self.shift = copy.deepcopy(self.loudness).append(nn.Conv1d(n, n, 1))
         nn.init.zeros_(self.shift[2].weight)
         nn.init.zeros_(self.shift[2].bias)
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
@@ -506,7 +506,8 @@ class WaveVAE(NoteVAE):
         h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, channels, T)
         level, shift = (head(h).float() for head in (self.loudness, self.shift))  # (B, n, T PATCH) each
         with torch.autocast(z.device.type, enabled=False):
-            return self.synthesis(self.oscillators(level * self.std + self.mean, shift.tanh()))
+            shift = shift.tanh() + (0 if label is None else nearest_partials(label)[:, :, None])
+            return self.synthesis(self.oscillators(level * self.std + self.mean, shift))
 
     @torch.no_grad()
     def start_at(self, waveform, label):
@@ -543,9 +544,8 @@ def start_at_notes(model, split):
 def objective(model, x, label, noise, beta):
     """The loss of a batch, in nats per value of a spectrogram, and its terms, in nats per note.
 
-    The Gaussian's variance is the mean squared error over the batch of all processes, the most likely one (sigma-VAE,
-    Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net can reach; of several views of a sound
-    the mean of theirs. It is held constant: at the optimum the loss does not change with it to first order.
+    The Gaussian's variance is the mean squared error over the batch of all processes, held constant: the likeliest one
+    (sigma-VAE, Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net reaches. Views count alike.
     """
     mu, logvar = model.encode(x, label)
     noise = noise[..., : mu.shape[-1]]  # a part of a note has fewer latents

@@ -13,7 +13,7 @@ from conftest import train
 
 import train_vae_audio as audio
 from common import RATE, SAMPLES, built_in_notes, log_spectral_distance, random_generator, synthesise
-from train_vae_audio import BLOCK, DELAY, MIDDLES, PQMF, NarrowBands, Oscillators, WaveVAE
+from train_vae_audio import BLOCK, DELAY, MIDDLES, PQMF, NarrowBands, Oscillators, WaveVAE, nearest_partials
 
 LATE = 177  # samples, of the filters
 
@@ -86,6 +86,19 @@ def test_an_oscillator_plays_a_clean_sine_in_tune(shift):
         parts = torch.linalg.lstsq(basis, found[:, None]).solution
         assert parts.norm() == pytest.approx(0.1, rel=0.02)
         assert decibels(found - (basis @ parts)[:, 0], found) < -45
+
+
+@pytest.mark.parametrize("pitch", [28, 45, 69, 101])
+def test_every_partial_of_a_pitch_asked_for_has_a_sine_in_its_band(pitch):
+    """Before the net has said anything; other sines stay within their bands. Between two labels, the pitch between."""
+    label, hertz = tiny_model("both").label, 440 * 2 ** ((pitch - 69) / 12)
+    shift = nearest_partials(label(torch.tensor([pitch]), torch.tensor([1])))
+    assert shift.shape == (1, 256) and shift.abs().max() <= 1
+    played = (MIDDLES + shift[0] * RATE / 1024).double()
+    for partial in range(1, int(8000 / hertz) + 1):
+        assert (played - partial * hertz).abs().min() < 0.01, "50 cents are 1.2 Hz at the lowest"
+    between = label(torch.tensor([pitch - 2, pitch + 2]), torch.tensor([0, 1])).mean(0, keepdim=True)
+    torch.testing.assert_close(nearest_partials(between), shift, atol=1e-3, rtol=0)
 
 
 # ---------------------------------------------------------------- Streams
