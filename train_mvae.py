@@ -691,17 +691,17 @@ class SlotPrior(nn.Module):
         """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
         if self.light:
             light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
-        few = torch.arange(self.n_slots + 1) < kept[:, None]
+        few = torch.arange(m := self.n_slots + 1) < kept[:, None]  # (B, M), of M counts
         slots = torch.where(few[:, :-1, None], slots, 0.0)
-        log_q = [self.suggestions(light, torch.full_like(kept, n), slots)[2] for n in range(self.n_slots + 1)]  # (B, N)
-        told = torch.where(few[:, None, :-1], torch.stack(log_q, dim=1), 0.0).sum(2).masked_fill(few, -1e4)
+        scenes = light.repeat(m, 1), (torch.arange(m)[:, None] + 0 * kept).flatten(), slots.repeat(m, 1, 1)
+        log_q = self.suggestions(*scenes)[2].unflatten(0, (m, -1))  # (M, B, N)
+        told = log_q.where(few[:, :-1], 0.0).sum(2).T.masked_fill(few, -1e4)
         count = choose(self.count(F.pad(self.told * light, (0, 1))) + told, noise[:, 0, -1:])[:, 0]  # by what is kept
-        noise = noise[:, 1:].unflatten(1, (-1, TRIES))  # (B, N, T, D + 2)
-        for k in range(self.n_slots):
+        for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, D + 2)
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
-            tried = self.draw(noise[:, k, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, D)
+            tried = self.draw(draws[:, None], logits[:, at], mean, context[:, at])  # (B, 1, T, D)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
-            one = choose(rated, noise[:, at, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
+            one = choose(rated, draws[:, None, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
             drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
             slots = torch.cat([slots[:, :k], torch.where(few[:, at, None], slots[:, at], drawn), slots[:, k + 1 :]], 1)
         return Scene(light, count, slots)
