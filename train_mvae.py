@@ -47,29 +47,29 @@ def position_grid(height, width):  # the (y, x) of the middle of every cell of a
 
 # ---------------------------------------------------------------- Data: pools of pictures, and built-in sprites
 
-BLOCK, POOL, SCENES = 64, 10_000, 320  # drawn, or read, at a time; for training; to judge by, as in the literature
+CHUNK, POOL, SCENES = 64, 10_000, 320  # rendered, or read, at a time; for training; to judge by, as in the literature
 
 
 class Pool:
-    """Pictures and labelled scenes, read by a subclass, or drawn, every block and split by a generator of its own."""
+    """Pictures and labelled scenes, read by a subclass, or rendered, chunks and splits by generators of their own."""
 
     def __init__(self, size, objects, seed, device, length=None):
         self.size, self.objects, self.seed, self.device, self.length = size, objects, seed, device, length or POOL
-        self.blocks = {}  # of pictures that have been drawn
+        self.chunks = {}  # of pictures that have been rendered
 
     def batch(self, step, own, total):
         """The slice `own` of the `total` pictures of a step: (own, 3, size, size) in [0, 1]."""
         position = step * total + torch.arange(total)[own]
         epoch, index = position // self.length, position % self.length
-        for e in epoch[epoch > 0].unique().tolist():  # the first epoch goes straight, so that blocks fill one by one
+        for e in epoch[epoch > 0].unique().tolist():  # the first epoch goes straight, so that chunks fill one by one
             order = torch.randperm(self.length, generator=random_generator("order", self.seed, e))
             index = torch.where(epoch == e, order[index], index)
         return self.pictures(index).to(self.device, non_blocking=True).float() / 255
 
     def pictures(self, index):  # of any numbers (n,): uint8 (n, 3, size, size)
-        for block in set((index // BLOCK).tolist()) - self.blocks.keys():  # each is drawn once, when it is needed
-            self.blocks[block] = self.make(block * BLOCK, min((block + 1) * BLOCK, self.length)).cpu().contiguous()
-        return torch.stack([self.blocks[i // BLOCK][i % BLOCK] for i in index.tolist()])
+        for chunk in set((index // CHUNK).tolist()) - self.chunks.keys():  # each is rendered once, when it is needed
+            self.chunks[chunk] = self.make(chunk * CHUNK, min((chunk + 1) * CHUNK, self.length)).cpu().contiguous()
+        return torch.stack([self.chunks[i // CHUNK][i % CHUNK] for i in index.tolist()])
 
     def make(self, first, last):
         scene = self.sample(last - first, random_generator(self.name, self.seed, first, device=self.device))
@@ -78,7 +78,7 @@ class Pool:
     def scenes(self, split, n):
         """The first n scenes of a split that no training step sees: images, labels."""
         generator = random_generator(self.name, split, device=self.device)
-        parts = [self.render(self.sample(BLOCK, generator)) for _ in range(0, n, BLOCK)]
+        parts = [self.render(self.sample(CHUNK, generator)) for _ in range(0, n, CHUNK)]
         return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
     def place_apart(self, n, count, extent, clearance, generator):
@@ -617,7 +617,7 @@ class Background(nn.Module):
         logvar = logvar + LOGVAR_START
         return mu if noise is None else reparameterize(mu, logvar, noise), gaussian_kl(mu, logvar).sum(1)
 
-    def draw(self, light):  # (B, BACKGROUND_D) -> picture (B, C, h, w)
+    def paint(self, light):  # (B, BACKGROUND_D) -> picture (B, C, h, w)
         knots = self.shade(light).unflatten(1, (self.shape[0], BACKGROUND_GRID, BACKGROUND_GRID))
         return self.picture + self.up @ knots @ self.up.mT
 
@@ -667,7 +667,7 @@ class SlotPrior(nn.Module):
         each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
         return before, h, each.logsumexp(2), logits, mean, context
 
-    def draw(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, N), (B, 1, N, D) ...: (B, K, T, D)
+    def propose(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, N), (B, 1, N, D) ...: (B, K, T, D)
         one, mean = choose(logits, noise[..., -1])[..., None], mean.expand(-1, logits.shape[1], -1, -1)  # (B, K, T, 1)
         mean, context = (v.gather(2, one.expand(-1, -1, -1, v.shape[3])) for v in (mean, context))
         return mean + self.flow.sample(noise[..., : mean.shape[3]], context)
@@ -683,7 +683,7 @@ class SlotPrior(nn.Module):
         before, h, log_q, *suggested = self.suggestions(light, count, slots)
         with torch.no_grad():
             noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
-            tried = torch.cat([slots[:, :, None], self.draw(noise, *suggested)], dim=2)  # (B, N, T, D)
+            tried = torch.cat([slots[:, :, None], self.propose(noise, *suggested)], dim=2)  # (B, N, T, D)
         rated = self.rating(F.silu(h[:, :, None] + self.tokens(tried, before)))[..., 0].log_softmax(2)  # (B, N, T)
         return total + torch.where(there, log_q + rated[..., 0] + math.log(tries), 0.0).sum(1)
 
@@ -699,7 +699,7 @@ class SlotPrior(nn.Module):
         count = choose(self.count(F.pad(self.told * light, (0, 1))) + told, noise[:, 0, -1:])[:, 0]  # by what is kept
         for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, D + 2)
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
-            tried = self.draw(draws[:, None], logits[:, at], mean, context[:, at])  # (B, 1, T, D)
+            tried = self.propose(draws[:, None], logits[:, at], mean, context[:, at])  # (B, 1, T, D)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, draws[:, None, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
             drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
@@ -769,7 +769,7 @@ class MVAE(nn.Module):
             masked = log_compress((2 * self.decode(mu, place)).softmax(1) * log_expand(image)[:, None]).flatten(0, 1)
             found = (gather_cells(values, index.flatten()[:, None]) for values in self.encoder(masked)[:2])
             mu, logvar = (values[:, 0].unflatten(0, index.shape) for values in found)
-        background = None if self.sound else self.background.draw(light)
+        background = None if self.sound else self.background.paint(light)
         return Encoding(mu, logvar, place, kl.gather(1, index), kl_map, background, light, kl_all)
 
     @torch.no_grad()
@@ -792,7 +792,7 @@ class MVAE(nn.Module):
         """How much every component owns every pixel: (B, N, C, h, w) -> (B, N + 1, H, W), the background first."""
         if self.op == "alpha":
             return F.interpolate(alpha_masks(layer)[:, :, 0], size=self.size, mode="bilinear")
-        beyond = self.slot_decoder.beyond.expand(len(layer), 1, -1, *layer.shape[3:])  # a slot that draws nothing
+        beyond = self.slot_decoder.beyond.expand(len(layer), 1, -1, *layer.shape[3:])  # of a slot without a shape
         neutral = self.compose(beyond, background)  # whose mean absolute change by a slot is compared with VISIBLE
         change = (self.alone(layer, background) - neutral[:, None]).abs().mean(2)  # (B, N, H, W)
         return F.pad(change, (0, 0, 0, 0, 1, 0), value=VISIBLE)
@@ -826,7 +826,7 @@ class MVAE(nn.Module):
         if self.sound:
             middles = self.encoder.middles[:, :, 0].T  # (cells, 2)
             return z, middles[(cell[..., :1] - middles[:, 0]).abs().argmin(2)], None
-        return z, cell, self.background.draw(scene.light)
+        return z, cell, self.background.paint(scene.light)
 
     def forward(self, image, noise, detailed=True):
         """image (B, C, H, W), noise (B, sum of noise_sizes) -> Encoding, image (B, C, H, W), haze (B,): see HAZE."""
@@ -867,11 +867,11 @@ def objective(image, mean, encoding, haze, beta, sigma):
 
 @torch.no_grad()
 def posteriors(model, data, n, seed):
-    """What the encoder says of n examples to train on, some BLOCK at a time, but for maps and pictures: an Encoding."""
+    """What the encoder says of n examples to train on, some CHUNK at a time, but for maps and pictures: an Encoding."""
     parts = []
-    for k in trange(math.ceil(n / BLOCK), desc="posteriors", disable=None):
-        noise = torch.randn(BLOCK, model.noise_sizes[1], generator=random_generator("light", seed, k))
-        encoding = model.encode(data.batch(k, slice(0, BLOCK), BLOCK), noise.to(data.device))
+    for k in trange(math.ceil(n / CHUNK), desc="posteriors", disable=None):
+        noise = torch.randn(CHUNK, model.noise_sizes[1], generator=random_generator("light", seed, k))
+        encoding = model.encode(data.batch(k, slice(0, CHUNK), CHUNK), noise.to(data.device))
         parts.append(encoding._replace(kl_map=encoding.kl, background=encoding.kl))
     return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
@@ -953,7 +953,7 @@ def assign(parts, stems):
 def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
-    for stems in data.mixtures(split, n).to(data.device).split(BLOCK):
+    for stems in data.mixtures(split, n).to(data.device).split(CHUNK):
         mixture = stems.sum(1)
         level, mean, encoding, *_, parts = separate(model, data.levels, mixture)
         heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))

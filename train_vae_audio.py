@@ -494,7 +494,7 @@ class WaveVAE(NoteVAE):
             return super().scaled(self.analysis(waveform)[:, 0])  # (B, n, T PATCH)
 
     def encode(self, x, label):
-        """Waveforms (B, T BLOCK), silence after them, label (B, n_labels) -> mu, logvar (B, D, T + AHEAD)."""
+        """Waveforms (B, T BLOCK), zero-padded, label (B, n_labels) -> mu, logvar (B, D, T + AHEAD)."""
         return super().encode(F.pad(x, (0, AHEAD * BLOCK)), label)
 
     def decode(self, z, label):

@@ -18,7 +18,7 @@ def invoke(command, *args):
 
 def test_the_renderer_is_timed_and_drawn_beside_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(renderer, "ROUNDS", 1)
-    monkeypatch.setattr(renderer.train_mvae, "BLOCK", 2)
+    monkeypatch.setattr(renderer.train_mvae, "CHUNK", 2)
     assert "drawn for each" in invoke(renderer.main)
     write_clevr(tmp_path / "CLEVR_v1.0", sizes=[(320, 240)] * 4, train=30)
     invoke(renderer.main, "--data-root", tmp_path, "--figure", tmp_path / "figure.png")

@@ -116,8 +116,8 @@ def test_the_learning_rate_is_the_papers():
 
 @pytest.fixture
 def small_scenes(monkeypatch):
-    monkeypatch.setattr(race.train_mvae, "BLOCK", 2)
-    monkeypatch.setattr(race, "AT_ONCE", 2)
+    monkeypatch.setattr(race.train_mvae, "CHUNK", 2)
+    monkeypatch.setattr(race, "CHUNK", 2)
 
 
 class Given:

@@ -50,7 +50,7 @@ def main(data_root, figure):
         draw_figure(options, data_root).save(figure)
         return
     data, batch, sigma = train_mvae.load_data(options, torch.device("cpu")), options["batch"], options["sigma"]
-    generator, scenes = random_generator("benchmark"), train_mvae.BLOCK
+    generator, scenes = random_generator("benchmark"), train_mvae.CHUNK
     drawn = scenes_a_second(lambda: data.render(data.sample(scenes, generator)), scenes)
 
     model = train_mvae.build(options).to(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from torch import nn
 
 from common import FOLDER, random_generator, read_json
 from tests.experiments.slots import load_run, match
-from train_mvae import BLOCK, COLOURS, RADII, resample
+from train_mvae import CHUNK, COLOURS, RADII, resample
 
 PROPERTIES = ("shape", "color", "size", "material")
 VISIBLE_SHARE = 60 / 64**2  # of the picture, that an object must show
@@ -31,7 +31,7 @@ def described_scenes(data, split, n):
     """The first n scenes of a split: images, labels, {property: answers (n, K) as integers}."""
     if hasattr(data, "render"):
         scene = data.sample(n, random_generator("properties", split, device=data.device))
-        images, labels = (torch.cat(part) for part in zip(*render_in_blocks(data, scene), strict=True))
+        images, labels = (torch.cat(part) for part in zip(*render_in_chunks(data, scene), strict=True))
         colours = torch.tensor(COLOURS, device=data.device) / 255
         colour = (scene["rgb"][:, :, None] - colours).abs().sum(-1).argmin(-1)
         answers = scene["shape"], colour, (scene["half"] < sum(RADII) / 2).long(), scene["metal"].long()
@@ -44,9 +44,9 @@ def described_scenes(data, split, n):
     return images, labels, {name: as_integers([[o[name] for o in one] for one in every]) for name in PROPERTIES}
 
 
-def render_in_blocks(data, scene):
-    for first in range(0, len(scene["present"]), BLOCK):
-        yield data.render({name: value[first : first + BLOCK] for name, value in scene.items()})
+def render_in_chunks(data, scene):
+    for first in range(0, len(scene["present"]), CHUNK):
+        yield data.render({name: value[first : first + CHUNK] for name, value in scene.items()})
 
 
 def as_integers(words):

@@ -40,7 +40,7 @@ from tests.experiments.curves import read_curve
 
 LEVELS = (0.9, 0.95)  # of ARI-FG
 EVALUATIONS = 20  # of a run, at equal distances
-AT_ONCE = 16  # scenes that are evaluated together
+CHUNK = 16  # scenes that are evaluated together
 NAMES = ("MVAE", "Slot Attention")
 
 
@@ -48,7 +48,7 @@ NAMES = ("MVAE", "Slot Attention")
 def evaluate(model, images, labels):
     """ARI-FG, of the largest of all masks on true object pixels, and MSE: images (n, 3, H, W), labels (n, H, W)."""
     aris, errors = [], []
-    for part, true in zip(images.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
+    for part, true in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
         generator = random_generator("evaluation", len(errors))  # of every scene the same noise each time
         noise = torch.randn(len(part), model.n_slots, SLOT, generator=generator)
         mean, masks, _ = model(part, noise)

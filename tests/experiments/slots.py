@@ -213,7 +213,7 @@ def score_remixes(model, data, split, n):
     of "lsd_recomposed", a log-spectral distance in dB, is the first of the two mixtures as it is.
     """
     scores = []
-    for stems in data.mixtures(split, n).to(data.device).split(train_mvae.BLOCK):
+    for stems in data.mixtures(split, n).to(data.device).split(train_mvae.CHUNK):
         level, layer, alone, gained = separate_by_stems(model, data, stems)
         own, silent = data.levels.as_loud(stems.flatten(0, 1)).unflatten(0, stems.shape[:2]), gained.isnan()
         apart = (alone[:, :, None] - own[:, None]).square().mean((3, 4, 5))  # (B, slot, stem)
