@@ -699,7 +699,7 @@ class SlotPrior(nn.Module):
         count = choose(self.count(F.pad(self.told * light, (0, 1))) + told, noise[:, 0, -1:])[:, 0]  # by what is kept
         for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, D + 2)
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
-            tried = self.propose(draws[:, None], logits[:, at], mean, context[:, at])  # (B, 1, T, D)
+            tried = self.propose(draws[:, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, D)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, draws[:, None, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
             drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
