@@ -101,6 +101,20 @@ def test_every_partial_of_a_pitch_asked_for_has_a_sine_in_its_band(pitch):
     torch.testing.assert_close(nearest_partials(between), shift, atol=1e-3, rtol=0)
 
 
+@torch.no_grad()
+def test_a_model_plays_the_partials_of_the_pitch_that_it_is_asked_for():
+    """Told by its label alone, before training; a model without one plays the middles of the bands."""
+    told = {}
+    for condition, pitch in (("none", None), ("both", 45), ("both", 57)):
+        model = tiny_model(condition)
+        label = model.label(torch.tensor([pitch or 0]), torch.tensor([0]))
+        model.oscillators.register_forward_pre_hook(lambda _, given, pitch=pitch: told.update({pitch: given[1]}))
+        model.synthesise(torch.zeros(1, model.d, 4), label)
+        wanted = torch.zeros(1, 256) if label is None else nearest_partials(label)
+        torch.testing.assert_close(told[pitch], wanted[:, :, None].expand_as(told[pitch]))
+    assert not told[45].equal(told[57])
+
+
 # ---------------------------------------------------------------- Streams
 
 
