@@ -2,15 +2,13 @@
 
     python train_vae_audio.py                                        # on notes synthesised here
     python train_vae_audio.py --data-root nsynth                     # the official folders nsynth-train, -valid, -test
-    python train_vae_audio.py --data-root nsynth --representation mel
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
     python train_vae_audio.py --representation waveform --D 128 --beta 0.1 --lr 3e-4 --batch 16
 
 For who wants notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed
 STFT magnitudes or mel bands, and sound through Griffin-Lim; or as sound, by latents in sequence, block after block.
-Results: docs/audio.md; whether samples have the pitch and family asked for: tests/experiments/conditional.py.
-"""
+Results: docs/audio.md; whether samples have the pitch and family asked for: tests/experiments/conditional.py."""
 
 import copy
 import math
@@ -65,9 +63,8 @@ class Spectrogram(nn.Module):
             bank = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0, RATE / 2, n_mels, RATE, mel_scale="slaney")
             if (bank.amax(0) == 0).any():
                 raise ValueError(f"{n_mels} mel bands are too many for n_fft {n_fft}: some would hold no bin")
-            inverse = torch.linalg.pinv(bank.T.double()).float().contiguous()
             self.register_buffer("bank", bank.T.contiguous(), persistent=False)  # (bands, F)
-            self.register_buffer("bank_inverse", inverse, persistent=False)
+            self.register_buffer("bank_inverse", torch.linalg.pinv(self.bank.double()).float(), persistent=False)
 
     def forward(self, waveform):
         """(B, samples) -> levels (B, bins, T)."""
@@ -86,8 +83,7 @@ def stft_magnitude(waveform):
 
 def spectral_convergence(magnitude, reference):
     """|| |reference| - |magnitude| || / || reference || in dB (Frobenius norms): two of (B, F, T) -> (B,)."""
-    error = (magnitude - reference).flatten(1).norm(dim=1)
-    return 20 * torch.log10(error / reference.flatten(1).norm(dim=1))
+    return 20 * torch.log10((magnitude - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
 
 
 def load_splits(options):
@@ -124,8 +120,7 @@ def principal(x, n):
     gram = (centred @ centred.T if wide else centred.T @ centred) / len(x)
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0)[:n].clamp(min=0).float(), vectors.flip(1)[:, :n].float()
-    if wide:
-        vectors = F.normalize(centred.T @ vectors, dim=0)
+    vectors = F.normalize(centred.T @ vectors, dim=0) if wide else vectors
     return mean, *(F.pad(part, (0, n - len(values))) for part in (values.sqrt(), vectors))
 
 
@@ -158,10 +153,8 @@ def start_latents(h, label, posterior, latents):
 
 class FittedPrior(nn.Module):
     """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
-
     Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). Of more
-    latents than SCORES it has as many principal components.
-    """
+    latents than SCORES it has as many principal components."""
 
     def __init__(self, d, conditional, n_families, shape=()):
         super().__init__()
@@ -238,11 +231,10 @@ def blocks(channels, n, conv, norm):
 
 class NoteVAE(nn.Module):
     """p(z) = N(0, I), p(x | z, y) Gaussian around what is decoded, q(z | x, y) a Gaussian of diagonal covariance.
-
     y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). `latents` is the shape of a note's z,
     `crop` how many of its samples training sees. Both kinds look along time, with frequencies as channels, and start as
-    PCAs, the linear VAE's optimum (Lucas et al. 2019). `front` makes x of waveforms; x, as decoded too, is `views` to
-    the objective, a `level` to eyes, a `sound` to ears."""
+    PCAs, the linear VAE's optimum (Lucas et al. 2019). `front` makes x of waveforms; x, as decoded too, is a `level` to
+    eyes, a `sound` to ears; the objective sees pairs, of z and of x, `compared`."""
 
     def __init__(self, d, latents, crop, bins, channels, condition, families):
         super().__init__()
@@ -301,8 +293,8 @@ class SpectrumVAE(NoteVAE):
             nn.ConvTranspose1d(channels, spectrogram.bins, PATCH, stride=PATCH),
         )  # fmt: skip
 
-    def views(self, x):
-        return [self.scaled(x)]
+    def compared(self, x, z, label):
+        return [(self.scaled(self.decode(z, label)), self.scaled(x))]
 
     def sound(self, x):  # (B, bins, T) -> (B, SAMPLES), through Griffin-Lim
         return self.vocoder(log_expand(self.level(x)))
@@ -410,51 +402,57 @@ class NarrowBands(Causal):
         magnitude = (re.square() + im.square()).clamp(min=1e-12).sqrt()
         cosine = re[..., 1:] * re[..., :-1] + im[..., 1:] * im[..., :-1]
         sine = im[..., 1:] * re[..., :-1] - re[..., 1:] * im[..., :-1]
-        off = (sine * self.turn[0] - cosine * self.turn[1]) / (magnitude[..., 1:] * magnitude[..., :-1])
-        level = log_compress(magnitude[..., 1:])
-        return torch.stack([level, (off * 2**0.5).clamp(-1, 1) * level / 4], dim=1)  # an eighth turn is at the end
+        turned = (sine * self.turn[0] - cosine * self.turn[1]) / (magnitude[..., 1:] * magnitude[..., :-1])
+        return self.off_middle(turned, log_compress(magnitude[..., 1:]))
+
+    @staticmethod
+    def off_middle(turned, level):  # by the sine of what phases turn by; an eighth turn is at a band's end
+        return torch.stack([level, (turned * 2**0.5).clamp(-1, 1) * level / 4], dim=1)
+
+    def of_sines(self, loud, shift):
+        """What `forward` finds of steady sines (`Oscillators`), averaged over phases, by the window's kernel."""
+        bins = shift[..., None] - torch.arange(-5, 6, device=shift.device)  # from what is heard to a sine
+        sinc = torch.sinc(bins)
+        power = (loud[..., None] * (sinc[..., 1::2] + (sinc[..., :-1:2] + sinc[..., 2::2]) / 2)).square()
+        near = torch.stack([power, power * torch.sin(math.pi / 4 * bins[..., 1::2])]).unbind(4)  # in five bands
+        power, turned = 1e-12 + sum(F.pad(part, (0, 0, k, -k)) for k, part in enumerate(near, start=-2))
+        return self.off_middle(turned / power, log_compress(power.sqrt()))
 
 
 class Oscillators(Causal):
-    """A sine in each of n narrow bands: levels (B, n, T) -> bands (B, BANDS, T HOP).
-
-    `shift` (B, n, T) is how far sines are off the middle of narrow bands, -1 to 1 at the ends. Amplitudes and
-    frequencies go on in lines, and phases are sums of these (McAulay & Quatieri 1986): a steady sound has steady
-    latents. By how much a sine is in which bands is nearly linear in its frequency."""
+    """A sine in each of n narrow bands -> bands (B, BANDS, T HOP).
+    `loud` (B, n, T) is the STFT's magnitude (n_fft 1024) at their peaks, `shift` how far they are off the middle of
+    narrow bands, -1 to 1 at the ends. Amplitudes and frequencies go on in lines, and phases are sums of these
+    (McAulay & Quatieri 1986): steady sounds have steady latents. Gains of bands are nearly linear in frequency."""
 
     def __init__(self):
         super().__init__()
         step, n = torch.arange(1, HOP + 1) / HOP, len(MIDDLES)
         line, area = torch.stack([1 - step, step]), HOP * step * (step + 1 / HOP) / 2  # from the frame before to this
         turns, edge = MIDDLES[:, None] * step * HOP * BANDS / RATE, RATE / 4 / n
-        low, middle, high = (self.gains(MIDDLES + off) for off in (-edge, 0, edge))
+        hertz = MIDDLES + torch.tensor([[-edge], [0], [edge]])  # what filters make of waves that begin there
+        angle = 2 * math.pi / RATE * hertz[..., None] * (torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1)
+        waves = PQMF(synthesis=False)(torch.stack([angle.cos(), -angle.sin()]).flatten(0, 2).float())[:, :, -1]
+        low, middle, high = waves.unflatten(0, (2, 3, -1)).mT.unbind(1)  # (2, BANDS, n) each
         swept = torch.stack([HOP * step - area, area]) * edge * BANDS / RATE
         mix = torch.cat([middle, (high - low) / 2])  # (4, BANDS, n)
         for name, table in {"line": line, "swept": swept, "turns": turns, "mix": mix}.items():
             self.register_buffer(name, table.float(), persistent=False)
         self.memory = 4 * n, 1  # what pairs of frames are made of, and phases
 
-    @staticmethod
-    def gains(hertz):
-        """What filters make of cosines and sines of frequencies (n,), in whose middle these begin: (2, BANDS, n)."""
-        angle = 2 * math.pi / RATE * hertz[:, None] * (torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1)
-        return torch.stack([PQMF(synthesis=False)(x.float())[:, :, -1].T for x in (angle.cos(), -angle.sin())])
-
-    def forward(self, level, shift):
-        loud = (F.softplus(level, beta=4).exp() - 1) / (256 * COMPRESSION)
-        values = torch.cat([loud, loud * shift, shift], dim=1)  # (B, 3 n, T)
-        past = level.new_zeros(len(level), *self.memory) if self.past is None else self.past
-        before, phase = past.split([values.shape[1], level.shape[1]], dim=1)
+    def forward(self, loud, shift):
+        values = torch.cat([loud / 256, loud / 256 * shift, shift], dim=1)  # (B, 3 n, T)
+        past = loud.new_zeros(len(loud), *self.memory) if self.past is None else self.past
+        before, phase = past.split([values.shape[1], loud.shape[1]], dim=1)
         pairs = torch.stack([torch.cat([before, values[..., :-1]], dim=2), values], dim=3).chunk(3, dim=1)
         loud, changed, swept = pairs[0] @ self.line, pairs[1] @ self.line, pairs[2] @ self.swept  # (B, n, T, HOP)
-        exact = torch.float32 if level.device.type == "mps" else torch.float64  # sums of thousands of turns
+        exact = torch.float32 if shift.device.type == "mps" else torch.float64  # sums of thousands of turns
         ends = (phase + (swept[..., -1] + self.turns[:, -1:]).to(exact).cumsum(2)).remainder(1).float()  # (B, n, T)
         begun = torch.cat([phase, ends[..., :-1]], dim=2)[..., None]
         angle = 2 * math.pi * (begun + swept + self.turns[:, None])
         parts = loud * angle.cos(), loud * angle.sin(), changed * angle.cos(), changed * angle.sin()
-        if self.past is not None:
-            self.past = torch.cat([values[..., -1:], ends[..., -1:]], dim=1)
-        return sum(mix @ part.flatten(2) for mix, part in zip(self.mix, parts, strict=True))  # (B, BANDS, T HOP)
+        self.past = None if self.past is None else torch.cat([values[..., -1:], ends[..., -1:]], dim=1)
+        return sum(mix @ part.flatten(2) for mix, part in zip(self.mix, parts, strict=True))
 
 
 def nearest_partials(label):
@@ -485,9 +483,14 @@ class WaveVAE(NoteVAE):
         nn.init.zeros_(self.shift[2].bias)
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
 
-    def views(self, x):
+    def compared(self, x, z, label):
+        """Levels at RESOLUTIONS, and how far off sines are. Spectra teach loudness alone: frequencies change them by
+        phases, sums of all frequencies before, and what these happen to be would be 19/20 of the gradient."""
+        loud, shift = self.controls(z, label)
         with torch.autocast(x.device.type, enabled=False):
-            return [*(log_compress(magnitude(x)) for magnitude in self.magnitudes), self.analysis(x)[:, 1]]
+            decoded = self.synthesis(self.oscillators(loud, shift.detach()))[:, DELAY : DELAY - AHEAD * BLOCK]
+            narrow = self.analysis[1].of_sines(loud, shift), self.analysis(F.pad(x, (0, AHEAD * BLOCK)))
+            return [[log_compress(f(w)) for w in (decoded, x)] for f in self.magnitudes] + [[v[:, 1] for v in narrow]]
 
     def scaled(self, waveform):
         with torch.autocast(waveform.device.type, enabled=False):
@@ -501,13 +504,16 @@ class WaveVAE(NoteVAE):
         """z (B, D, T + AHEAD), label (B, n_labels) -> waveforms (B, T BLOCK)."""
         return self.synthesise(z, label)[:, DELAY : DELAY - AHEAD * BLOCK]
 
+    def controls(self, z, label):
+        """z (B, D, T), label (B, n_labels) -> `loud` and `shift` of sines (B, n, T PATCH)."""
+        h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, channels, T)
+        level, shift = (head(h).float() for head in (self.loudness, self.shift))
+        shift = shift.tanh() + (0 if label is None else nearest_partials(label)[:, :, None])
+        return log_expand(F.softplus(level * self.std + self.mean, beta=4)), shift
+
     def synthesise(self, z, label):
         """z (B, D, T), label (B, n_labels) -> waveforms (B, T BLOCK), DELAY samples late."""
-        h = self.decoder(self.latent_layer(with_label(z, label)))  # (B, channels, T)
-        level, shift = (head(h).float() for head in (self.loudness, self.shift))  # (B, n, T PATCH) each
-        with torch.autocast(z.device.type, enabled=False):
-            shift = shift.tanh() + (0 if label is None else nearest_partials(label)[:, :, None])
-            return self.synthesis(self.oscillators(level * self.std + self.mean, shift))
+        return self.synthesis(self.oscillators(*self.controls(z, label)))
 
     @torch.no_grad()
     def start_at(self, waveform, label):
@@ -538,32 +544,27 @@ def start_at_notes(model, split):
     return model
 
 
-# ---------------------------------------------------------------- Objective
+# ---------------------------------------------------------------- Objective, evaluation
+
+EVALUATED, WATCHED, QUICK = 500, 200, 50  # notes scored of the test split, the validation split, by --eval quick
+CHUNK = 32  # notes that are encoded, decoded and heard at a time
 
 
 def objective(model, x, label, noise, beta):
     """The loss of a batch, in nats per value of a spectrogram, and its terms, in nats per note.
-
     The Gaussian's variance is the mean squared error over the batch of all processes, held constant: the likeliest one
     (sigma-VAE, Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net reaches. Views count alike.
     """
-    mu, logvar = model.encode(x, label)
-    noise = noise[..., : mu.shape[-1]]  # a part of a note has fewer latents
-    views = zip(model.views(model.decode(reparameterize(mu, logvar, noise), label)), model.views(x), strict=True)
-    error = torch.stack([(decoded - view).square().mean() for decoded, view in views])
+    mu, logvar = model.encode(x, label)  # of a part of a note, which has fewer latents
+    pairs = model.compared(x, reparameterize(mu, logvar, noise[..., : mu.shape[-1]]), label)
+    error = torch.stack([(decoded - view).square().mean() for decoded, view in pairs])
     variance = error.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(variance.div_(dist.get_world_size()))
-    kl, values = gaussian_kl(mu, logvar).flatten(1).sum(1).mean(), model.views(x[:1])[0].numel()
+    kl, values = gaussian_kl(mu, logvar).flatten(1).sum(1).mean(), pairs[0][0][0].numel()
     reconstruction = 0.5 * values * ((2 * math.pi * variance).log() + error / variance).mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/sigma": variance.mean().sqrt()}
     return (reconstruction + beta * kl) / values, terms
-
-
-# ---------------------------------------------------------------- Evaluation
-
-EVALUATED, WATCHED, QUICK = 500, 200, 50  # notes scored of the test split, the validation split, by --eval quick
-CHUNK = 32  # notes that are encoded, decoded and heard at a time
 
 
 @torch.no_grad()
@@ -647,8 +648,8 @@ def show_reconstructions(model, split, run):
     index = split.spread(8)
     waveform, label = note_batch(model, split, index)
     x = model.front(waveform)
-    rows = {"note": (x, captions_of(run, split.pitch[index], split.family[index]))}
-    rows["decoded"] = model.reconstruct(x, label)[0], [""] * len(x)
+    captions, decoded = captions_of(run, split.pitch[index], split.family[index]), model.reconstruct(x, label)[0]
+    rows = {"note": (x, captions), "decoded": (decoded, [""] * len(x))}
     show(model, run, "reconstructions", "Validation notes and what is decoded from their posterior means", rows)
 
 
@@ -659,9 +660,8 @@ def show_latents(model, splits, run):
     split, conditional = splits["train"], model.condition == "both"
     asked = torch.randint(len(split.notes), (8,), generator=random_generator("asked for a figure"))
     label = split.pitch[asked], split.family[asked]
-    captions, rows = captions_of(run, *label) if conditional else [""] * 8, {}
-    for name in ("fitted", "standard"):
-        rows[name] = sample(model, *label, "figure", fitted=name == "fitted"), captions
+    captions = captions_of(run, *label) if conditional else [""] * 8
+    rows = {k: (sample(model, *label, "figure", fitted=k == "fitted"), captions) for k in ("fitted", "standard")}
     show(model, run, "samples", "Samples from the fitted prior, and from the standard normal one", rows)
 
     index, share, rows = splits["valid"].spread(2), torch.linspace(0, 1, 7, device=model.mean.device)[:, None], {}
@@ -777,8 +777,8 @@ def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
     about = {"sample_rate": RATE, "samples": SAMPLES}
     if isinstance(model, WaveVAE):
-        sizes = {"frames": model.latents[1], "block": BLOCK, "delay": DELAY, "scores": model.prior.d}
-        return {"kind": "vae-waveform"} | about | sizes
+        about |= {"frames": model.latents[1], "block": BLOCK, "delay": DELAY, "scores": model.prior.d}
+        return {"kind": "vae-waveform"} | about
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
     return {"kind": "vae-sound", "scaling": scaling, "hop": model.front.hop, "frames": model.frames} | about
 

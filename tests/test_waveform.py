@@ -76,11 +76,9 @@ def test_an_oscillator_plays_a_clean_sine_in_tune(shift):
     """Wherever it lies in its band, at edges too, where it is in two of them."""
     play, join = Oscillators(), PQMF(synthesis=True)
     for k in (1, 9, 15, 16, 100, 128, 255):
-        level = torch.full((1, 256, 200), -9.0)
-        level[:, k] = math.log(1 + 100 * 256 * 0.1)
-        shifts = torch.zeros(1, 256, 200)
-        shifts[:, k] = shift
-        found = join(play(level, shifts))[0, 4000:].double()
+        loud, shifts = torch.zeros(2, 1, 256, 200)
+        loud[:, k], shifts[:, k] = 256 * 0.1, shift
+        found = join(play(loud, shifts))[0, 4000:].double()
         turn = 2 * math.pi * (MIDDLES[k] + shift * RATE / 1024) / RATE * torch.arange(len(found))
         basis = torch.stack([turn.cos(), turn.sin()], dim=1)
         parts = torch.linalg.lstsq(basis, found[:, None]).solution
@@ -211,16 +209,42 @@ def test_every_parameter_gets_a_gradient_from_sound_and_silence():
     assert all(torch.isfinite(v) for v in terms.values())
 
 
+@pytest.mark.parametrize("band, shift", [(5, 0.5), (20, -0.5), (40, 0.9), (41, 0.0), (101, -1.0), (250, 0.3)])
+def test_what_is_heard_of_a_steady_sine_is_known_without_playing_it(band, shift):
+    model, bands = tiny_model(), slice(band - 2, band + 3)
+    loud, off = torch.zeros(1, 256, 64), torch.zeros(1, 256, 64)
+    loud[:, band], off[:, band] = 4.0, shift
+    heard = model.analysis(model.synthesis(model.oscillators(loud, off)))[0, :, bands, -1]
+    assert torch.allclose(model.analysis[1].of_sines(loud, off)[0, :, bands, -1], heard, atol=0.03)
+
+
+@torch.no_grad()
+def test_what_is_heard_of_many_sines_is_known_on_average_over_phases():
+    """Of their powers: where neighbours beat, a single set of phases is far off."""
+    model, generator = tiny_model(), random_generator("many")
+    loud = torch.rand(1, 256, 1, generator=generator).expand(-1, -1, 640).contiguous()
+    shift = 2 * torch.rand(1, 256, 1, generator=generator).expand(-1, -1, 640).contiguous() - 1
+    level, _ = model.analysis(model.synthesis(model.oscillators(loud, shift)))[0, :, :, 40:].unbind(0)
+    power = (level.exp() - 1).square().mean(1)
+    expected = (model.analysis[1].of_sines(loud, shift)[0, 0, :, -1].exp() - 1).square()
+    ratio = 10 * torch.log10(expected / power)
+    assert ratio.abs().median() < 0.3
+
+
 def test_a_frequency_that_is_wrong_gets_a_gradient_towards_the_right_one():
-    """Through `views`: of spectra alone it has none where partials do not overlap."""
+    """And none from spectra, where phases would decide its direction."""
     model, wanted = tiny_model(), sine(MIDDLES[40] + 6.0, 16 * BLOCK)[None]
-    level = torch.full((1, 256, 64), -9.0)
-    level[:, 40] = math.log(1 + 100 * 256 * 0.1)
-    shift = torch.zeros(1, 256, 64, requires_grad=True)
-    played = model.synthesis(model.oscillators(level, shift))
-    target = model.views(F.pad(wanted, (LATE, 0))[:, : played.shape[1]])[-1]
-    (model.views(played)[-1] - target)[:, :, 12:].square().mean().backward()
+    loud, shift = torch.zeros(1, 256, 64), torch.zeros(1, 256, 64, requires_grad=True)
+    loud[:, 40] = 256 * 0.1
+    off = (model.analysis[1].of_sines(loud, shift) - model.analysis(wanted))[:, 1, :, 12:]
+    off.square().mean().backward()
     assert shift.grad[0, 40].sum() < 0
+    x, model = some_notes(2)[0], disturbed(tiny_model())
+    *spectra, (off, _) = model.compared(x, torch.randn(2, *model.latents), None)
+    sum(decoded.mean() for decoded, _ in spectra).backward()
+    assert all(p.grad is None for p in model.shift.parameters())
+    off.mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.shift.parameters())
 
 
 @torch.no_grad()
@@ -228,12 +252,13 @@ def test_half_precision_leaves_filters_and_oscillators_as_they_are():
     """Of bfloat16, phases would be wrong by percents of a turn; nets may have it."""
     model, (x, _, _) = tiny_model(), some_notes(2)
     model.start_at(x, None)
-    full = [*model.views(x), model.scaled(x)]
+    z = model.encode(x, None)[0]
+    decoded, notes = zip(*model.compared(x, z, None), strict=True)
     with torch.autocast("cpu", torch.bfloat16):
-        half = [*model.views(x), model.scaled(x)]
-        played = model.decode(model.encode(x, None)[0], None)
-    assert all(torch.equal(a, b) for a, b in zip(full, half, strict=True))
-    assert log_spectral_distance(model.level(played), model.level(model.reconstruct(x, None)[0])).max() < 1
+        scaled = model.scaled(x)
+        half, same = zip(*model.compared(x, z, None), strict=True)
+    assert torch.equal(scaled, model.scaled(x)) and all(map(torch.equal, notes, same))
+    assert all((a - b).abs().mean() < 0.1 for a, b in zip(decoded, half, strict=True))
 
 
 @torch.no_grad()

@@ -92,10 +92,10 @@ def go_on(model, split, minutes, adversarial):
         x = crops(model, split, (step,))
         with torch.no_grad():
             mu, _ = model.encode(x, None)
-        decoded, step = model.decode(mu, None), step + 1
-        pairs = zip(model.views(decoded), model.views(x), strict=True)
-        loss = 0.5 * torch.stack([(a - b).square().mean().log() for a, b in pairs]).mean()
+        step += 1
+        loss = 0.5 * torch.stack([(a - b).square().mean().log() for a, b in model.compared(x, mu, None)]).mean()
         if adversarial:
+            decoded = model.decode(mu, None)
             said = hinge(discriminator(x), discriminator(decoded.detach()))
             optimizers[1].zero_grad()
             said.backward()
