@@ -6,8 +6,7 @@
     python train_mvae.py --dataset pictures --data-root my_pictures     # or sounds, two at once: --dataset sounds --mix
 
 Pictures, or mixtures of notes, fall apart into entities without labels. Without --data-root, CLEVR-like scenes are ray
-cast below, and notes synthesised. Results: docs/mvae.md, docs/mvae-audio.md, docs/prior.md.
-"""
+cast below, and notes synthesised. Results: docs/mvae.md, docs/mvae-audio.md, docs/prior.md."""
 
 import copy
 import itertools
@@ -490,10 +489,8 @@ def resample(source, scale, offset, side):
 
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
-
     The first `d_cell` latents say how large: near and far objects have one resolution. C: if `masked` how near, if
-    `shaded` a logarithm that darkens the background, colours or features, `outside` beyond, if `masked` a mask's logit.
-    """
+    `shaded` a logarithm that darkens what is behind, colours or features, `outside` beyond, if `masked` a mask."""
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
@@ -627,9 +624,8 @@ Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell 
 
 
 class SlotPrior(nn.Module):
-    """A density of Scenes: light, the number of slots, and these one by one, each given those before: "autoregressive",
+    """A density of Scenes: the number of slots, light, and slots one by one, each given those before: "autoregressive",
     by falling KL; "set", in any order (Uria et al. 2014), so as to go on from any; "independent", given none.
-
     A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what that suggests. Of
     TRIES drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
 
@@ -637,8 +633,8 @@ class SlotPrior(nn.Module):
         super().__init__()
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
-        self.light = FlowPrior(light, couplings=4, width=64) if light else None
-        ends = (light + 1, n_slots + 1), (width, 1)
+        self.light = FlowPrior(light, n_slots + 1, couplings=4, width=64) if light else None
+        ends = (1, n_slots + 1), (width, 1)  # the number tells the light, not the other way round: a flow joins modes
         self.count, self.rating = (MLP(n, [width, m], activation_layer=nn.SiLU) for n, m in ends)
         nn.init.zeros_(self.rating[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
@@ -646,6 +642,7 @@ class SlotPrior(nn.Module):
         self.pair, self.pairs = MLP(2 * d + 2 + min(d, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
+        self.register_buffer("numbers", self.told * torch.eye(n_slots + 1), persistent=False)  # as light is told them
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
 
     def tokens(self, slots, before, at=slice(None)):
@@ -675,8 +672,8 @@ class SlotPrior(nn.Module):
     def log_prob(self, scene, generator, tries=TRIES):
         """log p of Scenes, (B,), in nats: a mean over what `generator` draws, orders and tries, is a lower bound."""
         light, count, slots = scene
-        there, total = torch.arange(self.n_slots) < count[:, None], self.light.log_prob(light) if self.light else 0.0
-        total = total + self.count(F.pad(self.told * light, (0, 1))).log_softmax(1).gather(1, count[:, None])[:, 0]
+        there, total = torch.arange(self.n_slots) < count[:, None], self.count(slots.new_zeros(1, 1)).log_softmax(1)[0]
+        total = total[count] + (self.light.log_prob(light, self.numbers[count]) if self.light else 0.0)
         if self.order != "autoregressive":
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
             slots, total = slots.gather(1, order[..., None].expand_as(slots)), total + torch.lgamma(count + 1.0)
@@ -689,14 +686,18 @@ class SlotPrior(nn.Module):
 
     def sample(self, noise, kept, light, slots):
         """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
-        if self.light:
-            light = torch.where(kept[:, None] > 0, light, self.light.sample(noise[:, 0, : light.shape[1]]))
         few = torch.arange(m := self.n_slots + 1) < kept[:, None]  # (B, M), of M counts
-        slots = torch.where(few[:, :-1, None], slots, 0.0)
-        scenes = light.repeat(m, 1), (torch.arange(m)[:, None] + 0 * kept).flatten(), slots.repeat(m, 1, 1)
-        log_q = self.suggestions(*scenes)[2].unflatten(0, (m, -1))  # (M, B, N)
-        told = log_q.where(few[:, :-1], 0.0).sum(2).T.masked_fill(few, -1e4)
-        count = choose(self.count(F.pad(self.told * light, (0, 1))) + told, noise[:, 0, -1:])[:, 0]  # by what is kept
+        slots, light = torch.where(few[:, :-1, None], slots, 0.0), torch.where(few[:, :1], light, 0.0)
+        lights, counts = light.repeat(m, 1), (torch.arange(m)[:, None] + 0 * kept).flatten()
+        told = self.suggestions(lights, counts, slots.repeat(m, 1, 1))[2].unflatten(0, (m, -1))  # (M, B, N)
+        told = told.where(few[:, :-1], 0.0).sum(2).T.masked_fill(few, -1e4)  # by what is kept: (B, M)
+        if self.light:
+            seen = self.light.log_prob(lights, self.numbers[counts]).unflatten(0, (m, -1)).T
+            told = told + seen.where(few[:, :1], 0.0)
+        count = choose(self.count(noise.new_zeros(1, 1)) + told, noise[:, 0, -1:])[:, 0]
+        if self.light:
+            drawn = self.light.sample(noise[:, 0, : light.shape[1]], self.numbers[count])
+            light = torch.where(few[:, :1], light, drawn)
         for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, D + 2)
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
             tried = self.propose(draws[:, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, D)
@@ -709,7 +710,6 @@ class SlotPrior(nn.Module):
 
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
-
     compose_at "feature": slots' feature maps are combined and decoded on. `detail` of a slot's `d` latents come from a
     closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes."""
 

@@ -99,7 +99,7 @@ def test_independent_slots_know_nothing_of_one_another_nor_of_the_light():
     made = prior("independent", e=2, n_slots=3, light=2)
     one, other = scenes(made, 6, light=2, count=3), scenes(made, 6, light=2, count=3)
     other = Scene(one.light + 1, one.count, one.slots.flip(1))
-    one, other = (of_all_tries(made, scene) - made.light.log_prob(scene.light) for scene in (one, other))
+    one, other = (of_all_tries(made, s) - made.light.log_prob(s.light, made.numbers[s.count]) for s in (one, other))
     torch.testing.assert_close(one, other, atol=0.05, rtol=0)
 
 
@@ -119,7 +119,7 @@ def test_samples_have_the_density(order):
     """Shares of samples, by number and by the sign of the first slot, beside the density's integral over them."""
     made, at = prior(order), torch.linspace(-12, 12, 2401, dtype=torch.float64)
     scene = sample(made, noise_for(made, 8_000))
-    expected = made.count(torch.zeros(1, 1, dtype=torch.float64)).softmax(1)[0]
+    expected = made.count(torch.zeros(1, 1).double()).softmax(1)[0]
     torch.testing.assert_close(scene.count.bincount(minlength=3) / 8_000, expected.float(), atol=0.02, rtol=0)
     line = Scene(torch.zeros(2401, 0).double(), torch.ones(2401, dtype=torch.long), F_pad(at))
     below = (made.log_prob(line, random_generator("x")).exp() * (at < 0)).sum() * (at[1] - at[0]) / expected[1]
@@ -154,6 +154,22 @@ def fit(made, scene, steps):
         optimizer.zero_grad()
         (-made.log_prob(scene, random_generator("fit", step), 4).mean()).backward()
         optimizer.step()
+
+
+def test_the_light_tells_the_number_of_slots_and_the_number_the_light():
+    """No light in between is drawn, as a single flow would; and the light of what is completed tells how many come."""
+    made, scene = prior("set", e=1, n_slots=3, light=2, std=0.0), scenes(prior("set", n_slots=3), 400, light=2)
+    scene = scene._replace(light=scene.count[:, None] - 1.5 + 0.1 * scene.light)
+    fit(made, scene, 300)
+    with torch.no_grad():
+        new = sample(made, noise_for(made, 400), light=2)
+        bright = scene._replace(light=0 * scene.light + 1.5)
+        whole = sample(made, noise_for(made, 400), kept=1, scene=bright)
+    assert (new.light - new.count[:, None] + 1.5).abs().amax(1).quantile(0.98) < 0.5
+    assert (whole.count == 3).double().mean() > 0.98
+    torch.testing.assert_close(
+        new.count.bincount(minlength=4) / 400, scene.count.bincount(minlength=4) / 400, atol=0.1, rtol=0
+    )
 
 
 def test_what_slots_owe_to_one_another_is_learnt():
