@@ -485,7 +485,7 @@ class WaveVAE(NoteVAE):
 
     def compared(self, x, z, label):
         """Levels at RESOLUTIONS, and how far off sines are. Spectra teach loudness alone: frequencies change them by
-        phases, sums of all frequencies before, and what these happen to be would be 19/20 of the gradient."""
+        phases, sums of all frequencies before, and what these happen to be would be 9/10 of the gradient."""
         loud, shift = self.controls(z, label)
         with torch.autocast(x.device.type, enabled=False):
             decoded = self.synthesis(self.oscillators(loud, shift.detach()))[:, DELAY : DELAY - AHEAD * BLOCK]
