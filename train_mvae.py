@@ -634,7 +634,7 @@ class SlotPrior(nn.Module):
         self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
         self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
         self.light = FlowPrior(light, n_slots + 1, couplings=4, width=64) if light else None
-        ends = (1, n_slots + 1), (width, 1)  # the number tells the light, not the other way round: a flow joins modes
+        ends = (1, n_slots + 1), (width, 1)  # light is drawn given the number: one flow of all light joins its modes
         self.count, self.rating = (MLP(n, [width, m], activation_layer=nn.SiLU) for n, m in ends)
         nn.init.zeros_(self.rating[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
@@ -672,7 +672,7 @@ class SlotPrior(nn.Module):
     def log_prob(self, scene, generator, tries=TRIES):
         """log p of Scenes, (B,), in nats: a mean over what `generator` draws, orders and tries, is a lower bound."""
         light, count, slots = scene
-        there, total = torch.arange(self.n_slots) < count[:, None], self.count(slots.new_zeros(1, 1)).log_softmax(1)[0]
+        there, total = torch.arange(self.n_slots) < count[:, None], self.count(self.numbers[:1, :1]).log_softmax(1)[0]
         total = total[count] + (self.light.log_prob(light, self.numbers[count]) if self.light else 0.0)
         if self.order != "autoregressive":
             order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)
@@ -690,11 +690,11 @@ class SlotPrior(nn.Module):
         slots, light = torch.where(few[:, :-1, None], slots, 0.0), torch.where(few[:, :1], light, 0.0)
         lights, counts = light.repeat(m, 1), (torch.arange(m)[:, None] + 0 * kept).flatten()
         told = self.suggestions(lights, counts, slots.repeat(m, 1, 1))[2].unflatten(0, (m, -1))  # (M, B, N)
-        told = told.where(few[:, :-1], 0.0).sum(2).T.masked_fill(few, -1e4)  # by what is kept: (B, M)
+        told = told.where(few[:, :-1], 0.0).sum(2).T  # by what is kept: (B, M)
         if self.light:
             seen = self.light.log_prob(lights, self.numbers[counts]).unflatten(0, (m, -1)).T
             told = told + seen.where(few[:, :1], 0.0)
-        count = choose(self.count(noise.new_zeros(1, 1)) + told, noise[:, 0, -1:])[:, 0]
+        count = choose((self.count(self.numbers[:1, :1]) + told).masked_fill(few, -1e30), noise[:, 0, -1:])[:, 0]
         if self.light:
             drawn = self.light.sample(noise[:, 0, : light.shape[1]], self.numbers[count])
             light = torch.where(few[:, :1], light, drawn)

@@ -4,7 +4,7 @@
     python train_vae_audio.py --data-root nsynth                     # the official folders nsynth-train, -valid, -test
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
-    python train_vae_audio.py --representation waveform --D 128 --beta 0.1 --lr 3e-4 --batch 16
+    python train_vae_audio.py --representation waveform --D 256 --beta 0.05 --lr 3e-4 --batch 16
 
 For who wants notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed
 STFT magnitudes or mel bands, and sound through Griffin-Lim; or as sound, by latents in sequence, block after block.
@@ -234,7 +234,7 @@ class NoteVAE(nn.Module):
     y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). `latents` is the shape of a note's z,
     `crop` how many of its samples training sees. Both kinds look along time, with frequencies as channels, and start as
     PCAs, the linear VAE's optimum (Lucas et al. 2019). `front` makes x of waveforms; x, as decoded too, is a `level` to
-    eyes, a `sound` to ears; the objective sees pairs, of z and of x, `compared`."""
+    eyes, a `sound` to ears; what z decodes to and x are `compared` by the objective."""
 
     def __init__(self, d, latents, crop, bins, channels, condition, families):
         super().__init__()
@@ -410,7 +410,7 @@ class NarrowBands(Causal):
         return torch.stack([level, (turned * 2**0.5).clamp(-1, 1) * level / 4], dim=1)
 
     def of_sines(self, loud, shift):
-        """What `forward` finds of steady sines (`Oscillators`), averaged over phases, by the window's kernel."""
+        """What `forward` finds of steady sines (`Oscillators`), powers averaged over phases, by the window's kernel."""
         bins = shift[..., None] - torch.arange(-5, 6, device=shift.device)  # from what is heard to a sine
         sinc = torch.sinc(bins)
         power = (loud[..., None] * (sinc[..., 1::2] + (sinc[..., :-1:2] + sinc[..., 2::2]) / 2)).square()
@@ -457,7 +457,7 @@ class Oscillators(Causal):
 
 def nearest_partials(label):
     """Of the pitch of a label (B, n_labels), how far partials are off the middles of narrow bands, as shifts (B, n)."""
-    middles, midi = MIDDLES.to(label), label[:, :PITCHES] @ torch.arange(PITCHES).to(label)
+    middles, midi = MIDDLES.to(label), (label[:, :PITCHES] * torch.arange(PITCHES).to(label)).sum(1)
     hertz = 440 * 2 ** ((midi[:, None] - 69) / 12)
     return (((middles / hertz).round().clamp(min=1) * hertz - middles) / middles[0]).clamp(-1, 1)
 
@@ -484,8 +484,8 @@ class WaveVAE(NoteVAE):
         self.oscillators, self.synthesis = Oscillators(), PQMF(synthesis=True)
 
     def compared(self, x, z, label):
-        """Levels at RESOLUTIONS, and how far off sines are. Spectra teach loudness alone: frequencies change them by
-        phases, sums of all frequencies before, and what these happen to be would be 9/10 of the gradient."""
+        """Levels at RESOLUTIONS, and how far off sines are. Of spectra only loudness learns: frequencies change them by
+        phases, sums of all frequencies before; what these happen to be would be 9/10 of the gradient's square."""
         loud, shift = self.controls(z, label)
         with torch.autocast(x.device.type, enabled=False):
             decoded = self.synthesis(self.oscillators(loud, shift.detach()))[:, DELAY : DELAY - AHEAD * BLOCK]
@@ -512,7 +512,7 @@ class WaveVAE(NoteVAE):
         return log_expand(F.softplus(level * self.std + self.mean, beta=4)), shift
 
     def synthesise(self, z, label):
-        """z (B, D, T), label (B, n_labels) -> waveforms (B, T BLOCK), DELAY samples late."""
+        """z (B, D, T), label (B, n_labels) -> waveforms (B, T BLOCK), DELAY samples late; not under autocast."""
         return self.synthesis(self.oscillators(*self.controls(z, label)))
 
     @torch.no_grad()

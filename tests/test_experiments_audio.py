@@ -97,7 +97,7 @@ def test_a_second_phase_trains_the_decoder_alone_and_is_judged(wave_run, notes_r
     result = CliRunner().invoke(adversarial.main, [str(wave_run), "--notes", "2", "--minutes", "0.01"])
     assert result.exit_code == 0, (result.output, result.exception)
     rows = [row.split(" | ") for row in result.output.splitlines() if row.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| the run", "| spectral alone", "| adversarial"]
+    assert [row[0] for row in rows] == ["| the run", "| objective alone", "| adversarial"]
     assert len({tuple(row[2:5]) for row in rows}) == 3, "either phase changes what is played"
     model, split = audio.load(wave_run), load_notes({"data_root": None, "families": ["bass"], "download": False})[0]
     after, steps = adversarial.go_on(model, split["train"], 0.001, adversarial=True)

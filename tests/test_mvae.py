@@ -171,7 +171,7 @@ def test_a_slot_is_decoded_by_itself_the_same_wherever_it_stands(op):
     if op == "alpha":
         assert (layer[0, 1, 0] > layer[0, 0, 0]).all(), "lower in the picture is nearer"
         layer = layer[:, :, 1:]
-    torch.testing.assert_close(layer[0, 0, :, :-3, 2:], layer[0, 1, :, 3:, :-2])
+    torch.testing.assert_close(layer[0, 0, :, :-3, 2:], layer[0, 1, :, 3:, :-2], atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_samples_have_the_density(order):
     """Shares of samples, by number and by the sign of the first slot, beside the density's integral over them."""
     made, at = prior(order), torch.linspace(-12, 12, 2401, dtype=torch.float64)
     scene = sample(made, noise_for(made, 8_000))
-    expected = made.count(torch.zeros(1, 1).double()).softmax(1)[0]
+    expected = made.count(made.numbers[:1, :1]).softmax(1)[0]
     torch.testing.assert_close(scene.count.bincount(minlength=3) / 8_000, expected.float(), atol=0.02, rtol=0)
     line = Scene(torch.zeros(2401, 0).double(), torch.ones(2401, dtype=torch.long), F_pad(at))
     below = (made.log_prob(line, random_generator("x")).exp() * (at < 0)).sum() * (at[1] - at[0]) / expected[1]
@@ -146,6 +146,16 @@ def test_a_completion_keeps_what_is_given_and_begins_nothing_anew(order):
     torch.testing.assert_close(sample(made, noise, kept=2, scene=nonsense).slots, other.slots)  # is not looked at
     new = sample(made, noise, kept=0, scene=given)
     assert (new.slots - given.slots).abs().amax((1, 2)).min() > 1e-3 and (new.light - given.light).abs().min() > 0
+
+
+@torch.no_grad()
+def test_a_completion_keeps_what_is_given_however_unlikely_it_is():
+    made = prior("set", e=2, n_slots=4, light=3)
+    for net in made.light.nets:
+        torch.nn.init.normal_(net[-1].weight)
+    given = scenes(made, 200, light=3, count=4)
+    far = given._replace(light=20 * given.light, slots=20 * given.slots)
+    assert sample(made, noise_for(made, 200), kept=3, scene=far).count.min() >= 3
 
 
 def fit(made, scene, steps):

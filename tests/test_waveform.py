@@ -249,6 +249,15 @@ def test_a_frequency_that_is_wrong_gets_a_gradient_towards_the_right_one():
 
 
 @torch.no_grad()
+def test_half_precision_leaves_pitches_asked_for_as_they_are():
+    model = tiny_model("both")
+    label = model.label(torch.tensor([28, 101]), torch.tensor([0, 1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, shift = model.controls(torch.zeros(2, model.d, 4), label)
+    assert torch.equal(shift, nearest_partials(label)[:, :, None].expand_as(shift))
+
+
+@torch.no_grad()
 def test_half_precision_leaves_filters_and_oscillators_as_they_are():
     """Of bfloat16, phases would be wrong by percents of a turn; nets may have it."""
     model, (x, _, _) = tiny_model(), some_notes(2)

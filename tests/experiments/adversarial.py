@@ -2,7 +2,7 @@
 
 python -m tests.experiments.adversarial runs/vae-notes-waveform-none-D128-beta0.1-seed0 --data-root nsynth --minutes 10
 
-The encoder is frozen and the decoder trained on for the same minutes, by the spectral objective alone, or with
+The encoder is frozen and the decoder trained on for the same minutes, by the objective alone, or with
 discriminators of three scales beside it (hinge loss and feature matching, Kumar et al. 2019). Rows: the run, and it
 after either. Columns: distances of test notes as tests/experiments/waveforms.py has them, and `told apart`: of test
 notes and their reconstructions, seconds of which a new discriminator has learnt to tell apart on training notes, the
@@ -87,7 +87,7 @@ def go_on(model, split, minutes, adversarial):
     optimizers = [torch.optim.Adam(decoder, RATES[0], (0.5, 0.9), eps=1e-6)]
     optimizers.append(torch.optim.Adam(discriminator.parameters(), RATES[1], (0.5, 0.9)))
     start, step = time.perf_counter(), 0
-    progress = tqdm(desc="adversarial" if adversarial else "spectral alone", disable=None)
+    progress = tqdm(desc="adversarial" if adversarial else "objective alone", disable=None)
     while (spent := (time.perf_counter() - start) / 60 / minutes) < 1:
         x = crops(model, split, (step,))
         with torch.no_grad():
@@ -149,7 +149,7 @@ def main(run_dir, data_root, minutes, notes):
     click.echo(
         "| | steps | LSD, dB | several resolutions | convergence, dB | SI-SDR, dB | told apart |\n|-|-|-|-|-|-|-|"
     )
-    for name, adversarial in (("the run", None), ("spectral alone", False), ("adversarial", True)):
+    for name, adversarial in (("the run", None), ("objective alone", False), ("adversarial", True)):
         torch.manual_seed(0)
         net, steps = (model, "") if adversarial is None else go_on(model, splits["train"], minutes, adversarial)
         lsd, several, convergence, ratio = scores(
