@@ -490,7 +490,7 @@ def resample(source, scale, offset, side):
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
     The first `d_cell` latents say how large: near and far objects have one resolution. C: if `masked` how near, if
-    `shaded` a logarithm that darkens what is behind, colours or features, `outside` beyond, if `masked` a mask."""
+    `shaded` a logarithm that darkens what is behind, colours or features, `outside` beyond, if `masked` a logit."""
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()

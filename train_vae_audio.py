@@ -415,8 +415,8 @@ class NarrowBands(Causal):
         sinc = torch.sinc(bins)
         power = (loud[..., None] * (sinc[..., 1::2] + (sinc[..., :-1:2] + sinc[..., 2::2]) / 2)).square()
         near = torch.stack([power, power * torch.sin(math.pi / 4 * bins[..., 1::2])]).unbind(4)  # in five bands
-        power, turned = 1e-12 + sum(F.pad(part, (0, 0, k, -k)) for k, part in enumerate(near, start=-2))
-        return self.off_middle(turned / power, log_compress(power.sqrt()))
+        power, turned = sum(F.pad(part, (0, 0, k, -k)) for k, part in enumerate(near, start=-2))
+        return self.off_middle(turned / (power + 1e-12), log_compress((power + 1e-12).sqrt()))
 
 
 class Oscillators(Causal):
@@ -430,7 +430,7 @@ class Oscillators(Causal):
         step, n = torch.arange(1, HOP + 1) / HOP, len(MIDDLES)
         line, area = torch.stack([1 - step, step]), HOP * step * (step + 1 / HOP) / 2  # from the frame before to this
         turns, edge = MIDDLES[:, None] * step * HOP * BANDS / RATE, RATE / 4 / n
-        hertz = MIDDLES + torch.tensor([[-edge], [0], [edge]])  # what filters make of waves that begin there
+        hertz = MIDDLES + torch.tensor([[-edge], [0], [edge]])  # of waves that begin in the filters' middle
         angle = 2 * math.pi / RATE * hertz[..., None] * (torch.arange(TAPS // 2 - 32 * BANDS, TAPS // 2) + 1)
         waves = PQMF(synthesis=False)(torch.stack([angle.cos(), -angle.sin()]).flatten(0, 2).float())[:, :, -1]
         low, middle, high = waves.unflatten(0, (2, 3, -1)).mT.unbind(1)  # (2, BANDS, n) each
