@@ -489,7 +489,7 @@ class WaveVAE(NoteVAE):
         loud, shift = self.controls(z, label)
         with torch.autocast(x.device.type, enabled=False):
             decoded = self.synthesis(self.oscillators(loud, shift.detach()))[:, DELAY : DELAY - AHEAD * BLOCK]
-            narrow = self.analysis[1].of_sines(loud, shift), self.analysis(F.pad(x, (0, AHEAD * BLOCK)))
+            narrow = self.analysis[1].of_sines(loud, shift)[..., : -AHEAD * PATCH], self.analysis(x)
             return [[log_compress(f(w)) for w in (decoded, x)] for f in self.magnitudes] + [[v[:, 1] for v in narrow]]
 
     def scaled(self, waveform):
