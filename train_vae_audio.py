@@ -110,7 +110,8 @@ def note_batch(model, split, index):
 
 # ---------------------------------------------------------------- Model
 
-PATCH, SCORES, START_NOTES = 4, 64, 1000  # frames of a convolution; scores a prior has of many latents; notes to start
+PATCH, START_NOTES, EXEMPLARS = 4, 1000, 2001  # frames of a convolution; notes to start at, and that a prior knows
+SCORES, NEAR, SHARES = 64, 2.0, torch.linspace(0.1, 1.2, 12).square()  # of latents; semitones; of notes' variance
 
 
 def principal(x, n):
@@ -151,52 +152,50 @@ def start_latents(h, label, posterior, latents):
     latents.bias.copy_(by_label[-1] + mean)
 
 
-class FittedPrior(nn.Module):
-    """p(z | y) after training: a Gaussian for every family, its mean quadratic in the pitch; or one for all notes.
-    Samples from N(0, I), which it is before, combine latents that never occur together (Ghosh et al. 2020). Of more
-    latents than SCORES it has as many principal components."""
+class ExemplarPrior(nn.Module):
+    """p(z | y) after training: a Gaussian around each of EXEMPLARS notes, all of one covariance (Norouzi et al. 2020);
+    given a label, around those of its family, the more the nearer their pitch. Samples of N(0, I), which it is before,
+    combine latents that never occur together. Of more latents than SCORES it has as many principal components."""
 
-    def __init__(self, d, conditional, n_families, shape=()):
+    def __init__(self, latents, conditional):
         super().__init__()
-        self.conditional, self.d, self.shape = conditional, min(d, SCORES), shape  # of z, where it is not flat
-        groups = n_families if conditional else 1
+        self.latents, self.conditional = latents, conditional
+        d, self.d = math.prod(latents), min(math.prod(latents), SCORES)
         self.register_buffer("typical", torch.zeros(d))
         self.register_buffer("directions", torch.eye(d, self.d))
-        self.register_buffer("mean", torch.zeros(groups, 3, self.d))
-        self.register_buffer("factor", torch.eye(self.d).repeat(groups, 1, 1))  # of the covariance, by Cholesky
-        # The range of pitches fitted, beyond which the parabola does not go on; without a label all are C4.
-        self.register_buffer("lowest", torch.zeros(groups))
-        self.register_buffer("highest", torch.full((groups,), float(PITCHES)))
+        self.register_buffer("scores", torch.zeros(EXEMPLARS, self.d))
+        self.register_buffer("labels", torch.zeros(2, EXEMPLARS))  # pitch and family
+        self.register_buffer("factor", torch.eye(self.d))  # of the covariance, by Cholesky
 
-    def powers(self, pitch, family):
-        """1, x and x^2 of pitches in octaves from C4, cut to the range that was fitted: (n, 3)."""
-        x = (pitch.float().clamp(self.lowest[family], self.highest[family]) - 60) / 12
-        return torch.stack([torch.ones_like(x), x, x.square()], dim=1)
+    def log_weights(self, pitch, family):
+        """Of notes, given pitches and families (n,), not normalised: (n, EXEMPLARS)."""
+        far = (pitch[:, None] - self.labels[0]) / NEAR
+        return -0.5 * far.square() - 1e4 * (family[:, None] != self.labels[1]).float() if self.conditional else 0 * far
 
     def forward(self, noise, pitch=None, family=None):
-        """Standard normal noise (n, d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
-        none = torch.zeros_like(noise[:, 0]).long()
-        pitch, family = (pitch, family) if self.conditional else (none + 60, none)
-        mean = (self.powers(pitch, family)[:, :, None] * self.mean[family]).sum(1)
-        z = self.typical + (mean + (self.factor[family] @ noise[:, :, None])[:, :, 0]) @ self.directions.T
-        return z.unflatten(1, self.shape) if self.shape else z
+        """Standard normal noise (n, 1 + d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
+        label = (pitch, family) if self.conditional else [torch.zeros_like(noise[:, 0])] * 2
+        below = self.log_weights(*label).softmax(1).cumsum(1) < 0.5 + 0.5 * torch.erf(noise[:, :1] / 2**0.5)
+        note = self.scores.index_select(0, below.float().sum(1).clamp(max=EXEMPLARS - 1).long())  # (n, d)
+        return (self.typical + (note + noise[:, 1:] @ self.factor.T) @ self.directions.T).unflatten(1, self.latents)
 
     @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
-        """Fit to posteriors (n, D) of notes of pitch and family (n,): their means' covariance and mean variance."""
+        """Fit to posteriors (n, D) of n <= EXEMPLARS notes of pitch and family (n,). Their mean variance and a share of
+        what notes are off the others' mean are the covariance; with this share notes are likeliest by the others."""
         if self.d < len(self.typical):
             self.typical[:], _, self.directions[:] = principal(mu, self.d)
         scores, variance = (mu - self.typical) @ self.directions, logvar.exp() @ self.directions.square()
-        pitch, family = (pitch, family) if self.conditional else (0 * pitch + 60, 0 * family)
-        # The curve has a ridge of 1, and N(0, I) weighs as much as one note, so that few notes do no harm.
-        for k in family.unique():
-            some = family == k
-            self.lowest[k], self.highest[k] = pitch[some].min(), pitch[some].max()
-            x = self.powers(pitch[some], family[some])
-            self.mean[k] = torch.linalg.solve(x.T @ x + torch.eye(3), x.T @ scores[some])
-            rest = scores[some] - x @ self.mean[k]
-            scatter = rest.T @ rest + torch.diag(1 + variance[some].sum(0))
-            self.factor[k] = torch.linalg.cholesky(scatter / (1 + len(rest)))
+        again = torch.arange(EXEMPLARS) % len(mu)
+        self.scores[:], self.labels[:] = scores[again], torch.stack([pitch, family])[:, again]
+        others = self.log_weights(pitch, family)[:, : len(mu)].fill_diagonal_(-1e6).log_softmax(1)
+        rest = scores - others.exp() @ scores
+        spread = (rest.T @ rest + torch.eye(self.d)) / (len(mu) + 1)  # N(0, I) weighs as much as one note
+        factors = torch.linalg.cholesky(variance.mean(0).diag() + SHARES[:, None, None] * spread)  # (12, d, d)
+        z = scores + variance.sqrt() * torch.randn(scores.shape, generator=random_generator("exemplars"))
+        white = (torch.linalg.solve_triangular(factors, x.T, upper=False).mT for x in (z, scores))  # (12, n, d)
+        density = (others - 0.5 * torch.cdist(*white).square()).logsumexp(2).mean(1)
+        self.factor[:] = factors[(density - factors.diagonal(dim1=1, dim2=2).log().sum(1)).argmax()]
 
 
 def with_label(x, label):
@@ -242,7 +241,7 @@ class NoteVAE(nn.Module):
             raise ValueError(f"--channels {channels} must be a multiple of 8")
         self.d, self.latents, self.crop, self.condition = d, latents, crop, condition
         self.n_labels = 0 if condition == "none" else PITCHES + len(families)
-        self.prior = FittedPrior(math.prod(latents), condition == "both", len(families), latents[1:] and latents)
+        self.prior = ExemplarPrior(latents, condition == "both")
         self.register_buffer("pitches", torch.eye(PITCHES), persistent=False)
         self.register_buffer("families", torch.eye(len(families) if self.n_labels else 0), persistent=False)
         self.register_buffer("mean", torch.zeros(bins, 1))  # of levels, and their deviation
@@ -569,8 +568,8 @@ def objective(model, x, label, noise, beta):
 
 @torch.no_grad()
 def fit_prior(model, split):
-    """Fit the model's prior to the posteriors of at most 2,000 of a split's notes, as they are."""
-    index, device = split.spread(2000), model.mean.device
+    """Fit the model's prior to the posteriors of a split's notes, as they are."""
+    index, device = split.spread(EXEMPLARS), model.mean.device
     notes = (note_batch(model, split, some) for some in index.split(CHUNK))
     parts = [model.encode(model.front(waveform), label) for waveform, label in notes]
     mu, logvar = (torch.cat(part).flatten(1).cpu() for part in zip(*parts, strict=True))
@@ -599,10 +598,11 @@ def evaluate(model, split, most, heard=True):
 @torch.no_grad()
 def sample(model, pitch, family, *key, fitted=True, same=False):
     """Notes of pitch and family (n,), as the model sees them, by the fitted prior or N(0, I); `key` seeds the noise."""
-    size = (model.prior.d,) if fitted else model.latents
-    noise = torch.randn(1 if same else len(pitch), *size, generator=random_generator("sample", *key))
-    z, pitch, family = (v.to(model.mean.device) for v in (noise.expand(len(pitch), *size), pitch, family))
-    return model.decode(model.prior(z, pitch, family) if fitted else z, model.label(pitch, family))
+    n, size = 1 if same else len(pitch), (1 + model.prior.d,) if fitted else model.latents
+    noise = torch.randn(n, *size, generator=random_generator("sample", *key))
+    z, pitch, family = (v.to(model.mean.device) for v in (noise, pitch, family))
+    z = model.prior(z, pitch[:n], family[:n]) if fitted else z
+    return model.decode(z.expand(len(pitch), *model.latents), model.label(pitch, family))
 
 
 # ---------------------------------------------------------------- Figures and sounds
@@ -675,10 +675,11 @@ def show_latents(model, splits, run):
     show(model, run, "interpolations", "Between the posterior means of two validation notes", rows)
 
     steps, rows = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12]), {}
-    for family, name in enumerate(run.options["families"] if conditional else ()):
-        pitch = int(model.prior.lowest[family] + model.prior.highest[family]) // 2 - 6 + steps
+    for family in model.prior.labels[1].unique().long().tolist() if conditional else ():
+        known = model.prior.labels[0, model.prior.labels[1] == family]
+        pitch = int(known.min() + known.max()) // 2 - 6 + steps
         x = sample(model, pitch, torch.full_like(steps, family), "scale", family, same=True)
-        rows[name] = x, [f"MIDI {p}" for p in pitch.tolist()]
+        rows[run.options["families"][family]] = x, [f"MIDI {p}" for p in pitch.tolist()]
     if rows:
         show(model, run, "scale", "One sample of every family, asked for a major scale", rows)
 
@@ -708,7 +709,7 @@ def graphs(model):
     t, frequency = torch.arange(SAMPLES) / RATE, 80 + 1000 * torch.rand(2, 6, 1, generator=generator)  # s, Hz
     waveform = 0.1 * (torch.sin(2 * math.pi * frequency * t) * torch.exp(-t)).sum(1)
     label = {} if model.condition == "none" else {"pitch": torch.tensor([45, 70]), "family": torch.tensor([0, 0])}
-    prior = Graph(("z",), model.prior), {"noise": torch.randn(2, model.prior.d, generator=generator)} | label
+    prior = Graph(("z",), model.prior), {"noise": torch.randn(2, 1 + model.prior.d, generator=generator)} | label
     if isinstance(model, WaveVAE):
         waveform, z = waveform[:, : 4 * BLOCK].contiguous(), torch.randn(2, model.d, 4, generator=generator)
         sizes = [sum(math.prod(m.memory) for m in net.modules() if isinstance(m, Causal)) for net in (inward, outward)]
@@ -775,12 +776,11 @@ def scripted(model):
 
 def describe(model):
     """What a program needs to know of the model beside its options and graphs, for model.json."""
-    about = {"sample_rate": RATE, "samples": SAMPLES}
+    about = {"sample_rate": RATE, "samples": SAMPLES, "scores": model.prior.d}
     if isinstance(model, WaveVAE):
-        about |= {"frames": model.latents[1], "block": BLOCK, "delay": DELAY, "scores": model.prior.d}
-        return {"kind": "vae-waveform"} | about
+        return about | {"kind": "vae-waveform", "frames": model.latents[1], "block": BLOCK, "delay": DELAY}
     scaling = f"log(1 + {COMPRESSION:g} magnitude), mean 0 and variance 1; inside the graphs"
-    return {"kind": "vae-sound", "scaling": scaling, "hop": model.front.hop, "frames": model.frames} | about
+    return about | {"kind": "vae-sound", "scaling": scaling, "hop": model.front.hop, "frames": model.frames}
 
 
 # ---------------------------------------------------------------- Command line

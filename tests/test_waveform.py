@@ -274,14 +274,16 @@ def test_half_precision_leaves_filters_and_oscillators_as_they_are():
 @torch.no_grad()
 def test_the_prior_of_many_latents_gives_sequences_as_the_posteriors_are():
     generator = random_generator("sequences")
-    basis, n = torch.linalg.qr(torch.randn(200, 3, generator=generator))[0], 4000
+    basis, n = torch.linalg.qr(torch.randn(200, 3, generator=generator))[0], audio.EXEMPLARS
     scores = torch.randn(n, 3, generator=generator) * torch.tensor([5.0, 3.0, 2.0])
     mu = 1.5 + scores @ basis.T
-    prior = audio.FittedPrior(200, False, 2)
+    prior = audio.ExemplarPrior((50, 4), False)
     assert prior.d == audio.SCORES
     number = torch.zeros(n).long()
     prior.fit(mu, torch.full((n, 200), -9.0), number, number)
-    z = prior(torch.randn(n, prior.d, generator=generator))
+    z = prior(torch.randn(n, 1 + prior.d, generator=generator))
+    assert z.shape == (n, 50, 4)
+    z = z.flatten(1)
     torch.testing.assert_close(z.mean(0), mu.mean(0), atol=0.25, rtol=0)
     torch.testing.assert_close(((z - 1.5) @ basis).std(0), torch.tensor([5.0, 3.0, 2.0]), rtol=0.1, atol=0)
     rest = (z - 1.5) - (z - 1.5) @ basis @ basis.T
