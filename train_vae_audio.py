@@ -410,12 +410,14 @@ class NarrowBands(Causal):
 
     def of_sines(self, loud, shift):
         """What `forward` finds of steady sines (`Oscillators`), powers averaged over phases, by the window's kernel."""
-        bins = shift[..., None] - torch.arange(-5, 6, device=shift.device)  # from what is heard to a sine
-        sinc = torch.sinc(bins)
-        power = (loud[..., None] * (sinc[..., 1::2] + (sinc[..., :-1:2] + sinc[..., 2::2]) / 2)).square()
-        near = torch.stack([power, power * torch.sin(math.pi / 4 * bins[..., 1::2])]).unbind(4)  # in five bands
-        power, turned = sum(F.pad(part, (0, 0, k, -k)) for k, part in enumerate(near, start=-2))
-        return self.off_middle(turned / (power + 1e-12), log_compress((power + 1e-12).sqrt()))
+        x, power, turned = shift + 1e-4 * (shift == shift.round()), 1e-12, 0.0  # 1 / 0 is avoided
+        sine = torch.sin(math.pi * (x - x.round())) * (1 - 2 * x.round().remainder(2)) / math.pi  # of sincs, by x - k
+        for k in range(-2, 3):  # five bands hear a sine, from `off` their middle
+            off = x - 2 * k
+            part = (loud * sine * (1 / off - 0.5 / (off - 1) - 0.5 / (off + 1))).square()
+            power = power + F.pad(part, (0, 0, k, -k))
+            turned = turned + F.pad(part * torch.sin(math.pi / 4 * off), (0, 0, k, -k))
+        return self.off_middle(turned / power, log_compress(power.sqrt()))
 
 
 class Oscillators(Causal):
@@ -444,14 +446,13 @@ class Oscillators(Causal):
         past = loud.new_zeros(len(loud), *self.memory) if self.past is None else self.past
         before, phase = past.split([values.shape[1], loud.shape[1]], dim=1)
         pairs = torch.stack([torch.cat([before, values[..., :-1]], dim=2), values], dim=3).chunk(3, dim=1)
-        loud, changed, swept = pairs[0] @ self.line, pairs[1] @ self.line, pairs[2] @ self.swept  # (B, n, T, HOP)
+        swept, (loud, changed) = pairs[2] @ self.swept, [(pair @ self.line).flatten(2) for pair in pairs[:2]]
         exact = torch.float32 if shift.device.type == "mps" else torch.float64  # sums of thousands of turns
         ends = (phase + (swept[..., -1] + self.turns[:, -1:]).to(exact).cumsum(2)).remainder(1).float()  # (B, n, T)
-        begun = torch.cat([phase, ends[..., :-1]], dim=2)[..., None]
-        angle = 2 * math.pi * (begun + swept + self.turns[:, None])
-        parts = loud * angle.cos(), loud * angle.sin(), changed * angle.cos(), changed * angle.sin()
+        angle = math.tau * (torch.cat([phase, ends[..., :-1]], 2)[..., None] + swept + self.turns[:, None]).flatten(2)
+        cos, sin = angle.cos(), angle.sin()  # (B, n, T HOP)
         self.past = None if self.past is None else torch.cat([values[..., -1:], ends[..., -1:]], dim=1)
-        return sum(mix @ part.flatten(2) for mix, part in zip(self.mix, parts, strict=True))
+        return sum(map(torch.matmul, self.mix, (loud * cos, loud * sin, changed * cos, changed * sin)))
 
 
 def nearest_partials(label):
@@ -552,8 +553,7 @@ CHUNK = 32  # notes that are encoded, decoded and heard at a time
 def objective(model, x, label, noise, beta):
     """The loss of a batch, in nats per value of a spectrogram, and its terms, in nats per note.
     The Gaussian's variance is the mean squared error over the batch of all processes, held constant: the likeliest one
-    (sigma-VAE, Rybkin et al. 2021), so that beta = 1 is the evidence bound whatever the net reaches. Views count alike.
-    """
+    (sigma-VAE, Rybkin et al. 2021): beta = 1 is the evidence bound whatever the net reaches. Views count alike."""
     mu, logvar = model.encode(x, label)  # of a part of a note, which has fewer latents
     pairs = model.compared(x, reparameterize(mu, logvar, noise[..., : mu.shape[-1]]), label)
     error = torch.stack([(decoded - view).square().mean() for decoded, view in pairs])
