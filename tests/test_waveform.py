@@ -218,6 +218,18 @@ def test_what_is_heard_of_a_steady_sine_is_known_without_playing_it(band, shift)
     assert torch.allclose(model.analysis[1].of_sines(loud, off)[0, :, bands, -1], heard, atol=0.03)
 
 
+def test_sines_at_middles_and_ends_of_bands_or_nearly_have_finite_gradients():
+    """Where sincs are 0 / 0; a partial of a pitch may be a whole band off, too."""
+    middles, near = torch.arange(-2, 3), torch.tensor([0, 1e-7, -1e-7, 6e-8, 1e-5, -9.99e-5, 1e-4])
+    shift = (middles[:, None] + near).flatten().tile(1, 256, 1).requires_grad_()  # (1, 256, 35)
+    loud = torch.rand(shift.shape, generator=random_generator("loud")).requires_grad_()
+    off = NarrowBands().of_sines(loud, shift)[:, 1]
+    exact = NarrowBands().of_sines(loud.double(), shift.double() + 2e-4)[:, 1]
+    assert (off - exact).abs().max() < 0.01
+    off.sum().backward()
+    assert torch.isfinite(shift.grad).all() and torch.isfinite(loud.grad).all() and shift.grad.abs().max() < 100
+
+
 @torch.no_grad()
 def test_what_is_heard_of_many_sines_is_known_on_average_over_phases():
     """Of their powers: where neighbours beat, a single set of phases is far off."""
