@@ -175,7 +175,8 @@ class ExemplarPrior(nn.Module):
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, 1 + d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
         label = (pitch, family) if self.conditional else [torch.zeros_like(noise[:, 0])] * 2
-        below = self.log_weights(*label).softmax(1).cumsum(1) < 0.5 + 0.5 * torch.erf(noise[:, :1] / 2**0.5)
+        at = 0.4999 + 0.5 * torch.erf(noise[:, :1] / 2**0.5)  # 0.5 would tie: as many notes are below as above
+        below = self.log_weights(*label).softmax(1).cumsum(1) < at
         note = self.scores.index_select(0, below.float().sum(1).clamp(max=EXEMPLARS - 1).long())  # (n, d)
         return (self.typical + (note + noise[:, 1:] @ self.factor.T) @ self.directions.T).unflatten(1, self.latents)
 
@@ -676,8 +677,7 @@ def show_latents(model, splits, run):
 
     steps, rows = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12]), {}
     for family in model.prior.labels[1].unique().long().tolist() if conditional else ():
-        known = model.prior.labels[0, model.prior.labels[1] == family]
-        pitch = int(known.min() + known.max()) // 2 - 6 + steps
+        pitch = int(sum(model.prior.labels[0, model.prior.labels[1] == family].aminmax())) // 2 - 6 + steps
         x = sample(model, pitch, torch.full_like(steps, family), "scale", family, same=True)
         rows[run.options["families"][family]] = x, [f"MIDI {p}" for p in pitch.tolist()]
     if rows:

@@ -238,6 +238,17 @@ def test_a_label_asks_for_notes_of_its_family_near_its_pitch():
 
 
 @torch.no_grad()
+def test_noise_of_zero_picks_the_same_note_however_weights_are_rounded():
+    """Notes as far below a pitch as above it weigh alike, so that one half of all weights ends between two of them."""
+    pitch, prior = torch.tensor([50, 52, 54, 56, 58, 60, 62, 64, 66, 68, 70]), audio.ExemplarPrior((1,), True)
+    prior.fit(pitch[:, None].float(), torch.full((11, 1), -9.0), pitch, torch.zeros(11).long())
+    asked = torch.arange(50, 71)
+    z = prior(torch.zeros(21, 2), asked, torch.zeros(21).long())
+    exact = prior.double()(torch.zeros(21, 2).double(), asked, torch.zeros(21).long())
+    torch.testing.assert_close(z.double(), exact, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
 def test_a_prior_fitted_to_one_note_is_a_distribution():
     for conditional in (False, True):
         prior = audio.ExemplarPrior((4,), conditional)
