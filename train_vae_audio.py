@@ -412,7 +412,7 @@ class NarrowBands(Causal):
     def of_sines(self, loud, shift):
         """What `forward` finds of steady sines (`Oscillators`), powers averaged over phases, by the window's kernel."""
         x, power, turned = shift + 2e-4 * ((shift - shift.round()).abs() < 1e-4), 1e-12, 0.0  # nothing / 0
-        sine = torch.sin(math.pi * (x - x.round())) * (1 - 2 * x.round().remainder(2)) / math.pi  # +-(x - k) sinc(x - k)
+        sine = torch.sin(math.pi * (x - x.round())) * (1 - 2 * x.round().remainder(2)) / math.pi  # (x - k) sinc(x - k)
         for k in range(-2, 3):  # five bands hear a sine, from `off` their middle
             off = x - 2 * k
             part = (loud * sine * (1 / off - 0.5 / (off - 1) - 0.5 / (off + 1))).square()
