@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_nsynth
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 import common
@@ -14,6 +15,7 @@ import train_vae_audio as audio
 from common import RATE, SPLITS, built_in_notes, load_notes, random_generator, synthesise
 from tests.experiments import adversarial, conditional, griffin_lim, judges, latents, rough, waveforms
 from tests.experiments.judges import FamilyClassifier, detect_pitch
+from train_vae_audio import ExemplarPrior
 
 
 def tone(midi, partials=1, samples=RATE):
@@ -59,12 +61,33 @@ def test_the_conditional_experiment_judges_a_run_its_start_and_real_notes(notes_
     monkeypatch.setattr(FamilyClassifier, "STEPS", 5)
     result = CliRunner().invoke(conditional.main, [str(notes_run), "--samples", "6"])
     assert result.exit_code == 0, (result.output, result.exception)
-    head, _, single, pitch, family = result.output.strip().splitlines()[-5:]
-    assert head == "| | fitted prior | N(0, I) | step 0, fitted prior | step 0, N(0, I) | real notes |"
+    head, _, single, pitch, family, nats = result.output.strip().splitlines()[-6:]
+    columns = "fitted prior | one Gaussian | N(0, I) | reconstructions | step 0, fitted prior | step 0, N(0, I)"
+    assert head == f"| | {columns} | real notes |"
     assert pitch.startswith("| pitch within 50 cents | ") and pitch.endswith(" 100.0% |")
-    assert single.startswith("| one pitch | ") and family.count("%") == 5
+    assert single.startswith("| one pitch | ") and family.count("%") == 7
+    cells = [cell.strip() for cell in nats.split("|")[1:-1]]
+    assert cells[0] == "log p, nats" and [bool(cell) for cell in cells[1:]] == [True] * 3 + [False, True, True, False]
+    assert float(cells[5]) > float(cells[6]), "step 0 is fitted to latents; N(0, I) is not"
     result = CliRunner().invoke(conditional.main, [str(notes_run.parent), "--samples", "6"])
     assert result.exit_code == 2 and "config.json" in result.output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditional_model", [True, False])
+def test_the_density_of_a_prior_of_notes_is_that_of_a_mixture_of_gaussians(conditional_model):
+    prior, generator = ExemplarPrior((3,), conditional_model), random_generator("density")
+    mu, pitch = torch.randn(40, 3, generator=generator), torch.randint(40, 80, (40,), generator=generator)
+    family = torch.arange(40) % 2
+    prior.fit(mu, torch.full((40, 3), -2.0), pitch, family)
+    z, asked = torch.randn(5, 3, generator=generator), (pitch[:5], family[:5])
+    notes = MultivariateNormal(prior.scores, scale_tril=prior.factor)
+    picked = Categorical(logits=prior.log_weights(*asked))
+    expected = MixtureSameFamily(picked, notes.expand((5, audio.EXEMPLARS))).log_prob(z)
+    torch.testing.assert_close(conditional.log_prob(prior, z, *asked), expected, atol=1e-3, rtol=1e-4)
+    prior.typical += 0.7
+    normal = conditional.log_prob(conditional.standard(prior), z, *asked)
+    torch.testing.assert_close(normal, Normal(-0.7, 1.0).log_prob(z).sum(1))
 
 
 def test_distances_of_sounds_are_none_of_the_same_and_si_sdr_finds_a_shift():
