@@ -94,11 +94,10 @@ def load_splits(options):
     if options["condition"] == "both" and unknown:
         found = f"{len(unknown)} files carry no pitch, such as {unknown[0]}"
         raise click.UsageError(f"--condition both: {found}; expected names like piano_A#3.wav or piano-060-100.wav")
-    if options["transpose"]:
-        moves = range(-options["transpose"], options["transpose"] + 1)
-        pairs = ((n, k) for n in splits["train"].notes for k in moves if n.pitch < 0 or 0 <= n.pitch + k < PITCHES)
-        moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in pairs]
-        splits["train"] = NoteSplit(moved, options["families"], "train")
+    moves = range(-options["transpose"], options["transpose"] + 1)
+    pairs = ((n, k) for n in splits["train"].notes for k in moves if n.pitch < 0 or 0 <= n.pitch + k < PITCHES)
+    moved = [note._replace(pitch=note.pitch + k * (note.pitch >= 0), semitones=k) for note, k in pairs]
+    splits["train"] = NoteSplit(moved, options["families"], "train")
     return splits, source
 
 
@@ -164,13 +163,13 @@ class ExemplarPrior(nn.Module):
         self.register_buffer("typical", torch.zeros(d))
         self.register_buffer("directions", torch.eye(d, self.d))
         self.register_buffer("scores", torch.zeros(EXEMPLARS, self.d))
-        self.register_buffer("labels", torch.zeros(2, EXEMPLARS))  # pitch and family
+        self.register_buffer("labels", torch.full((2, EXEMPLARS), -1.0))  # pitch and family; -1 is no note's family
         self.register_buffer("factor", torch.eye(self.d))  # of the covariance, by Cholesky
 
     def log_weights(self, pitch, family):
-        """Of notes, given pitches and families (n,), not normalised: (n, EXEMPLARS)."""
+        """Of notes, given pitches and families (n,), 0 of a model without a label, not normalised: (n, EXEMPLARS)."""
         far = (pitch[:, None] - self.labels[0]) / NEAR
-        return -0.5 * far.square() - 1e4 * (family[:, None] != self.labels[1]).float() if self.conditional else 0 * far
+        return -0.5 * far.square() - 1e4 * (family[:, None] != self.labels[1]).float()
 
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, 1 + d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
@@ -187,9 +186,9 @@ class ExemplarPrior(nn.Module):
         if self.d < len(self.typical):
             self.typical[:], _, self.directions[:] = principal(mu, self.d)
         scores, variance = (mu - self.typical) @ self.directions, logvar.exp() @ self.directions.square()
-        again = torch.arange(EXEMPLARS) % len(mu)
-        self.scores[:], self.labels[:] = scores[again], torch.stack([pitch, family])[:, again]
-        others = self.log_weights(pitch, family)[:, : len(mu)].fill_diagonal_(-1e6).log_softmax(1)
+        label = torch.stack([pitch, family]) * self.conditional
+        self.scores[: len(mu)], self.labels[:, : len(mu)], self.labels[1, len(mu) :] = scores, label, -1
+        others = self.log_weights(*label)[:, : len(mu)].fill_diagonal_(-1e6).log_softmax(1)
         rest = scores - others.exp() @ scores
         spread = (rest.T @ rest + torch.eye(self.d)) / (len(mu) + 1)  # N(0, I) weighs as much as one note
         factors = torch.linalg.cholesky(variance.mean(0).diag() + SHARES[:, None, None] * spread)  # (12, d, d)
@@ -676,8 +675,9 @@ def show_latents(model, splits, run):
     show(model, run, "interpolations", "Between the posterior means of two validation notes", rows)
 
     steps, rows = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12]), {}
-    for family in model.prior.labels[1].unique().long().tolist() if conditional else ():
-        pitch = int(sum(model.prior.labels[0, model.prior.labels[1] == family].aminmax())) // 2 - 6 + steps
+    known, families = model.prior.labels
+    for family in families[families >= 0].unique().long().tolist() if conditional else ():
+        pitch = int(sum(known[families == family].aminmax())) // 2 - 6 + steps
         x = sample(model, pitch, torch.full_like(steps, family), "scale", family, same=True)
         rows[run.options["families"][family]] = x, [f"MIDI {p}" for p in pitch.tolist()]
     if rows:

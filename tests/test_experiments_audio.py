@@ -82,7 +82,7 @@ def test_the_density_of_a_prior_of_notes_is_that_of_a_mixture_of_gaussians(condi
     prior.fit(mu, torch.full((40, 3), -2.0), pitch, family)
     z, asked = torch.randn(5, 3, generator=generator), (pitch[:5], family[:5])
     notes = MultivariateNormal(prior.scores, scale_tril=prior.factor)
-    picked = Categorical(logits=prior.log_weights(*asked))
+    picked = Categorical(logits=prior.log_weights(*(number * conditional_model for number in asked)))
     expected = MixtureSameFamily(picked, notes.expand((5, audio.EXEMPLARS))).log_prob(z)
     torch.testing.assert_close(conditional.log_prob(prior, z, *asked), expected, atol=1e-3, rtol=1e-4)
     prior.typical += 0.7
@@ -104,11 +104,11 @@ def test_distances_of_sounds_are_none_of_the_same_and_si_sdr_finds_a_shift():
 
 def test_codes_are_judged_beside_lines(wave_run, notes_run, monkeypatch):
     monkeypatch.setattr(waveforms, "LEARNT", 4)
-    monkeypatch.setattr(waveforms, "COMPONENTS", (2,))
+    monkeypatch.setattr(waveforms, "COMPONENTS", {"frame": (2,), "note": (4,)})
     result = CliRunner().invoke(waveforms.main, [str(wave_run), "--notes", "2"])
     assert result.exit_code == 0, (result.output, result.exception)
-    rows = result.output.strip().splitlines()[-6:]
-    assert [row.split(" | ")[1] for row in rows] == ["95", "95", "125", "32062", "125", "12000"]
+    rows = result.output.strip().splitlines()[-8:]
+    assert [row.split(" | ")[1] for row in rows] == ["95", "95", "125", "1", "32062", "125", "1", "12000"]
     result = CliRunner().invoke(latents.main, [str(wave_run)])
     assert result.exit_code == 0 and (wave_run / "figures" / "latents.png").is_file()
 

@@ -73,7 +73,7 @@ def standard(prior):
 def log_prob(prior, z, pitch, family):
     """log p(z | y) in nats of z in the coordinates of a fitted prior, (n, d) -> (n,)."""
     white = (torch.linalg.solve_triangular(prior.factor, x.T, upper=False).T for x in (z, prior.scores))
-    weight = prior.log_weights(pitch, family).log_softmax(1)
+    weight = prior.log_weights(pitch * prior.conditional, family * prior.conditional).log_softmax(1)
     constant = prior.factor.diagonal().log().sum() + prior.d / 2 * math.log(2 * math.pi)
     return (weight - 0.5 * torch.cdist(*white).square()).logsumexp(1) - constant
 

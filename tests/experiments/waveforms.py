@@ -5,10 +5,10 @@ python -m tests.experiments.waveforms runs/vae-notes-waveform-none-D128-beta0.1-
 Of every test note, decoded from posterior means: the log-spectral distance of its sound at n_fft 1024, as in
 docs/audio.md; a distance over several resolutions, the mean over n_fft 2048 to 256 of spectral convergence (a ratio)
 and of the mean difference of levels (in nats), as Yamamoto et al. 2020; spectral convergence in dB; and SI-SDR (Le Roux
-et al. 2019) after the shift of at most 50 ms that correlates most. Step 0 is the start of a run, a PCA. Linear
-codes are principal components of single frames of training notes, 62.5 a second, heard through Griffin-Lim. The last
-column is how many principal components of a vector of latents carry 95 % of the variance of posterior means (Caillon &
-Esling 2021).
+et al. 2019) after the shift of at most 50 ms that correlates most. Step 0 is the start of a run, a PCA. Linear codes
+are principal components of single frames of training notes, 62.5 a second, or of whole notes, heard through
+Griffin-Lim. The last column is how many principal components of a vector of latents carry 95 % of the variance of
+posterior means (Caillon & Esling 2021).
 """
 
 import click
@@ -20,7 +20,7 @@ from common import FOLDER, RATE, SAMPLES, TIMBRES, Vocoder, load_notes, log_comp
 from train_vae_audio import RESOLUTIONS, Spectrogram, STFTMagnitude, principal, spectral_convergence, stft_magnitude
 
 JUDGED, LEARNT, FRAMES = 500, 1000, 62.5  # test notes; training notes of linear codes; frames a second
-COMPONENTS = (4, 16, 64)  # of a frame
+COMPONENTS = {"frame": (4, 16, 64), "note": (16, 64)}  # of linear codes
 SHIFT = RATE // 20  # samples that sound may be late or early
 
 
@@ -90,23 +90,32 @@ def of_run(folder, splits):
 
 
 def of_lines(splits):
-    """Rows of linear codes and, without a code, of what Griffin-Lim makes of the notes' own spectrograms."""
+    """Rows of linear codes of frames and of whole notes, and, without a code, of what Griffin-Lim makes of the notes'
+    own spectrograms."""
+    index = splits["train"].spread(LEARNT)
     for name, spectrogram in (("STFT", Spectrogram("stft", 1024, 0)), ("mel", Spectrogram("mel", 1024, 192))):
         vocoder = Vocoder(1024, to_stft_magnitude=spectrogram.to_stft_magnitude)
-        index = splits["train"].spread(LEARNT)
-        notes = (splits["train"].waveform(some) for some in index.split(audio.CHUNK))
-        own = torch.cat([spectrogram(waveform).mT.flatten(0, 1) for waveform in notes])  # (n T, bins)
-        mean, _, directions = principal(own, max(COMPONENTS))
-        del own
-        for k in (*COMPONENTS, None):
+        for unit, components in COMPONENTS.items():
+            notes = (
+                spectrogram(splits["train"].waveform(some)).mT for some in index.split(audio.CHUNK)
+            )  # (B, T, bins)
+            own = torch.cat([level.flatten(0, 1) if unit == "frame" else level.flatten(1) for level in notes])
+            mean, _, directions = principal(own, max(components))
+            del own
+            for k in components:
 
-            def sound_of(waveform, _, k=k, few=directions, mean=mean, spectrogram=spectrogram, vocoder=vocoder):
-                level = spectrogram(waveform).mT
-                level = level if k is None else ((level - mean) @ few[:, :k]) @ few[:, :k].T + mean
-                return vocoder(log_expand(level.mT))
+                def sound_of(waveform, _, few=directions[:, :k], mean=mean, spectrogram=spectrogram, vocoder=vocoder):
+                    level = spectrogram(waveform).mT
+                    code = (level.reshape(-1, len(mean)) - mean) @ few  # (B T, k) or (B, k)
+                    return vocoder(log_expand((code @ few.T + mean).view(level.shape).mT))
 
-            kind = "Griffin-Lim alone" if k is None else f"{k} components a frame"
-            yield f"{name}, {kind}", f"{FRAMES * (k or spectrogram.bins):.0f}", sound_of, ""
+                values = k * (FRAMES if unit == "frame" else RATE / SAMPLES)
+                yield f"{name}, {k} components a {unit}", f"{values:.0f}", sound_of, ""
+
+        def sound_of(waveform, _, spectrogram=spectrogram, vocoder=vocoder):
+            return vocoder(log_expand(spectrogram(waveform)))
+
+        yield f"{name}, Griffin-Lim alone", f"{FRAMES * spectrogram.bins:.0f}", sound_of, ""
 
 
 @click.command(context_settings={"show_default": True})
