@@ -339,17 +339,17 @@ def fetching(what, root):
 def nsynth_notes(root, split, families, download):
     """The notes of an official NSynth folder: examples.json, audio/*.wav or .flac; click exceptions without any."""
     folder, url = root / f"nsynth-{split}", ARCHIVES.format(split=split)
-    if download and (not folder.is_dir() or (root / Path(url).name).exists()):
+    listing, archive = folder / "examples.json", root / Path(url).name
+    if download and (not folder.is_dir() or archive.exists()):
         with fetching(url, root):
-            download_url(url, root)
-            with gzip.open(root / Path(url).name) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-                archive.extractall(root, filter="data")  # nothing outside its folder
+            archive.exists() or write_atomically(archive, lambda path: download_url(url, root, path.name))
+            with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as packed:
+                packed.extractall(root, filter="data")  # nothing outside its folder
                 stream.seek(sys.maxsize)  # to the end, where its checksum stands
-            (root / Path(url).name).unlink()
+            archive.unlink()
     files = {path.stem: path for path in sorted((folder / "audio").glob("*")) if path.suffix in (".flac", ".wav")}
     keys = "instrument_family_str", "pitch", "instrument_str", "velocity"  # of the rest, half the memory, none is used
     used = partial(json.loads, object_hook=lambda about: [about[k] for k in keys] if "pitch" in about else about)
-    listing = folder / "examples.json"
     try:
         notes = [Note(name, *about, files.get(name)) for name, about in sorted(used(listing.read_text()).items())]
         notes = [note for note in notes if note.family in families and 0 <= note.pitch < PITCHES]
@@ -399,9 +399,9 @@ def read_note(note):
     waveform = resample_sound(samples.mean(1), rate, RATE)[: note.windows * SAMPLES]
     waveform = resample_sound(waveform, 2 ** (note.semitones / 12), 1)
     windows = fit(waveform, note.windows * SAMPLES).reshape(-1, SAMPLES)
-    silent = np.sqrt(np.square(windows).mean(1)) < 1e-3 * np.abs(waveform).max()  # 60 dB below the loudest
     bits = torch.from_numpy((windows.clip(-1, 1) * 32767).round()).short()
-    return [None if quiet else window for window, quiet in zip(bits, silent, strict=True)]
+    heard = bits.float().square().mean(1).sqrt() > 1e-3 * bits.abs().max()  # not 60 dB below the loudest, nor all 0
+    return [window if loud else None for window, loud in zip(bits, heard, strict=True)]
 
 
 class NoteSplit(Reader):
@@ -615,10 +615,10 @@ def load_model(folder, build):
 
 def versions():
     """What made a result: versions, commit, hardware."""
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "not a git checkout"
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     packages = {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
+    commit = "not a git checkout" if failed else commit  # or there is no git
     return {"commit": commit, "python": sys.version.split()[0], "device": device} | packages
 
 
@@ -647,7 +647,7 @@ class Run:
         self.options, self.script, self.source = options, script, data["source"]
         self.model, self.optimizer, self.device = model, optimizer, device
         self.folder, self.step, self.elapsed, self.progress, history = None, 0, 0.0, 0.0, []
-        self.looks = self.due = self.complete = self.stopped = False
+        self.looks = self.due = self.complete = self.asked = self.stopped = False
         wanted = {"auto": device.type == "cuda"}.get(options["precision"], options["precision"] == "bf16")
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -685,7 +685,7 @@ class Run:
         click.echo(f"data: {self.source}; device: {device}; run folder: {self.folder}\n{sizes}")
 
     def __enter__(self):
-        numbers, stop = (signal.SIGINT, signal.SIGTERM), lambda *_: setattr(self, "stopped", True)  # after this step
+        numbers, stop = (signal.SIGINT, signal.SIGTERM), lambda *_: setattr(self, "asked", True)  # to stop after a step
         self.handlers = {number: signal.signal(number, stop) for number in numbers}
         self.bar = tqdm(bar_format="{desc}", disable=not self.folder or None)
         self.saved = self.said = time.monotonic()
@@ -714,7 +714,7 @@ class Run:
         """Share of the run that is done, by steps or minutes, and whether to stop: the same in all processes."""
         self.elapsed = time.monotonic() - self.started
         steps, minutes = (self.options[limit] or math.inf for limit in ("steps", "minutes"))
-        self.share = min(1.0, max(self.step / steps, self.elapsed / (60 * minutes)))
+        self.share, self.stopped = min(1.0, max(self.step / steps, self.elapsed / (60 * minutes))), self.asked
         if dist.is_initialized():
             shared = torch.tensor([self.share, self.stopped], dtype=torch.float64).to(self.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -724,7 +724,7 @@ class Run:
     def steps(self):
         """(step, progress) of every step that is to be taken, in each of which `log` is to be called once."""
         self.settle()
-        while self.share < 1 and not self.stopped:
+        while (self.share < 1 or not self.step) and not self.stopped:  # one step however short the time
             yield self.step, self.progress
             if self.due or time.monotonic() - self.saved > 120:  # now that its scores stand in the folder
                 self.save()
@@ -743,7 +743,7 @@ class Run:
         self.check_finite(values)
         before, now, self.step = int(10 * self.share), time.monotonic(), self.step + 1
         self.settle()
-        self.due = bool(self.folder) and int(10 * self.share) > before
+        self.due = bool(self.folder) and (int(10 * self.share) > before or self.share >= 1)
         self.looks = self.due or (bool(self.folder) and self.step.bit_count() == 1 and self.step.bit_length() % 2)
         if self.folder and self.step % 20 == 0:
             for name, value in values.items():
@@ -784,7 +784,7 @@ class Run:
         """`waveform`: (samples,) at RATE, scaled where it is too loud; sounds/<name>.wav always holds the newest."""
         (self.folder / "sounds").mkdir(exist_ok=True)
         quiet = (waveform / waveform.abs().max().clamp(min=1)).cpu().numpy()
-        save_sound(self.folder / "sounds" / f"{name}.wav", quiet[None], RATE)
+        save_sound(self.folder / "sounds" / f"{name.replace('/', '-')}.wav", quiet[None], RATE)  # a family is a folder
 
     def save(self):
         """All that the loop changes. Random states are no part of it: see `random_generator`."""

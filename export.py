@@ -373,7 +373,7 @@ def main(run_dir, out, **forms):
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+        lock = FileLock(out.absolute().with_name(f".{out.absolute().name}.lock"), timeout=0)
         with lock, tempfile.TemporaryDirectory(prefix=".partial", dir=out) as folder:
             agreed = [write_graph(Path(folder) / name, *pair, info, forms) for name, pair in graphs.items()]
             for name, (module, given, expected) in getattr(script, "scripted", lambda _: {})(model).items():

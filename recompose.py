@@ -57,7 +57,7 @@ def load_picture(path, size, crop):
     try:
         Image.open(path).verify()  # a PNG's checksums, which decoding passes over
         with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) > 1 or picture.width * picture.height > LONGEST:
+            if np.prod(picture.size) > LONGEST or (picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1):
                 raise click.UsageError(f"{path}: animated, or of over {LONGEST:,} pixels; expected a still picture")
             ImageOps.exif_transpose(picture, in_place=True)  # which loads it first
             if picture.mode[0] in "IF":  # 16 bits a pixel, which PIL's own conversion would clip to white, or deeper

@@ -104,8 +104,8 @@ class Sprites(Pool):
             file = min(data_root.glob("dsprites*.npz"), default=None)
             if not file or size not in (32, 64):
                 raise click.UsageError(f"--data-root {data_root}: expected dsprites*.npz there, and --size 32 or 64")
-            archive = load_file(file, lambda path: dict(np.load(path)), {"imgs": np.ndarray}, click.UsageError)
-            self.source, self.library = f"dSprites shapes ({file.name})", torch.from_numpy(archive["imgs"])  # uint8
+            shapes = load_file(file, lambda path: np.load(path)["imgs"], {}, click.UsageError)  # metadata is a pickle
+            self.source, self.library = f"dSprites shapes ({file.name})", torch.from_numpy(shapes)  # uint8
 
     def sample(self, n, generator):
         rand, randint = (partial(f, generator=generator, device=self.device) for f in (torch.rand, torch.randint))
@@ -398,7 +398,7 @@ class Mixtures:
             chosen = [next((one for one in drawn[i::n] if notes.usable(one) == one), None) for i in range(n)[own]]
             if None not in chosen:
                 return torch.tensor(chosen), decibels[own]
-        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments and pitches")
+        raise click.UsageError(f"{split}: of {len(notes.notes)} notes too few make {self.parts} that sound together")
 
     def fit(self, pitch, other):  # which may sound together: in unison or octaves apart notes share all harmonics
         return ((pitch - other) % 12 != 0) | (pitch < 0) | (other < 0)
@@ -427,10 +427,8 @@ def load_data(options, device):
     if dataset == "clevr" and options["download"]:
         with fetching("CLEVR v1.0", root):
             CLEVRClassification(root, download=True)
-    if dataset in SOUNDS:
-        return Mixtures(options, device)
-    if dataset == "sprites":
-        return Sprites(*about, device, root)
+    if dataset in ("sprites", *SOUNDS):
+        return Sprites(*about, device, root) if dataset == "sprites" else Mixtures(options, device)
     return PictureFolder(root, *about, device, dataset == "clevr") if root else BuiltInClevr(*about, device)
 
 
@@ -620,7 +618,7 @@ class Background(nn.Module):
 
 
 ORDERS = ("independent", "autoregressive", "set")
-Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), 0 beyond
+Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), first
 
 
 class SlotPrior(nn.Module):
@@ -868,12 +866,12 @@ def objective(image, mean, encoding, haze, beta, sigma):
 @torch.no_grad()
 def posteriors(model, data, n, seed):
     """What the encoder says of n examples to train on, some CHUNK at a time, but for maps and pictures: an Encoding."""
-    parts = []
+    parts, n = [], n - n % min(n, getattr(data, "length", n))  # each example as often
     for k in trange(math.ceil(n / CHUNK), desc="posteriors", disable=None):
         noise = torch.randn(CHUNK, model.noise_sizes[1], generator=random_generator("light", seed, k))
         encoding = model.encode(data.batch(k, slice(0, CHUNK), CHUNK), noise.to(data.device))
         parts.append(encoding._replace(kl_map=encoding.kl, background=encoding.kl))
-    return Encoding(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+    return Encoding(*(torch.cat(values)[:n].cpu() for values in zip(*parts, strict=True)))
 
 
 def fit_prior(prior, model, encoding, steps, seed, batch=64, rate=2e-3):
@@ -1033,7 +1031,8 @@ def graphs(model):
     given = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
     names = ("z", "cell", "count", "background")[: 4 - sound]
-    made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
+    if model.prior.rating[-2].weight.any():  # 0 until it is fitted
+        made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
     if sound:
@@ -1068,14 +1067,15 @@ load = partial(load_model, build=build)  # a run folder -> its trained model
 
 def check_options(options):  # or click.UsageError, for those that do not go together
     size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "voices"))
-    sound, fits = dataset in SOUNDS, size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32)
+    sound, mixed = dataset in SOUNDS, options["mix"] or dataset == "nsynth-duo"
+    fits = size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
         f"--detail {options['detail']}: expected less than --D, {options['d']}": options["detail"] < options["d"],
         f"--size {size} --cells {cells}: expected a multiple of {UPSCALE}, and 2, 4, 8, 16 or 32 times the cells": fits,
         f"--N {n}: expected at most {cells ** (2 - sound)}, the cells": n <= cells ** (2 - sound),
-        f"--voices: expected the fewest first, and at most --N, {n}: a slot for each": not sound or low <= high <= n,
-        "--voices is for --mix": dataset != "sounds" or options["mix"] or high == 2,
+        f"--voices: expected the fewest first, and at most --N, {n}: a slot for each": not mixed or low <= high <= n,
+        "--voices is for --mix": mixed or high == 2,
         f"--dataset {dataset}: expected --data-root, a folder of your own": options["data_root"] or dataset not in OWN,
         "--op alpha and --compose feature are for pictures":
             not sound or (options["op"] != "alpha" and options["compose_at"] == "data")

@@ -153,8 +153,8 @@ def start_latents(h, label, posterior, latents):
 
 class ExemplarPrior(nn.Module):
     """p(z | y) after training: a Gaussian around each of EXEMPLARS notes, all of one covariance (Norouzi et al. 2020);
-    given a label, around those of its family, the more the nearer their pitch. Samples of N(0, I), which it is before,
-    combine latents that never occur together. Of more latents than SCORES it has as many principal components."""
+    given a label, around those of its family, the more the nearer their pitch. Samples of N(0, I) combine latents that
+    never occur together. Of more latents than SCORES it has as many principal components."""
 
     def __init__(self, latents, conditional):
         super().__init__()
@@ -174,7 +174,7 @@ class ExemplarPrior(nn.Module):
     def forward(self, noise, pitch=None, family=None):
         """Standard normal noise (n, 1 + d), and of a conditional model the label, pitch and family (n,) -> z (n, D)."""
         label = (pitch, family) if self.conditional else [torch.zeros_like(noise[:, 0])] * 2
-        at = 0.4999 + 0.5 * torch.erf(noise[:, :1] / 2**0.5)  # 0.5 would tie: as many notes are below as above
+        at = (0.4999 + 0.5 * torch.erf(noise[:, :1] / 2**0.5)).clamp(min=1e-6)  # 0.5 would tie; 0 be of any family
         below = self.log_weights(*label).softmax(1).cumsum(1) < at
         note = self.scores.index_select(0, below.float().sum(1).clamp(max=EXEMPLARS - 1).long())  # (n, d)
         return (self.typical + (note + noise[:, 1:] @ self.factor.T) @ self.directions.T).unflatten(1, self.latents)
@@ -248,11 +248,10 @@ class NoteVAE(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def label(self, pitch=None, family=None):
-        """MIDI pitch (B,) and index of the family (B,) -> (B, n_labels); None for a model without a label."""
+        """MIDI pitch, family (B,), refused if negative -> (B, n_labels); None of a model without a label."""
         if self.condition == "none":
             return None
         known = (self.pitches, pitch), (self.families, family)
-        # A negative number would count from the end; this one is refused.
         return torch.cat([table[torch.where(index < 0, PITCHES, index)] for table, index in known], dim=1)
 
     def scaled(self, level):
@@ -664,11 +663,11 @@ def show_latents(model, splits, run):
     rows = {k: (sample(model, *label, "figure", fitted=k == "fitted"), captions) for k in ("fitted", "standard")}
     show(model, run, "samples", "Samples from the fitted prior, and from the standard normal one", rows)
 
-    index, share, rows = splits["valid"].spread(2), torch.linspace(0, 1, 7, device=model.mean.device)[:, None], {}
+    index, share = splits["valid"].spread(2)[[0, -1]], torch.linspace(0, 1, 7, device=model.mean.device)[:, None]
     waveform, label = note_batch(model, splits["valid"], index)
     mu, _ = model.encode(model.front(waveform), label)
     first, last = captions_of(run, splits["valid"].pitch[index], splits["valid"].family[index])
-    captions = [first, *(f"{s:.0%}" for s in share[1:-1, 0].tolist()), last]
+    captions, rows = [first, *(f"{s:.0%}" for s in share[1:-1, 0].tolist()), last], {}
     for name, way in (("linear", torch.lerp), ("spherical", slerp)):
         z = way(*mu.flatten(1), share).unflatten(1, model.latents)
         rows[name] = model.decode(z, torch.lerp(*label, share) if conditional else None), captions
@@ -677,7 +676,7 @@ def show_latents(model, splits, run):
     steps, rows = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12]), {}
     known, families = model.prior.labels
     for family in families[families >= 0].unique().long().tolist() if conditional else ():
-        pitch = int(sum(known[families == family].aminmax())) // 2 - 6 + steps
+        pitch = (int(sum(known[families == family].aminmax())) // 2 - 6 + steps).clamp(0, PITCHES - 1)
         x = sample(model, pitch, torch.full_like(steps, family), "scale", family, same=True)
         rows[run.options["families"][family]] = x, [f"MIDI {p}" for p in pitch.tolist()]
     if rows:
@@ -808,10 +807,11 @@ def main(context, **options):
     splits, source = load_splits(options)
     model, train, valid = build(options), splits["train"], splits["valid"]
     watched, evaluated = (QUICK, QUICK) if options["evaluation"] == "quick" else (WATCHED, EVALUATED)
-    if not options["resume"]:
+    if not (options["resume"] and (options["resume"] / "checkpoint.pt").exists()):
         start_at_notes(model, train)
-    model = model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=1e-6, fused=True)
+    optimizer = torch.optim.Adam(model.to(device).parameters(), lr=options["lr"], eps=1e-6, fused=True)
+    for tensor in model.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)  # machines may round a PCA apart
     about = {"name": options["dataset"], "source": source, "notes": {k: len(part.notes) for k, part in splits.items()}}
 
     # 2. Train: the score of the start first, figures and scores of the validation split on the way.

@@ -83,7 +83,7 @@ def test_dsprites_shapes_come_from_the_archive(tmp_path):
     shapes = np.zeros((5, 64, 64), np.uint8)
     for i in range(5):
         shapes[i, 10 * i : 10 * i + 8, 20:40] = 1
-    np.savez_compressed(tmp_path / "dsprites_ndarray.npz", imgs=shapes)
+    np.savez_compressed(tmp_path / "dsprites_ndarray.npz", metadata=np.array({}, dtype=object), imgs=shapes)
     data = Sprites(32, (1, 1), 0, CPU, tmp_path)
     scene = data.sample(10, random_generator("test"))
     image, label = data.render(scene)

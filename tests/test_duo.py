@@ -362,6 +362,7 @@ def test_a_run_on_sounds_leaves_scores_figures_and_sounds(duo_run):
         (["--data-root", "nowhere"], "no such folder"),
         (["--dataset", "sounds", "--data-root", ".", "--voices", "2", "3", "--N", "3"], "--voices is for --mix"),
         (["--dataset", "sounds"], "--dataset sounds: expected --data-root, a folder of your own"),
+        (["--dataset", "sounds", "--data-root", "nowhere", "--N", "1"], "nowhere: no such folder"),
         (["--mix"], "--mix does not belong to --dataset nsynth-duo"),
     ],
 )

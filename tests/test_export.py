@@ -282,13 +282,14 @@ def test_a_mismatch_is_an_error_and_leaves_the_old_export(vae_run, tmp_path, mon
     assert len(list(out.iterdir())) == 1
 
 
-def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quick):
+def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quick, monkeypatch):
     out = tmp_path / "export"
     out.mkdir()
+    monkeypatch.chdir(out)
     (out / "encoder.pt").write_text("of another model")
     for name in ("composer.onnx", "vocoder.static.onnx", "decoder.fp16.onnx", "checkpoint.pt", "mine.v2.onnx"):
         (out / name).write_text("")
-    result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out), "--no-torchscript"])
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", ".", "--no-torchscript"])
     assert result.exit_code == 0, result.output
     kept = {"checkpoint.pt", "mine.v2.onnx"}  # no graphs of an export
     assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json", "SHA256SUMS"} | kept

@@ -39,6 +39,12 @@ def note_of(path, samples=None, rate=RATE, **about):
     return Note(path.stem, "flute", 60, "flute_000", 100, path, **about)
 
 
+def test_a_note_that_begins_with_silence_or_is_next_to_none_is_none(tmp_path):
+    late, faint = np.concatenate([np.zeros(SAMPLES), sine(60).numpy()]), np.full(SAMPLES, 1.2e-5)
+    assert common.read_note(note_of(tmp_path / "late.wav", late)) == [None]
+    assert common.read_note(note_of(tmp_path / "faint.wav", faint)) == [None]
+
+
 def test_a_note_in_nsynths_form_is_read_as_it_is(tmp_path):
     for form in ("wav", "flac"):
         waveform = read_note(note_of(tmp_path / f"a.{form}", sine(60).numpy()))
@@ -152,19 +158,23 @@ def test_the_download_fetches_and_unpacks_what_is_not_there(tmp_path, monkeypatc
     packed, root = write_nsynth(tmp_path / "official", [("flute", 60)]), tmp_path / "fetched"
     fetched = []
 
-    def fetch(url, root):
+    def fetch(url, root, name):
         fetched.append(url)
         split = url.rsplit("nsynth-", 1)[1].split(".")[0]
         root.mkdir(exist_ok=True)
-        with tarfile.open(root / url.rsplit("/", 1)[1], "w:gz") as tar:
+        with tarfile.open(root / name, "w:gz") as tar:
+            if len(fetched) == 1:
+                raise OSError("the network is gone")  # after a part of the archive was written
             tar.add(packed / f"nsynth-{split}", f"nsynth-{split}")
 
     monkeypatch.setattr(common, "download_url", fetch)
+    with pytest.raises(click.ClickException, match="the network is gone"):
+        load_notes(options(root, ["flute"], download=True))
     splits, _ = load_notes(options(root, ["flute"], download=True))
     assert [len(split.notes) for split in splits.values()] == [1, 1, 1]
-    assert fetched == [common.ARCHIVES.format(split=split) for split in SPLITS]
+    assert fetched[1:] == [common.ARCHIVES.format(split=split) for split in SPLITS]
     load_notes(options(root, ["flute"], download=True))
-    assert len(fetched) == 3, "they are there"
+    assert len(fetched) == 4, "they are there"
 
     def broken(*_, **__):
         raise RuntimeError("File not found or corrupted.")

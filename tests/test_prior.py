@@ -5,7 +5,9 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -300,6 +302,44 @@ def test_a_prior_is_fitted_anew_where_a_run_goes_on_and_kept_where_it_fails(tmp_
     assert result.exit_code == 1 and "is not finite: {'prior': nan}" in result.output
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert all(kept[name].equal(value) for name, value in before.items())
+
+
+def test_a_run_that_was_stopped_exports_no_prior_and_the_shortest_run_has_one(tmp_path, monkeypatch):
+    train("--minutes", 1e-4, "--size", 32, "--out", tmp_path / "short")
+    model = train_mvae.load(tmp_path / "short")
+    assert model.config["step"] == 1 and [*train_mvae.graphs(model)] == ["encoder", "prior", "decoder", "composer"]
+    step = train_mvae.optimizer_step
+
+    def interrupted(*a, **k):
+        signal.raise_signal(signal.SIGINT)
+        return step(*a, **k)
+
+    monkeypatch.setattr(train_mvae, "optimizer_step", interrupted)
+    train("--steps", 3, "--size", 32, "--out", tmp_path / "stopped")
+    assert [*train_mvae.graphs(train_mvae.load(tmp_path / "stopped"))] == ["encoder", "decoder", "composer"]
+
+
+def test_a_prior_is_fitted_to_every_example_as_often(monkeypatch):
+    monkeypatch.setattr(train_mvae, "CHUNK", 4)
+    model, pictures = build(), torch.rand(6, 3, 32, 32, generator=random_generator("six"))
+
+    def batch(k, own, total):
+        return pictures[(k * total + torch.arange(total)[own]) % 6]
+
+    for length, n, expected in ((6, 20, 18), (6, 5, 5), (100, 6, 6)):
+        data = SimpleNamespace(batch=batch, length=length, device=torch.device("cpu"))
+        kl = train_mvae.posteriors(model, data, n, 0).kl
+        assert len(kl) == expected
+        for i in range(0, expected, 6):
+            torch.testing.assert_close(kl[i : i + 6], kl[: len(kl[i : i + 6])])
+
+
+@torch.no_grad()
+def test_a_scene_of_no_slots_is_its_background():
+    model, background = build(), torch.rand(1, 3, 32, 32, generator=random_generator("background"))
+    scene = Scene(torch.zeros(1, 8), torch.tensor([0]), torch.zeros(1, 3, 6))
+    torch.testing.assert_close(experiment.drawn(model, scene), model.background.paint(scene.light))
+    torch.testing.assert_close(model.compose(torch.zeros(1, 0, 6, 32, 32), background), background)
 
 
 def test_the_prior_graph_samples_as_the_model_does(sprites_run):

@@ -507,6 +507,14 @@ def test_a_wide_picture_is_taken_with_a_crop_that_suits_it(inputs, tmp_path):
 # ---------------------------------------------------------------- Mistakes
 
 
+def test_of_a_cameras_picture_with_previews_in_its_file_the_picture_is_read(tmp_path):
+    picture, preview = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (16, 16), "blue")
+    picture.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert Image.open(tmp_path / "photo.jpg").n_frames == 2
+    red, _, blue = recompose.load_picture(tmp_path / "photo.jpg", 32, "none").reshape(-1, 3).mean(0)
+    assert red > 250 and blue < 5
+
+
 def test_files_that_are_no_still_pictures_are_refused(inputs, tmp_path):
     good = (inputs / "a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])

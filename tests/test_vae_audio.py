@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -19,9 +21,12 @@ from common import (
     BUILT_IN,
     RATE,
     SAMPLES,
+    NoteSplit,
+    Run,
     built_in_notes,
     random_generator,
     synthesise,
+    versions,
 )
 from train_vae_audio import Spectrogram, SpectrumVAE, spectral_convergence
 
@@ -202,6 +207,9 @@ def test_the_fitted_prior_gives_what_the_posteriors_add_up_to():
     rest = prior(noise, pitch, family) - curve
     torch.testing.assert_close(rest.mean(0), torch.zeros(2), atol=0.1, rtol=0)
     torch.testing.assert_close(torch.cov(rest.T), factor @ factor.T + 0.3 * torch.eye(2), atol=0.25, rtol=0)
+    rare = torch.cat([torch.full((1, 1), -5.0), torch.zeros(1, 2)], dim=1)
+    first = prior(rare.expand(2, -1), torch.tensor([60, 60]), torch.tensor([0, 1]))
+    assert (first[0] - first[1]).abs().max() > 0.5, "the first note is of one family alone, the least noise of each"
     ends = prior(noise[:1].expand(2, -1), torch.tensor([80, 127]), torch.tensor([0, 0]))
     torch.testing.assert_close(ends[0], ends[1])  # beyond what is known, the nearest notes
 
@@ -302,6 +310,13 @@ def test_a_run_leaves_numbers_pictures_and_sounds(notes_run):
         assert rate == RATE and len(waveform) >= RATE and np.isfinite(waveform).all()
 
 
+def test_sounds_of_nested_families_lie_side_by_side_and_no_git_is_no_fault(tmp_path, monkeypatch):
+    Run.sound(SimpleNamespace(folder=tmp_path), "scale-strings/violin-0", torch.zeros(100))
+    assert [path.name for path in (tmp_path / "sounds").iterdir()] == ["scale-strings-violin-0.wav"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versions()["commit"] == "not a git checkout"
+
+
 def without_reports(monkeypatch):
     for name in ("show_reconstructions", "show_latents"):
         monkeypatch.setattr(audio, name, lambda *_: None)
@@ -323,13 +338,46 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
 
     monkeypatch.setattr(audio, "optimizer_step", optimizer_step)
     assert run(*args, "--out", tmp_path / "parts").exit_code == 1
+    done.clear()
+    monkeypatch.setattr(audio, "optimizer_step", lambda *_: 1 / 0)  # before there is a checkpoint
+    assert isinstance(run(*args, "--out", tmp_path / "start").exception, ZeroDivisionError)
+    assert not (tmp_path / "start" / "checkpoint.pt").exists()
     monkeypatch.setattr(audio, "optimizer_step", real)
-    result = train("--resume", tmp_path / "parts", main=audio.main)
-    assert "done" in result.output
-    whole, parts = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "parts")
+    for name in ("parts", "start"):
+        assert "done" in train("--resume", tmp_path / name, main=audio.main).output
+    whole, *others = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("whole", "parts", "start")
     )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(whole[name], other[name]) for name in whole for other in others)
+
+
+def test_who_asks_to_stop_during_an_evaluation_gets_one_more_step_and_a_prior_fitted_to_it(tmp_path, monkeypatch):
+    without_reports(monkeypatch)
+    fitted, scored, fit_prior = [], [], audio.fit_prior
+
+    def evaluate(*_, **__):
+        scored.append(None)
+        if len(scored) == 2:  # after step 1 of 5; the first is of the start
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(audio, "evaluate", evaluate)
+    monkeypatch.setattr(audio, "fit_prior", lambda *a: fitted.append(None) or fit_prior(*a))
+    args = ["--families", "bass", *TINY[:-4], "--device", "cpu", "--steps", 5, "--out", tmp_path / "run"]
+    assert "stopped at step 2" in train(*args, main=audio.main).output
+    assert len(fitted) == 2 and torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_figures_are_drawn_of_one_valid_note_and_of_the_highest_pitches(monkeypatch):
+    families, drawn = ["bass", "flute"], {}
+    monkeypatch.setattr(audio, "show", lambda model, run, name, title, rows: drawn.update({name: rows}))
+    splits = {split: NoteSplit(built_in_notes(split, families)[:1], families, split) for split in ("train", "valid")}
+    model = tiny_model("both")
+    model.prior.fit(torch.randn(3, 3), torch.zeros(3, 3), torch.tensor([125, 126, 127]), torch.tensor([1, 1, 1]))
+    audio.show_latents(model, splits, SimpleNamespace(options={"families": families}))
+    assert len(drawn["interpolations"]["linear"][0]) == 7
+    assert drawn["scale"]["flute"][1][-1] == "MIDI 127" and "bass" not in drawn["scale"]
 
 
 def test_a_run_on_files_with_transposed_notes_and_mel_bands(tmp_path):

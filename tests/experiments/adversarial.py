@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import train_vae_audio as audio
-from common import FOLDER, RATE, SAMPLES, TIMBRES, load_notes, random_generator
+from common import FOLDER, RATE, SAMPLES, load_notes, random_generator
 from tests.experiments.waveforms import scores
 
 BATCH, RATES, UPDATES = (
@@ -143,7 +143,8 @@ def main(run_dir, data_root, minutes, notes):
     model = audio.load(run_dir)
     if not isinstance(model, audio.WaveVAE) or model.condition != "none":
         raise click.UsageError(f"{run_dir} is no run of waveforms without a label")
-    splits, source = load_notes({"data_root": data_root, "families": list(TIMBRES), "download": False})
+    families = model.config["options"]["families"]
+    splits, source = load_notes({"data_root": data_root, "families": families, "download": False})
     index = splits["test"].spread(notes)
     click.echo(f"data: {source}; {len(index)} test notes; {minutes:g} minutes")
     click.echo(

@@ -55,6 +55,7 @@ def scores_of(model, split, index):
     return (mu - model.prior.typical) @ model.prior.directions, logvar.exp() @ model.prior.directions.square()
 
 
+@torch.no_grad()
 def one_gaussian(model, split):
     """The model with the likeliest Gaussian of the notes' latents instead of one around each of them."""
     model, (scores, variance) = copy.deepcopy(model), scores_of(model, split, split.spread(audio.EXEMPLARS))

@@ -93,7 +93,7 @@ def drawn(model, scene):
         background.split(1) if background is not None else [None] * len(layers),
         strict=True,
     )
-    return torch.cat([model.compose(layer[:, : max(1, n)], behind) for layer, n, behind in parts])
+    return torch.cat([model.compose(layer[:, :n], behind) for layer, n, behind in parts])
 
 
 def shuffled(scene):

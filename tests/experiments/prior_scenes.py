@@ -4,8 +4,8 @@
 
 Of 250 samples of every prior, and of N(0, I), beside 250 test pictures as the encoder finds them, by a program on what
 slots draw. Cut: an object's mask reaches the picture's edge. In one another: two share a quarter of the smaller one.
-Floats: lower edge, width and height are further from the nearest object of other test pictures than 98 % of these are
-from one another. TV: total variation of the numbers of slots. D-steps (GNM, Jiang & Ahn 2020): updates until a small
+Floats: lower edge, width and height are further from the nearest object of valid pictures than 98 % of those of test
+pictures are. TV: total variation of the numbers of slots. D-steps (GNM, Jiang & Ahn 2020): updates until a small
 convolutional net tells samples from reconstructions of test pictures, 90 % of the last 20 batches; at most 2,000.
 """
 

@@ -75,9 +75,10 @@ def carrying(model, split, share=0.95):
     return int((carried < share).sum()) + 1
 
 
-def of_run(folder, splits):
-    """Rows of a run and of its start."""
+def of_run(folder, data_root):
+    """Rows of a run and of its start, which saw transposed notes where the run does."""
     model = audio.load(folder)
+    splits, _ = audio.load_splits(model.config["options"] | {"data_root": data_root, "download": False})
     start, test = audio.start_at_notes(audio.build(model.config["options"]), splits["train"]).eval(), splits["test"]
     values = f"{torch.tensor(model.latents).prod() / (SAMPLES / RATE):.0f}"
     for name, net in ((folder.name, model), (f"{folder.name}, step 0", start)):
@@ -124,13 +125,15 @@ def of_lines(splits):
 @click.option("--notes", type=click.IntRange(1), default=JUDGED, help="Test notes.")
 def main(runs, data_root, notes):
     """Judge RUNS beside linear codes; prints a table."""
-    splits, source = load_notes({"data_root": data_root, "families": list(TIMBRES), "download": False})
+    families = audio.load(runs[0]).config["options"]["families"] if runs else list(TIMBRES)
+    splits, source = load_notes({"data_root": data_root, "families": families, "download": False})
     rows = []
     for folder in runs:
-        seen = audio.load(folder).config["data"]["source"]
-        if seen != source:
-            raise click.UsageError(f"{folder} was trained on {seen}; --data-root gives {source}")
-        rows.append(of_run(folder, splits))
+        config = audio.load(folder).config
+        seen = config["data"]["source"], config["options"]["families"]
+        if seen != (source, families):
+            raise click.UsageError(f"{folder} was trained on {seen}; expected {source}, {families}")
+        rows.append(of_run(folder, data_root))
     index = splits["test"].spread(notes)
     click.echo(f"data: {source}; {len(index)} test notes")
     click.echo("| code | values a second | LSD, dB | several resolutions | convergence, dB | SI-SDR, dB | carry 95 % |")
