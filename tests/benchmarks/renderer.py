@@ -1,4 +1,4 @@
-"""Scenes a second that the built-in CLEVR renderer draws, and that training consumes; its scenes beside real ones.
+"""Scenes a second that the built-in CLEVR renderer draws, and that training consumes; its scenes beside a folder's.
 
 python -m tests.benchmarks.renderer
 python -m tests.benchmarks.renderer --data-root CLEVR_v1.0 --figure docs/figures/renderer.png
@@ -36,15 +36,15 @@ def draw_figure(options, data_root, columns=8):
         data = train_mvae.load_data(options | {"data_root": root}, torch.device("cpu"))
         tiles = [Tile(to_uint8(image.numpy())) for image in data.scenes("valid", 2 * columns)[0]]
         rows += [tiles[:columns], tiles[columns:]]
-        labels += [f"{'real' if root else 'built-in'} scenes"] * 2
-    return contact_sheet([row for row in rows if row], "CLEVR, and the scenes of the built-in renderer", labels)
+        labels += [data.source] * 2
+    return contact_sheet([row for row in rows if row], "A CLEVR folder, and scenes of the built-in renderer", labels)
 
 
 @click.command()
 @click.option("--data-root", type=FOLDER, help="CLEVR's folder, to draw its scenes beside the built-in ones.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Write the scenes here, instead of timing.")
 def main(data_root, figure):
-    """Time the built-in CLEVR renderer, or draw its scenes beside real ones."""
+    """Time the built-in CLEVR renderer, or draw its scenes beside those of a folder."""
     options = train_mvae.main.make_context("", ["--dataset", "clevr"]).params
     if figure:
         draw_figure(options, data_root).save(figure)
