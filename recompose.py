@@ -80,7 +80,7 @@ def square(picture, crop, where):
     if width == height:
         return picture
     if crop == "centre":
-        return ImageOps.fit(picture, (min(width, height),) * 2)
+        return ImageOps.fit(picture, (min(width, height),) * 2, Image.NEAREST)  # of whole pixels
     if crop == "fit":
         picture.thumbnail((4096, 4096))  # a line of 100,000 pixels would fill a square of as many
         return ImageOps.pad(picture, (max(picture.size),) * 2, color=picture.reduce(picture.size).getpixel((0, 0)))
@@ -101,7 +101,7 @@ def read_sound(path):
                 expected = f"ten minutes of stereo, 4 to 192 kHz: ffmpeg -i {path.name} -t 600 -ac 2 -ar 44100 a.wav"
                 raise click.UsageError(f"{path}: {length} x {channels} samples, {rate} Hz; expected at most {expected}")
             samples = file.read(dtype="float32", always_2d=True)
-            cut_off = "(should be" in file.extra_info or len(samples) < length - rate / 10  # its header says so
+            cut_off = re.search(r"(?<!4294967295) \(should be", file.extra_info) or len(samples) < length - rate / 10
             if file.format == "OGG":  # has no such header, but its last page is marked as the last (RFC 3533)
                 content = path.read_bytes()
                 page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes

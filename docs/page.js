@@ -75,6 +75,7 @@ async function ask(call, ...args) {
 /** Have the runtime running; a try that failed is made again. */
 function start() {
   running ??= ask("start", new URL(RUNTIME, HERE).href).catch((error) => {
+    worker.then((made) => made.terminate(), () => {});
     worker = running = null;
     throw error;
   });
@@ -88,6 +89,7 @@ async function kindOf(file) {
   const bytes = new Uint8Array(await file.slice(0, 16).arrayBuffer().catch(() => new ArrayBuffer(0)));
   const text = String.fromCharCode(...bytes), [first, second] = bytes;
   if (/^(RIFF....WAVE|fLaC|OggS|ID3|....ftypM4A|caff)/s.test(text)) return "sound";
+  if (/^....ftyp/s.test(text) && (/\.m4a$/i.test(file.name) || /^audio/.test(file.type))) return "sound";
   if (/^(\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|....ftyp|II\*\0|MM\0\*)/s.test(text)) return "picture";
   return first === 0xff && second >= 0xe0 ? "sound" : undefined; // MPEG frames without a header
 }
@@ -131,6 +133,8 @@ function compressedForm(bytes) {
   if (vorbis > 0) return { rate: view.getUint32(vorbis + 12, true) };
   if (head.includes("OpusHead")) return { rate: 48000 };
   const size = (i) => view.getUint8(i) & 127, tag = head.startsWith("ID3"); // whose size has 7 bits a byte
+  const mpeg = tag || (view.getUint8(0) === 0xff && view.getUint8(1) & 6); // of a layer: AAC, as MP4, has none
+  if (!mpeg) return { rate: 48000 };
   let at = tag ? 10 + size(6) * 2 ** 21 + size(7) * 2 ** 14 + size(8) * 2 ** 7 + size(9) : 0;
   for (const end = Math.min(at + 65536, bytes.byteLength - 3); at < end; at++) {
     const bits = view.getUint16(at), version = (bits >> 3) & 3, index = (view.getUint8(at + 2) >> 2) & 3;
@@ -186,7 +190,8 @@ async function ready(sort) {
 
 let opening = Promise.resolve(), opens = 0; // what is opened last, and how many wait: one goes after the other
 
-/** Take files apart, in place of what was open; where that fails, a sentence says why, and what was open stays. */
+/** Take files, or what a function fetches, apart, in place of what was open; where that fails, a sentence says why, and
+    what was open stays. */
 function open(files) {
   busy(++opens);
   opening = opening.then(() => takeApart(files)).catch((error) => {
@@ -200,20 +205,22 @@ function busy(state) {
   $("main").ariaBusy = $("work").inert = Boolean(state);
 }
 
-async function takeApart(files) {
+async function takeApart(given) {
+  await updating; // which needs what is open, and says how it went
   complain("");
+  const files = typeof given === "function" ? await given() : given;
   const wanted = await kindOfAll(files);
   say("Loading the model …");
-  const about = await ready(wanted), seconds = about.samples / about.sample_rate, given = [];
+  const about = await ready(wanted), seconds = about.samples / about.sample_rate, read = [];
   say(`Taking ${files.map((file) => file.name).join(" and ")} apart …`);
-  for (const file of files) given.push(wanted === "sound" ? await readSound(file, seconds) : file);
-  await updating; // which needs what was open
+  for (const file of files) read.push(wanted === "sound" ? await readSound(file, seconds) : file);
+  await updating;
   clearTimeout(sing.later);
-  const found = await ask("open", modelOf(wanted), given);
+  const found = await ask("open", modelOf(wanted), read);
   stop();
   [kind, model, result, chosen] = [wanted, about, null, null];
   inputs = found.map((input, i) => {
-    const notes = [...(given[i].notes ?? []), ...input.notes];
+    const notes = [...(read[i].notes ?? []), ...input.notes];
     return { ...input, i, name: files[i].name, notes };
   });
   inputs.forEach(prepare);
@@ -237,12 +244,14 @@ function prepare(input) {
   input.slots.forEach((slot, k) => {
     const empty = slot.nats < (model.empty ?? 0);
     Object.assign(slot, { input, k, empty, kept: !empty && (input.i === 0 || k === 0) });
+    slot.first ??= { alone: slot.alone, tile: slot.tile };
     putBack(slot);
   });
 }
 
 function putBack(slot) {
-  Object.assign(slot, { move: [0, 0], front: false, semitones: 0 });
+  Object.assign(slot, { move: [0, 0], front: false, semitones: 0, ...slot.first });
+  if (slot.canvas) paintSlot(slot); // what is left out is not drawn again with the rest
 }
 
 const allSlots = () => inputs.flatMap((input) => input.slots);
@@ -514,10 +523,10 @@ function bringToFront(slot) {
   update();
 }
 
-/** Move a slot by these shares of the width, as far as its cell stays in the picture. */
+/** Move a slot by these shares of the width, as far as its cell stays in the picture, or no farther outside. */
 function moveTo(slot, move) {
-  const from = spot(slot.cell);
-  slot.move = move.map((share, axis) => Number(Math.min(1 - from[axis], Math.max(-from[axis], share)).toFixed(3)));
+  const from = spot(slot.cell), low = from.map((at) => Math.min(0, -at)), high = from.map((at) => Math.max(0, 1 - at));
+  slot.move = move.map((share, axis) => Number(Math.min(high[axis], Math.max(low[axis], share)).toFixed(3)));
   update();
 }
 
@@ -650,16 +659,13 @@ async function download() {
 
 // ---------------------------------------------------------------- What the reader does
 
-async function openExample(sort) {
-  busy(++opens);
-  const files = await Promise.all(EXAMPLES[sort].map(async (name) => {
-    const answer = await fetch(modelOf(sort) + name).catch(() => ({}));
-    return answer.ok ? new File([await answer.blob()], name) : name;
-  }));
-  const missing = files.find((file) => typeof file === "string");
-  if (!missing) open(files);
-  else complain(`${modelOf(sort) + missing} could not be fetched; serve the whole repository, with its models/.`);
-  busy(--opens);
+function openExample(sort) {
+  open(() => Promise.all(EXAMPLES[sort].map(async (name) => {
+    const url = modelOf(sort) + name, answer = await fetch(url).catch(() => ({}));
+    const blob = answer.ok && (await answer.blob().catch(() => null)); // which may break off
+    if (blob) return new File([blob], name);
+    throw new Sentence(`${url} could not be fetched; serve the whole repository, with its models/.`);
+  })));
 }
 
 /** What is being dragged over the page, as far as browsers tell before it is dropped. */

@@ -152,7 +152,7 @@ function square(width, height, crop) {
   if (crop === "clevr" && top >= 0 && top + 0.6 * width <= height && width > 4) {
     return [[0.2 * width, top, 0.8 * width, top + 0.6 * width].map(round)];
   }
-  const side = Math.min(width, height), [left, above] = [(width - side) / 2, (height - side) / 2].map(Math.floor);
+  const side = Math.min(width, height), [left, above] = [(width - side) / 2, (height - side) / 2].map(Math.ceil);
   const note = "Not of a shape for CLEVR's crop, so the largest square in the middle is used (recompose.py --crop centre).";
   return [[left, above, left + side, above + side], ...(crop === "clevr" ? [note] : [])];
 }

@@ -415,7 +415,7 @@ def test_masks_of_ones_own_pictures_lie_at_the_same_paths(tmp_path):
     for path in data.files["test"]:
         mask = (tmp_path / "masks" / path).with_suffix(".png")
         mask.parent.mkdir(parents=True, exist_ok=True)
-        numbers = np.repeat([[0, 2, 5]], 8, axis=0).repeat(7, axis=1)  # 21 pixels wide: half a pixel is cut off
+        numbers = np.repeat([[0, 2, 5]], 8, axis=0).repeat(7, axis=1)  # 21 pixels wide: the middle is between two
         Image.fromarray(numbers.astype(np.uint8)).save(mask)
     again = PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
     assert again.files == data.files, "masks are no pictures"

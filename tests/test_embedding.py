@@ -83,6 +83,9 @@ def test_the_node_program_transposes_a_note(tmp_path):
     shipped = ROOT / "models" / "nsynth-duo"
     samples, rate = soundfile.read(shipped / "a.flac", dtype="float32")
     soundfile.write(tmp_path / "in.wav", samples, rate, "PCM_16")
+    whole = (tmp_path / "in.wav").read_bytes()
+    odd = b"note\3\0\0\0abc\0"  # a chunk of three bytes, and the one that fills it up
+    (tmp_path / "in.wav").write_bytes(whole[:36] + odd + whole[36:])
     (tmp_path / "node_modules").symlink_to(NODE_MODULES.resolve())
     program = write_program(tmp_path, "transpose.js")
     command = ["node", program, shipped, tmp_path / "in.wav", tmp_path / "out.wav", "3"]

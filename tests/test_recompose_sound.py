@@ -280,6 +280,15 @@ def test_files_that_are_cut_off_are_refused(tmp_path, name, share, message):
     assert {path.name for path in tmp_path.iterdir()} == {name, f"cut-{name}"}
 
 
+def test_a_wav_of_a_stream_whose_header_knows_no_end_is_whole(tmp_path):
+    whole = melody(48000, 1, 1.5)[0]
+    soundfile.write(tmp_path / "i.wav", whole, 48000)
+    content = bytearray((tmp_path / "i.wav").read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    (tmp_path / "i.wav").write_bytes(content)
+    assert len(recompose.read_sound(tmp_path / "i.wav")[0]) == len(whole)
+
+
 # ---------------------------------------------------------------- Windows, and what goes on through them
 
 
