@@ -443,13 +443,13 @@ TAKEN, NEIGHBOUR_WEIGHT = 0.65, 1e-3  # cells nearer a slot, in halves of its ca
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
-VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot that changes a pixel by less does not own it; of a smaller share it is empty
+VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot owns pixels that it changes by more; share of them that an object scored has
 TRIES, TRIED, FITTED = 32, 8, 5_000  # of a prior: slots that it chooses each from; while it is fitted; updates of that
-BLUR = 0.01  # half picture widths: with an error as wide, where a slot stands has a density
+BLUR = 0.01  # half picture widths of uniform noise upon where slots stand: without it no density has a bound
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
-# Slots by falling KL: mu, logvar (B, N, D), of sounds of what masks leave; cell (B, N, 2) as (y, x), kl (B, N); kl_map
-# (B, H_l, W_l), background (B, C, h, w) or None, light, its latents (B, L), kl_all (B,): of all latents.
+# N slots by falling kl (B, N), their cells' own; mu, logvar (B, N, D) add `detail`, or are encoded `again`; cell (B, N,
+# 2) is (y, x); kl_map (B, H_l, W_l), background (B, C, h, w) or None, light (B, L): its z; kl_all (B,): the ELBO's KL.
 Encoding = namedtuple("Encoding", "mu logvar cell kl kl_map background light kl_all")
 Separation = namedtuple("Separation", "level mean encoding layer alone parts")
 
@@ -487,8 +487,8 @@ def resample(source, scale, offset, side):
 
 class CanvasDecoder(nn.Module):
     """z (M, D), place (M, 2) -> layer (M, C, side, side): a canvas that is drawn at any size, around the slot's place.
-    The first `d_cell` latents say how large: near and far objects have one resolution. C: if `masked` how near, if
-    `shaded` a logarithm that darkens what is behind, colours or features, `outside` beyond, if `masked` a logit."""
+    The first `d_cell` latents set its size, so that near and far objects have one resolution. Channels: nearness if
+    `masked`, log shade of what is behind if `shaded`, colours or features (else `outside`), mask logit if `masked`."""
 
     def __init__(self, d, d_cell, channels, parts, side, fine, outside, masked, shaded):
         super().__init__()
@@ -509,7 +509,7 @@ class CanvasDecoder(nn.Module):
     def start_at(self, colour):
         """Slots as blobs of one colour (C,), in the middle of canvases of middling size."""
         out, fine = self.body[-2], self.body[-1].upscale_factor ** 2
-        out.weight.copy_(0.3 * out.weight[::fine].repeat_interleave(fine, dim=0))  # sub-pixels start alike
+        out.weight.copy_(0.3 * out.weight[::fine].repeat_interleave(fine, dim=0))  # ICNR (Aitken et al. 2017)
         for parameter in (out.bias, *self.extent.parameters()):
             parameter.zero_()
         self.mean[: len(colour)] = colour[:, None, None]
@@ -651,7 +651,7 @@ class SlotPrior(nn.Module):
         return self.token(slots) + self.pairs(F.silu(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3)))
 
     def suggestions(self, light, count, slots):
-        """Those before each (B, N, D), state (B, N, width), log q (B, N); of none and those logits, means, contexts."""
+        """-> before (B, N, D), h (B, N, width), log q (B, N), and of slots to point at: logits, means, contexts."""
         whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
         before = F.pad(self.told * slots[:, :-1], (0, 0, 1, 0))  # (B, N, D), the first of which is none
         token = F.pad(self.tokens(slots[:, :, None], before)[:, :-1, 0], (0, 0, 1, 0))
@@ -746,7 +746,7 @@ class MVAE(nn.Module):
             self.slot_decoder.start_at(0 * colour if self.op == "sum" else colour)
 
     def encode(self, image, noise=None, slots=None, detailed=True, again=True):
-        """image (B, C, H, W), noise (B, BACKGROUND_D) -> Encoding of N slots, or choices `slots` (n,) < MOST_SLOTS."""
+        """image (B, C, H, W) -> Encoding of N slots, or choices `slots` (n,) < most_slots; `again`: not in training."""
         mu, logvar, place, features = self.encoder(image)
         kl_map = gaussian_kl(mu, logvar).sum(1)  # (B, H_l, W_l)
         light, kl_all = (features[:, :0], 0.0) if self.sound else self.background(features, noise)
@@ -763,7 +763,7 @@ class MVAE(nn.Module):
             detail = [values.unflatten(0, index.shape) for values in self.closer(cut, mu.flatten(0, 1))]
             kl_all = kl_all + detailed * gaussian_kl(*detail).sum((1, 2))
             mu, logvar = (torch.cat(pair, dim=2) for pair in zip((mu, logvar), detail, strict=True))
-        if self.sound and again:  # what slots' masks leave, shares of the power, is encoded alone: (B, n, FRAMES, ...)
+        if self.sound and again:  # what each slot's soft mask leaves, alone (docs/mvae-log.md): (B n, FRAMES, ...)
             masked = log_compress((2 * self.decode(mu, place)).softmax(1) * log_expand(image)[:, None]).flatten(0, 1)
             found = (gather_cells(values, index.flatten()[:, None]) for values in self.encoder(masked)[:2])
             mu, logvar = (values[:, 0].unflatten(0, index.shape) for values in found)
@@ -772,10 +772,10 @@ class MVAE(nn.Module):
 
     @torch.no_grad()
     def select(self, kl, place, half, n):
-        """Cells of pictures, kl (B, H_l * W_l), that become slots, in the order of choice: -> index (B, n)."""
+        """Greedy non-maximum suppression of pictures' cells, kl (B, H_l * W_l): index (B, n) in the order of choice."""
         width, place, middles, chosen = 2 / place.shape[2], place.flatten(2), self.encoder.middles.flatten(1), []
         score = kl * torch.exp(-(place - middles).square().sum(1) / SHIFT**2)  # else all may shift to one end
-        for _ in range(n):  # cells around each choice are discounted, and those within its canvas, or whose slots are
+        for _ in range(n):  # the best; cells within its canvas, or whose slots are, count less, neighbours next to none
             index = score.argmax(1, keepdim=True)  # (B, 1)
             chosen.append(index)
             here, size = gather_cells(place[..., None], index).transpose(1, 2), half.gather(1, index)  # (B, 2, 1)
@@ -846,7 +846,7 @@ class MVAE(nn.Module):
 # ---------------------------------------------------------------- Objective, evaluation
 
 HAZE = 2.0  # nats a pixel, times m (1 - m) of the background's mask m, and before slots look closer SEEN_THROUGH times
-SEEN_THROUGH = 10.0  # m times a change of the background: faint masks and strong colours draw the same, later halos
+SEEN_THROUGH = 10.0  # HAZE times m |change of the background|: faint masks, strong colours draw the same, later halos
 DETAILED = 0.2  # share of a run from which on slots look closer: parted, they do not share an object's details
 FALL = (0.35, 0.65)  # between these shares of a run the weight of the KL falls: slots have parted, and learn shapes
 CLIP = 2000.0  # of the gradient's norm; most steps are clipped: a strange scene weighs no more than a common one
@@ -865,7 +865,7 @@ def objective(image, mean, encoding, haze, beta, sigma):
 
 @torch.no_grad()
 def posteriors(model, data, n, seed):
-    """What the encoder says of n examples to train on, some CHUNK at a time, but for maps and pictures: an Encoding."""
+    """Encoding of n training examples, light sampled; kl_map and background, large and unused, are placeholders."""
     parts, n = [], n - n % min(n, getattr(data, "length", n))  # each example as often
     for k in trange(math.ceil(n / CHUNK), desc="posteriors", disable=None):
         noise = torch.randn(CHUNK, model.noise_sizes[1], generator=random_generator("light", seed, k))
@@ -874,15 +874,15 @@ def posteriors(model, data, n, seed):
     return Encoding(*(torch.cat(values)[:n].cpu() for values in zip(*parts, strict=True)))
 
 
-def fit_prior(prior, model, encoding, steps, seed, batch=64, rate=2e-3):
-    """Fit a prior to posteriors of a model, which stays as it is (Ghosh et al. 2020): the last nats of a scene."""
+def fit_prior(prior, model, encoding, steps, seed, batch=64, lr=2e-3):
+    """Fit a prior to posteriors of a frozen model (Ghosh et al. 2020); returns the last batch's -log p in nats."""
     optimizer = torch.optim.Adam(prior.parameters(), fused=True)
     for step in trange(steps, desc="prior", disable=None):
         generator = random_generator("prior", seed, step)
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
         scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
         loss = -prior.log_prob(scene, generator, TRIED).mean()
-        optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, rate), 50.0, shared=False)
+        optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, lr), 50.0, shared=False)
     return loss.item()
 
 
@@ -943,7 +943,7 @@ def assign(parts, stems):
     signal, distortion = (v.square().sum(-1).clamp(min=1e-20) for v in (scale * stem, heard - scale * stem))
     ratio = 10 * torch.log10(signal / distortion)  # (B, S, N + 1), as by Le Roux et al. 2019
     gained, silent = ratio[:, :, :-1] - ratio[:, :, -1:], (stems == 0).all(2)
-    best = [linear_sum_assignment(one.cpu(), True)[1] for one in gained.masked_fill(silent[..., None], 0.0)]
+    best = [linear_sum_assignment(one.cpu(), maximize=True)[1] for one in gained.masked_fill(silent[..., None], 0.0)]
     part = torch.from_numpy(np.stack(best)).to(ratio.device)
     return part, gained.gather(2, part[..., None])[..., 0].masked_fill(silent, math.nan)
 
@@ -1041,7 +1041,7 @@ def graphs(model):
 
 
 def describe(model):
-    """What a program needs beside options and graphs, for model.json; unlike: thrice what 95 % leave unexplained."""
+    """Beside options and graphs, for model.json; inputs that leave more than `unlike` unexplained get a warning."""
     unlike = {"unlike": 3 * valid["unexplained_95"]} if "unexplained_95" in (valid := model.config["valid"]) else {}
     about = unlike | {"kind": (kind := "mvae-sound" if model.sound else "mvae-image"), "empty": EMPTY[kind]}
     if not model.sound:

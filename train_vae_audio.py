@@ -6,8 +6,8 @@
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
     python train_vae_audio.py --representation waveform --D 256 --beta 0.05 --lr 3e-4 --batch 16
 
-For who wants notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed
-STFT magnitudes or mel bands, and sound through Griffin-Lim; or as sound, by latents in sequence, block after block.
+For notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed STFT
+magnitudes or mel bands, and sound through Griffin-Lim; or as waveforms, a vector of latents for every block of samples.
 Results: docs/audio.md; whether samples have the pitch and family asked for: tests/experiments/conditional.py."""
 
 import copy
@@ -114,7 +114,7 @@ SCORES, NEAR, SHARES = 64, 2.0, torch.linspace(0.1, 1.2, 12).square()  # of late
 
 
 def principal(x, n):
-    """The n principal components of the rows of x: mean (k,), scales (n,), 0 beyond the data, directions (k, n)."""
+    """PCA of the rows of x (m, k): mean (k,), standard deviations (n,), directions (k, n); 0 beyond the data."""
     mean, wide = x.mean(0), x.shape[1] > x.shape[0]
     centred = x - mean
     gram = (centred @ centred.T if wide else centred.T @ centred) / len(x)
@@ -146,7 +146,7 @@ def start_latents(h, label, posterior, latents):
     weight = torch.cat([inward.T, -(by_label[:-1] @ inward).T], dim=1)
     posterior.weight.copy_(F.pad(weight, (0, 0, 0, d)).view_as(posterior.weight))
     posterior.bias[:d] = -(by_label[-1] + mean) @ inward
-    posterior.bias[d:] = 3.0
+    posterior.bias[d:] = 3.0  # narrow: a log-variance of -softplus(3) = -3.05
     latents.weight.copy_(torch.cat([directions * scales, by_label[:-1].T], dim=1).view_as(latents.weight))
     latents.bias.copy_(by_label[-1] + mean)
 
@@ -167,7 +167,7 @@ class ExemplarPrior(nn.Module):
         self.register_buffer("factor", torch.eye(self.d))  # of the covariance, by Cholesky
 
     def log_weights(self, pitch, family):
-        """Of notes, given pitches and families (n,), 0 of a model without a label, not normalised: (n, EXEMPLARS)."""
+        """log p(exemplar | pitch, family), not normalised, of both (n,), 0 if not conditional: (n, EXEMPLARS)."""
         far = (pitch[:, None] - self.labels[0]) / NEAR
         return -0.5 * far.square() - 1e4 * (family[:, None] != self.labels[1]).float()
 
@@ -181,8 +181,8 @@ class ExemplarPrior(nn.Module):
 
     @torch.no_grad()
     def fit(self, mu, logvar, pitch, family):
-        """Fit to posteriors (n, D) of n <= EXEMPLARS notes of pitch and family (n,). Their mean variance and a share of
-        what notes are off the others' mean are the covariance; with this share notes are likeliest by the others."""
+        """Fit to posteriors (n, D) of n <= EXEMPLARS notes of pitch, family (n,). The covariance is their mean variance
+        and a share of that of leave-one-out residuals: the share of SHARES of highest leave-one-out likelihood."""
         if self.d < len(self.typical):
             self.typical[:], _, self.directions[:] = principal(mu, self.d)
         scores, variance = (mu - self.typical) @ self.directions, logvar.exp() @ self.directions.square()
@@ -190,8 +190,8 @@ class ExemplarPrior(nn.Module):
         self.scores[: len(mu)], self.labels[:, : len(mu)], self.labels[1, len(mu) :] = scores, label, -1
         others = self.log_weights(*label)[:, : len(mu)].fill_diagonal_(-1e6).log_softmax(1)
         rest = scores - others.exp() @ scores
-        spread = (rest.T @ rest + torch.eye(self.d)) / (len(mu) + 1)  # N(0, I) weighs as much as one note
-        factors = torch.linalg.cholesky(variance.mean(0).diag() + SHARES[:, None, None] * spread)  # (12, d, d)
+        residual = (rest.T @ rest + torch.eye(self.d)) / (len(mu) + 1)  # N(0, I) weighs as much as one note
+        factors = torch.linalg.cholesky(variance.mean(0).diag() + SHARES[:, None, None] * residual)  # (12, d, d)
         z = scores + variance.sqrt() * torch.randn(scores.shape, generator=random_generator("exemplars"))
         white = (torch.linalg.solve_triangular(factors, x.T, upper=False).mT for x in (z, scores))  # (12, n, d)
         density = (others - 0.5 * torch.cdist(*white).square()).logsumexp(2).mean(1)
@@ -229,11 +229,11 @@ def blocks(channels, n, conv, norm):
 
 
 class NoteVAE(nn.Module):
-    """p(z) = N(0, I), p(x | z, y) Gaussian around what is decoded, q(z | x, y) a Gaussian of diagonal covariance.
-    y, the label, is one-hot of pitch and of family, or empty (Sohn et al. 2015). `latents` is the shape of a note's z,
-    `crop` how many of its samples training sees. Both kinds look along time, with frequencies as channels, and start as
-    PCAs, the linear VAE's optimum (Lucas et al. 2019). `front` makes x of waveforms; x, as decoded too, is a `level` to
-    eyes, a `sound` to ears; what z decodes to and x are `compared` by the objective."""
+    """q(z | x, y), p(x | z, y): diagonal Gaussians; p(z) = N(0, I), while `prior`, fitted later, is for sampling alone.
+    y, the label: one-hot pitch and family, or None (Sohn et al. 2015). `latents`: shape of a note's z; `crop`: samples
+    of it that training sees. Both kinds convolve over time, and start as PCAs, the linear VAE's optimum (Lucas et al.
+    2019). They add encoder, posterior, decode(z, y); `front`: waveform -> x; `level`, `sound`: x -> log spectrogram,
+    waveform; `compared`: x, z, y -> [(decoded, true)], the pairs that the objective compares."""
 
     def __init__(self, d, latents, crop, bins, channels, condition, families):
         super().__init__()
@@ -252,7 +252,7 @@ class NoteVAE(nn.Module):
         if self.condition == "none":
             return None
         known = (self.pitches, pitch), (self.families, family)
-        return torch.cat([table[torch.where(index < 0, PITCHES, index)] for table, index in known], dim=1)
+        return torch.cat([table[torch.where(index < 0, 10**6, index)] for table, index in known], dim=1)
 
     def scaled(self, level):
         return (level - self.mean) / self.std
@@ -305,7 +305,7 @@ class SpectrumVAE(NoteVAE):
     @torch.no_grad()
     def start_at(self, level, label):
         """Scaling, and the net as a PCA: of patches of frames of levels (n, bins, T), of patches of those, and of what
-        the label (n, n_labels) does not explain of a note; latents get variance 1."""
+        the label (n, n_labels) does not explain of a note; posterior means get variance 1."""
         self.mean.copy_(level.mean((0, 2))[:, None])
         self.std.copy_(level.std())
         x = start_patches(self.encoder[0](self.scaled(level)), self.encoder[1], self.decoder[4])
@@ -380,8 +380,8 @@ class PQMF(Causal):
 
 
 class NarrowBands(Causal):
-    """Bands (B, BANDS, T) -> of the narrow bands that each has NARROW of, levels, and by how much what sounds is off
-    their middle, -1 to 1 at the ends, times a quarter of the level: (B, 2, BANDS * NARROW, T / HOP)."""
+    """An STFT in each band, as a phase vocoder (Flanagan & Golden 1966): (B, BANDS, T) -> (B, 2, BANDS * NARROW, T /
+    HOP): levels, and how far frequencies are off narrow bands' middles, in halves of these, times level / 4."""
 
     def __init__(self):
         super().__init__()
@@ -409,8 +409,8 @@ class NarrowBands(Causal):
 
     def of_sines(self, loud, shift):
         """What `forward` finds of steady sines (`Oscillators`), powers averaged over phases, by the window's kernel."""
-        x, power, turned = shift + 2e-4 * ((shift - shift.round()).abs() < 1e-4), 1e-12, 0.0  # nothing / 0
-        sine = torch.sin(math.pi * (x - x.round())) * (1 - 2 * x.round().remainder(2)) / math.pi  # (x - k) sinc(x - k)
+        x, power, turned = shift + 2e-4 * ((shift - shift.round()).abs() < 1e-4), 1e-12, 0.0  # whole x would be 0 / 0
+        sine = torch.sin(math.pi * (x - x.round())) / math.pi  # sin(pi x) / pi, but for its sign, which is squared
         for k in range(-2, 3):  # five bands hear a sine, from `off` their middle
             off = x - 2 * k
             part = (loud * sine * (1 / off - 0.5 / (off - 1) - 0.5 / (off + 1))).square()
@@ -422,7 +422,7 @@ class NarrowBands(Causal):
 class Oscillators(Causal):
     """A sine in each of n narrow bands -> bands (B, BANDS, T HOP).
     `loud` (B, n, T) is the STFT's magnitude (n_fft 1024) at their peaks, `shift` how far they are off the middle of
-    narrow bands, -1 to 1 at the ends. Amplitudes and frequencies go on in lines, and phases are sums of these
+    narrow bands, in halves of these, 2 at most. Amplitudes and frequencies go on in lines, and phases are sums of these
     (McAulay & Quatieri 1986): steady sounds have steady latents. Gains of bands are nearly linear in frequency."""
 
     def __init__(self):
@@ -441,7 +441,7 @@ class Oscillators(Causal):
         self.memory = 4 * n, 1  # what pairs of frames are made of, and phases
 
     def forward(self, loud, shift):
-        values = torch.cat([loud / 256, loud / 256 * shift, shift], dim=1)  # (B, 3 n, T)
+        values = torch.cat([loud / 256, loud / 256 * shift, shift], dim=1)  # amplitude 1 has magnitude 256: (B, 3 n, T)
         past = loud.new_zeros(len(loud), *self.memory) if self.past is None else self.past
         before, phase = past.split([values.shape[1], loud.shape[1]], dim=1)
         pairs = torch.stack([torch.cat([before, values[..., :-1]], dim=2), values], dim=3).chunk(3, dim=1)
@@ -484,7 +484,7 @@ class WaveVAE(NoteVAE):
 
     def compared(self, x, z, label):
         """Levels at RESOLUTIONS, and how far off sines are. Of spectra only loudness learns: frequencies change them by
-        phases, sums of all frequencies before; what these happen to be would be 9/10 of the gradient's square."""
+        phases, sums of all frequencies before, and would fill the gradient with what these happen to be."""
         loud, shift = self.controls(z, label)
         with torch.autocast(x.device.type, enabled=False):
             decoded = self.synthesis(self.oscillators(loud, shift.detach()))[:, DELAY : DELAY - AHEAD * BLOCK]
@@ -550,9 +550,9 @@ CHUNK = 32  # notes that are encoded, decoded and heard at a time
 
 
 def objective(model, x, label, noise, beta):
-    """The loss of a batch, in nats per value of a spectrogram, and its terms, in nats per note.
+    """The loss of a batch, in nats per value of its first view, and its terms, in nats per note, or `crop` of one.
     The Gaussian's variance is the mean squared error over the batch of all processes, held constant: the likeliest one
-    (sigma-VAE, Rybkin et al. 2021): beta = 1 is the evidence bound whatever the net reaches. Views count alike."""
+    (sigma-VAE, Rybkin et al. 2021): beta = 1 is the ELBO of spectra; waveforms' views count alike, and have none."""
     mu, logvar = model.encode(x, label)  # of a part of a note, which has fewer latents
     pairs = model.compared(x, reparameterize(mu, logvar, noise[..., : mu.shape[-1]]), label)
     error = torch.stack([(decoded - view).square().mean() for decoded, view in pairs])
@@ -596,7 +596,7 @@ def evaluate(model, split, most, heard=True):
 
 @torch.no_grad()
 def sample(model, pitch, family, *key, fitted=True, same=False):
-    """Notes of pitch and family (n,), as the model sees them, by the fitted prior or N(0, I); `key` seeds the noise."""
+    """Notes of pitch and family (n,), by the fitted prior or N(0, I), of noise that `key` seeds; `same`: of one z."""
     n, size = 1 if same else len(pitch), (1 + model.prior.d,) if fitted else model.latents
     noise = torch.randn(n, *size, generator=random_generator("sample", *key))
     z, pitch, family = (v.to(model.mean.device) for v in (noise, pitch, family))
@@ -791,9 +791,9 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 
 @training_command(SCRIPT, PRESETS)
 @families_option
-@click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are also moved by.")
-@click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer by so much.")
-@click.option("--representation", type=click.Choice(["stft", "mel", "waveform"]), default="stft", help="Seen as what.")
+@click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are moved by, most.")
+@click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer by, at most.")
+@click.option("--representation", type=click.Choice(["stft", "mel", "waveform"]), default="stft", help="What it sees.")
 @click.option("--n-fft", type=click.Choice([512, 1024, 2048]), default=1024, help="Samples of a frame, four hops.")
 @click.option("--n-mels", type=click.IntRange(16), default=192, help="Bands of a mel spectrogram.")
 @click.option("--D", "d", type=click.IntRange(1), default=32, help="Latents.")
