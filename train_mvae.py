@@ -634,7 +634,8 @@ class SlotPrior(nn.Module):
         self.light = FlowPrior(light, n_slots + 1, couplings=4, width=64) if light else None
         ends = (1, n_slots + 1), (width, 1)  # light is drawn given the number: one flow of all light joins its modes
         self.count, self.rating = (MLP(n, [width, m], activation_layer=nn.SiLU) for n, m in ends)
-        nn.init.zeros_(self.rating[-2].weight)
+        for net in (self.count, self.rating):
+            nn.init.zeros_(net[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
         self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
         self.pair, self.pairs = MLP(2 * d + 2 + min(d, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
@@ -1031,13 +1032,12 @@ def graphs(model):
     given = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
     names = ("z", "cell", "count", "background")[: 4 - sound]
-    if model.prior.rating[-2].weight.any():  # 0 until it is fitted
-        made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
+    made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
     if sound:
         made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
-    return made
+    return {name: made[name] for name in made if name != "prior" or model.prior.count[-2].weight.any()}  # 0: not fitted
 
 
 def describe(model):

@@ -243,6 +243,30 @@ def test_runs_opened_at_the_same_time_have_folders_of_their_own(tmp_path, monkey
     assert {folder.name for folder in folders} == {"numbers", *(f"numbers-{k}" for k in range(2, 7))}
 
 
+def test_process_1_of_2_takes_the_second_half_and_writes_nothing(tmp_path, monkeypatch):
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(common.dist, name, lambda value=value: value)
+    run = open_run(tmp_path / "run")
+    assert (run.own, run.total, run.folder) == (slice(4, 8), 8, None) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "half"), [("auto", False), ("fp32", False), ("bf16", True)])
+def test_products_are_in_half_precision_where_asked(tmp_path, precision, half):
+    with open_run(tmp_path / "run", precision=precision).autocast():
+        assert torch.is_autocast_enabled("cpu") == half
+
+
+def test_the_last_checkpoint_is_two_minutes_old_at_most(tmp_path):
+    run = open_run(tmp_path / "run", steps=1000)
+    with pytest.raises(KeyboardInterrupt), run:
+        for step, _ in run.steps():
+            if step == 5:
+                raise KeyboardInterrupt
+            run.log({"loss/a": 1.0})
+            run.saved -= 121 * (step == 2)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
 def test_what_is_not_finite_is_not_saved(tmp_path):
     run = open_run(tmp_path / "run")
     with pytest.raises(click.ClickException, match="step 3 is not finite"), run:

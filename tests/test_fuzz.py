@@ -62,13 +62,13 @@ def check_end(result, folder):
     """0 and a result that says something, or 1 or 2, one error and no file."""
     raised = result.exception is not None and not isinstance(result.exception, SystemExit)
     assert not raised, "".join(traceback.format_exception(*result.exc_info))
-    names = {path.suffix: path for path in folder.iterdir()}
+    names = [*folder.iterdir()]
     if result.exit_code:
         assert result.exit_code in (1, 2) and "Error: " in result.output and not names, (result.output, names)
     elif names:
-        assert len(list(folder.iterdir())) == 2 and ".png" in names, names
-        for suffix, path in names.items():
-            values = soundfile.read(path)[0] if suffix in recompose.SOUNDS else np.asarray(Image.open(path))
+        assert len(names) == 2 and ".png" in [path.suffix for path in names], names
+        for path in names:
+            values = soundfile.read(path)[0] if path.suffix in recompose.SOUNDS else np.asarray(Image.open(path))
             assert np.isfinite(values).all() and np.ptp(values) > 0, f"{path.name} is constant: {result.output}"
 
 
@@ -164,6 +164,7 @@ def check_file(folder, suffix, content, out, *args):
     result = CliRunner().invoke(recompose.main, [str(source), *args, "--out", str(folder / out)])
     assert time.monotonic() - start < 30
     check_end(result, folder)
+    assert result.exit_code or list(folder.iterdir())
 
 
 @counts(30, 2000)

@@ -208,9 +208,13 @@ def test_a_closer_look_sees_where_the_slot_stands_and_nothing_else():
     changed = image + away * torch.tensor([0.0, 0.2])[:, None, None, None]
     seen = []
     model.closer.trunk.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.encode(image)
+    centred = image - image.mean((2, 3), keepdim=True)
+    cut = train_mvae.resample(centred, half.expand(2), encoding.cell[:, 0], train_mvae.CLOSER)
+    torch.testing.assert_close(seen[0], 4 * cut)
     cut = train_mvae.resample(changed, half.expand(2), encoding.cell[:, 0], train_mvae.CLOSER)
     model.closer(cut, encoding.mu[:, 0, :2])
-    torch.testing.assert_close(seen[0][0], seen[0][1])
+    torch.testing.assert_close(seen[1][0], seen[1][1])
 
 
 def test_a_grids_positions_are_symmetric_and_inside():
@@ -370,6 +374,10 @@ def test_ari_fg_is_of_scenes_with_an_object_and_has_the_background_among_the_pre
         owned = model.responsibilities(model.decode(encoding.mu, encoding.cell), encoding.background)
     expected = [AdjustedRandScore()(owned[b].argmax(0)[label[b] > 0], label[b][label[b] > 0]).item() for b in range(2)]
     assert scores["ari_fg"] == pytest.approx(sum(expected) / 2, abs=1e-6) and scores["scenes"] == 4
+    with torch.no_grad():
+        errors = [(mean - pictures(4)).square().mean().item() for mean in (reconstruct(model, pictures(4)),
+                                                                          pictures(4).mean(0))]  # fmt: skip
+    assert [scores["mse"], scores["mse_baseline"]] == pytest.approx(errors)
     label[:] = 0
     assert "ari_fg" not in train_mvae.evaluate_pictures(model, data, "test", 4, 0.1)
 

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -29,7 +30,7 @@ TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob(
 CODE = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("tests/**/*.py"))]
 COMMAND = re.compile(
     r"""\s*(?:[A-Z_]+=\S+\ )*                                   # OMP_NUM_THREADS=1
-    (?:(?:python|torchrun\ --\S+|uv\ run)\ (\w+\.py)            # python train_mvae.py, torchrun --nproc-per-node=2 ...
+    (?:(?:python|torchrun(?:\ +--\S+)+|uv\ run)\ +(\w+\.py)     # python train_mvae.py, torchrun --nproc-per-node=2 ...
     |python\ -m\ (tests\.(?:experiments|benchmarks)\.\w+))      # python -m tests.experiments.beta
     (\s.*)?$""",
     re.VERBOSE,
@@ -139,5 +140,9 @@ def test_recompose_needs_little():
     header = re.search(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
     listed = set(re.findall(r'"([\w-]+)', re.search(r"dependencies = \[(.*?)\]", header[1], re.DOTALL)[1]))
     assert listed == {"numpy", "scipy", "pillow", "click", "soundfile", "soxr", "onnxruntime"}
-    names = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
-    assert not {name for name in names if name.split(".")[0] in ("torch", "torchaudio", "torchvision", "matplotlib")}
+    names = set(re.findall(r'import_module\("(\w+)', text))
+    for node in ast.walk(ast.parse(text)):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+    names = {name.split(".")[0].replace("PIL", "pillow") for name in names}
+    assert names - sys.stdlib_module_names == listed
