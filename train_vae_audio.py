@@ -4,7 +4,7 @@
     python train_vae_audio.py --data-root nsynth                     # the official folders nsynth-train, -valid, -test
     python train_vae_audio.py --data-root nsynth --condition both    # asked for a pitch and a family
     python train_vae_audio.py --data-root my_notes                   # any folder of sounds, each a note
-    python train_vae_audio.py --representation waveform --D 256 --beta 0.05 --lr 3e-4 --batch 16
+    python train_vae_audio.py --representation waveform --D 256 --beta 0.02 --lr 3e-4 --batch 16
 
 For notes of four seconds (16 kHz) as a few latents, and back. They are seen as spectrograms, log-compressed STFT
 magnitudes or mel bands, and sound through Griffin-Lim; or as waveforms, a vector of latents for every block of samples.
