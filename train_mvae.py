@@ -398,7 +398,7 @@ class Mixtures:
             chosen = [next((one for one in drawn[i::n] if notes.usable(one) == one), None) for i in range(n)[own]]
             if None not in chosen:
                 return torch.tensor(chosen), decibels[own]
-        raise click.UsageError(f"{split}: too few {self.parts} of {len(notes.notes)} notes are of different instruments")
+        raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments or pitches")
 
     def fit(self, pitch, other):  # which may sound together: in unison or octaves apart notes share all harmonics
         return ((pitch - other) % 12 != 0) | (pitch < 0) | (other < 0)
