@@ -443,7 +443,7 @@ TAKEN, NEIGHBOUR_WEIGHT = 0.65, 1e-3  # cells nearer a slot, in halves of its ca
 BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 knots: light and shade, but no objects
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
-VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot owns pixels that it changes by more; share of them that an object scored has
+VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot owns pixels it changes by more; least share of a scored object
 TRIES, TRIED, FITTED = 32, 8, 5_000  # of a prior: slots that it chooses each from; while it is fitted; updates of that
 BLUR = 0.01  # half picture widths of uniform noise upon where slots stand: without it no density has a bound
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
@@ -618,7 +618,7 @@ class Background(nn.Module):
 
 
 ORDERS = ("independent", "autoregressive", "set")
-Scene = namedtuple("Scene", "light count slots")  # (B, L), how many (B,), cell and z of each (B, N, 2 + D), first
+Scene = namedtuple("Scene", "light count slots")  # (B, L); (B,), how many are there, first: cells, z (B, N, 2 + D)
 
 
 class SlotPrior(nn.Module):

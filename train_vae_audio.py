@@ -791,8 +791,8 @@ RUN_NAME = "vae-notes-{representation}-{condition}-D{d}-beta{beta:g}-seed{seed}"
 
 @training_command(SCRIPT, PRESETS)
 @families_option
-@click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are moved by, most.")
-@click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer by, at most.")
+@click.option("--transpose", type=click.IntRange(0, 12), default=0, help="Semitones training notes are moved, at most.")
+@click.option("--gain-db", type=click.FloatRange(0), default=6.0, help="Training notes get louder, softer, at most so.")
 @click.option("--representation", type=click.Choice(["stft", "mel", "waveform"]), default="stft", help="What it sees.")
 @click.option("--n-fft", type=click.Choice([512, 1024, 2048]), default=1024, help="Samples of a frame, four hops.")
 @click.option("--n-mels", type=click.IntRange(16), default=192, help="Bands of a mel spectrogram.")
