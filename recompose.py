@@ -435,12 +435,12 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            given.append(np.concatenate([moved[0], z[0, [k]]], axis=1))
+            given += [np.concatenate([moved[0], z[0, [k]]], axis=1)] * bool(said["kl"][0, k] >= EMPTY["mvae-image"])
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     if noise:
         z, cell, _ = model.imagine(noise, given, backgrounds[0][1])
-        parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(parts) :])
+        parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(given) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object", ", completed" if noise else "")
 

@@ -1031,8 +1031,8 @@ def graphs(model):
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
     given = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
     given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
-    names = ("z", "cell", "count", "background")[: 4 - sound]
-    made["prior"] = (Graph(names, imagine, model.prior, model.background), given)
+    drawn = ("z", "cell", "count", "background")[: 4 - sound]
+    made["prior"] = (Graph(drawn, imagine, model.prior, model.background), given)
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
     made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
     if sound:
@@ -1115,8 +1115,7 @@ def main(context, **options):
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
     model = model.to(device, memory_format=torch.channels_last)
     start = copy.deepcopy(model)  # as it is before a resumed run's weights are loaded
-    trained = [value for name, value in model.named_parameters() if not name.startswith("prior.")]
-    optimizer = torch.optim.Adam(trained, lr=options["lr"], betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam((p for n, p in model.named_parameters() if "prior" not in n), betas=(0.9, 0.99))
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
@@ -1125,6 +1124,7 @@ def main(context, **options):
         if run.folder and run.step == 0:
             run.report(score(model, data, "valid", n_valid, sigma))
         for step, progress in run.steps():
+            model.prior = start.prior  # that of a run that goes on was fitted to the encoder of before
             image, generator = data.batch(step, run.own, run.total), random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = beta_at(progress, options["beta"], options["warmup"], options["last_beta"], FALL)
@@ -1139,9 +1139,9 @@ def main(context, **options):
                 run.report(score(model, data, "valid", n_valid, sigma))
         if run.complete:
             click.echo("fitting the prior to what the encoder finds")
-            encoding = posteriors(model, data, min(POOL, run.step * run.total), options["seed"])
+            encoding = posteriors(model, data, min(POOL, run.step * run.total), seed := options["seed"])
             model.prior = copy.deepcopy(start.prior).cpu()  # anew, also where a run was resumed
-            run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), options["seed"])})
+            run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), seed)})
             run.save()
             run.finish(*(score(one, data, "test", n_test, sigma) for one in (model, start)))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import train
+from conftest import TINY, train
 from test_mvae import build
 from test_recompose import refused, run
 
@@ -88,7 +88,8 @@ def test_a_set_has_the_density_of_all_its_orders_and_it_does_not_depend_on_the_o
         return made.log_prob(scene._replace(slots=scene.slots[:, list(order)]), None, tries=1)
 
     expected = torch.stack([by_order(order) for order in itertools.permutations(range(3))]).logsumexp(0)
-    assert (by_order((0, 1, 2)) - by_order((2, 1, 0))).abs().min() > 1e-3
+    alone = by_order((0, 1, 2)) + math.log(6)  # what a set's density would be if one order were all
+    assert (alone - expected).abs().max() > 0.3  # or the next lines would see nothing
     made.order = "set"
     for order in ((0, 1, 2), (2, 0, 1)):
         moved = scene._replace(slots=scene.slots[:, list(order)])
@@ -319,6 +320,12 @@ def test_a_run_that_was_stopped_exports_no_prior_and_the_shortest_run_has_one(tm
     monkeypatch.setattr(train_mvae, "optimizer_step", interrupted)
     train("--steps", 3, "--size", 32, "--out", tmp_path / "stopped")
     assert [*train_mvae.graphs(train_mvae.load(tmp_path / "stopped"))] == ["encoder", "decoder", "composer"]
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["options"]["minutes"] = None  # finished, and now to go on
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"steps": 3}}))
+    train("--resume", tmp_path / "short")
+    model = train_mvae.load(tmp_path / "short")  # its prior was fitted to another encoder
+    assert model.config["step"] == 2 and [*train_mvae.graphs(model)] == ["encoder", "decoder", "composer"]
 
 
 def test_a_prior_is_fitted_to_every_example_as_often(monkeypatch):
@@ -380,6 +387,7 @@ def test_new_scenes_are_drawn_and_the_seed_says_which(sprites_run, tmp_path):
 
 
 def test_a_scene_is_completed_around_the_slots_that_are_kept(sprites_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(recompose.EMPTY, "mvae-image", 0.0)  # the run has learnt nothing
     asked, real = [], recompose.Model.run
     monkeypatch.setattr(recompose.Model, "run", lambda self, graph, **inputs: asked.append((graph, inputs)) or real(
         self, graph, **inputs))  # fmt: skip
@@ -480,7 +488,15 @@ def test_ruled_mixtures_are_a_fifth_apart():
 # ---------------------------------------------------------------- Experiments
 
 
-def test_the_experiments_judge_every_prior(sprites_run, monkeypatch):
+@pytest.fixture(scope="session")
+def masked_run(tmp_path_factory):
+    """A run of two steps on sprites whose slots have masks."""
+    folder = tmp_path_factory.mktemp("masked")
+    train("--dataset", "sprites", "--steps", 2, *TINY, "--out", folder)
+    return folder
+
+
+def test_the_experiments_judge_every_prior(masked_run, monkeypatch):
     monkeypatch.setattr(train_mvae, "POOL", 64)
     for name in ("TESTED", "SAMPLES"):
         monkeypatch.setattr(experiment, name, 16)
@@ -489,36 +505,93 @@ def test_the_experiments_judge_every_prior(sprites_run, monkeypatch):
     monkeypatch.setattr(prior_scenes, "MOST", 2)
     monkeypatch.setattr(train_mvae, "Sprites", train_mvae.Sprites)  # as the rule replaces it
     monkeypatch.setitem(train_mvae.EMPTY, "mvae-image", 0.0)  # the run has learnt nothing
-    result = CliRunner().invoke(experiment.main, [str(sprites_run), "--rule", "colour", "--steps", "2"])
+    result = CliRunner().invoke(experiment.main, [str(masked_run), "--rule", "colour", "--steps", "2"])
     assert result.exit_code == 0, (result.output, result.exception)
     rows = [line.split(" | ")[0] for line in result.output.splitlines() if line.startswith("| ")]
     assert rows == ["| prior", "| the data's own", "| by chance", "| N(0, I)", *(f"| {order}" for order in ORDERS)]
-    result = CliRunner().invoke(prior_scenes.main, [str(sprites_run), "--steps", "2"])
+    result = CliRunner().invoke(prior_scenes.main, [str(masked_run), "--steps", "2"])
     assert result.exit_code == 0, (result.output, result.exception)
     assert len(result.output.splitlines()) == 3 + 5
 
 
+def test_runs_that_the_judges_cannot_read_are_refused(sprites_run, masked_run):
+    for main, args, said in (
+        (experiment.main, (sprites_run,), "expected a run with --op alpha --compose data"),
+        (prior_scenes.main, (sprites_run,), "expected a run with --op alpha --compose data"),
+        (experiment.main, (masked_run, "--rule", "fifth"), "expected a run on nsynth-duo"),
+    ):
+        result = CliRunner().invoke(main, list(map(str, args)))
+        assert result.exit_code == 2 and said in result.output, result.output
+
+
+class Discs:
+    """A model that draws discs: slots (y, x) and a colour."""
+
+    def slots(self, scene):
+        return scene.slots[..., 2:], scene.slots[..., :2], torch.full((len(scene.count), 3, 32, 32), 0.31)
+
+    def decode(self, z, cell):
+        grid = train_mvae.position_grid(32, 32)
+        near = (grid - cell[..., None, None]).norm(dim=2, keepdim=True) < 0.2  # (B, N, 1, 32, 32)
+        colour = z[..., None, None].expand(-1, -1, -1, 32, 32)
+        return torch.cat([0 * colour[:, :, :2], colour, 20.0 * near - 10], dim=2)
+
+
+def discs(*rows, count):
+    """Scenes of as many of the first slots, y, x, red and green, as `count` says."""
+    slots = torch.nn.functional.pad(torch.tensor(rows), (0, 1))
+    return Scene(torch.zeros(len(count), 0), torch.tensor(count), slots.expand(len(count), *slots.shape))
+
+
 def test_a_rule_is_judged_by_what_slots_draw():
-    """Pictures of rulers: data that obey a rule are found to, and others are not, by a model that draws discs."""
-
-    class Discs:
-        def slots(self, scene):
-            return scene.slots[..., 2:], scene.slots[..., :2], torch.full((len(scene.count), 3, 32, 32), 0.31)
-
-        def decode(self, z, cell):
-            grid = train_mvae.position_grid(32, 32)
-            near = (grid - cell[..., None, None]).norm(dim=2, keepdim=True) < 0.2  # (B, N, 1, 32, 32)
-            colour = z[..., None, None].expand(-1, -1, -1, 32, 32)
-            return torch.cat([0 * colour[:, :, :2], colour, 20.0 * near - 10], dim=2)
-
-    cell = torch.tensor([[-0.5, 0.5], [-0.5, -0.5], [0.5, 0.5]])
-    colour = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    scene = Scene(torch.zeros(2, 0), torch.tensor([2, 3]), torch.cat([cell, colour], dim=1).expand(2, 3, 5))
+    """Data that obey a rule are found to, and others are not."""
+    scene = discs([-0.5, 0.5, 1.0, 0.0], [-0.5, -0.5, 1.0, 0.0], [0.5, 0.5, 0.0, 1.0], count=[2, 3])
     obeyed = {rule: experiment.judge_rule(rule, Discs(), scene).tolist() for rule in RULES["sprites"]}
     expected = {"colour": [True, False], "row": [True, False], "mirror": [True, False]}
     assert obeyed == expected | {"apart": [True, True], "count": [False, True]}
     crossed = scene._replace(slots=scene.slots * torch.tensor([0.2, 0.2, 1, 1, 1]))
     assert experiment.judge_rule("apart", Discs(), crossed).tolist() == [False, False]
+
+
+def test_a_third_slot_where_a_pair_is_complete_mirrors_nothing():
+    left, right = [-0.5, -0.5, 1.0, 0.0], [-0.5, 0.5, 1.0, 0.0]
+    for fourth, obeyed in ((left, False), ([0.5, -0.5, 1.0, 0.0], False), (None, False)):
+        rows = [left, right, right, *([fourth] if fourth else [])]
+        assert experiment.judge_rule("mirror", Discs(), discs(*rows, count=[len(rows)])).tolist() == [obeyed]
+    pairs = discs(left, right, [0.5, -0.5, 0.0, 1.0], [0.5, 0.5, 0.0, 1.0], count=[4])
+    assert experiment.judge_rule("mirror", Discs(), pairs).tolist() == [True]
+
+
+def test_objects_of_scenes_are_measured_by_what_slots_draw():
+    scene = discs([0.0, 0.0, 1.0, 0.0], [0.0, 0.05, 1.0, 0.0], [0.0, 0.95, 0.0, 1.0], count=[1, 2, 3])
+    shape, cut, overlap = prior_scenes.objects_of(Discs(), scene)
+    assert cut.tolist() == [False, False, False, False, False, True]  # those of 1, of 2 and of 3 slots
+    assert overlap.tolist() == [False, True, True]
+    torch.testing.assert_close(shape[0], torch.tensor([18.0, 6.0, 6.0]) / 32)  # rows 13 to 18 of 32
+
+
+@torch.no_grad()
+def test_completions_go_on_from_slots_of_their_own_scene():
+    made = prior("set", e=5, n_slots=4).float()
+    scene = Scene(*(v.float() if v.is_floating_point() else v for v in scenes(made, 40)))
+    model = SimpleNamespace(noise_sizes=[20, 0], n_slots=4, d=3)
+    whole = experiment.completed(made, model, scene)
+    assert len(whole.count) > 0 and (whole.count > experiment.KEPT).all()
+    own = (whole.slots[:, : experiment.KEPT, None, None] == scene.slots).all(4).any(3)  # (B, KEPT, scenes)
+    assert own.all(1).any(1).all()  # both are of one scene
+    assert not (whole.slots[:, experiment.KEPT, None, None] == scene.slots).all(3).any()  # a third is new
+
+
+def test_the_density_without_a_fit_is_of_normal_latents_uniform_numbers_and_places():
+    model = SimpleNamespace(sound=False, n_slots=3)
+    scene = scenes(prior("set", e=4, n_slots=3, light=2), 20, light=2)
+    there = torch.arange(3) < scene.count[:, None]
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = normal.log_prob(scene.light).sum(1) - math.log(4)  # of 0 to 3 slots
+    expected += (normal.log_prob(scene.slots[..., 2:]).sum(2) * there).sum(1)
+    side = 2 + 2 * train_mvae.SHIFT  # cells shift by SHIFT beyond the picture; a set of n comes in n! orders
+    expected += torch.tensor([math.log(math.factorial(n) / side ** (2 * n)) for n in scene.count.tolist()])
+    torch.testing.assert_close(experiment.standard_log_prob(model, scene), expected)
 
 
 # ---------------------------------------------------------------- The shipped models
@@ -540,7 +613,8 @@ def test_a_completed_scene_still_has_the_slots_that_were_kept(tmp_path):
         assert run(source, "--slots", "0,2", *extra, "--out", tmp_path / f"{name}.png").exit_code == 0
     two, whole = (np.asarray(recompose.Image.open(tmp_path / f"{n}.png"), np.float32) for n in ("two", "whole"))
     model = recompose.Model(recompose.SHIPPED["mvae-image"], "mvae-image")
-    objects = [
-        int((model.run("encoder", image=im.transpose(2, 0, 1)[None] / 255)["kl"] >= 4).sum()) for im in (two, whole)
-    ]
-    assert objects[1] > objects[0] >= 2
+    found = [model.run("encoder", image=im.transpose(2, 0, 1)[None] / 255) for im in (two, whole)]
+    kept, every = (one["cell"][one["kl"] >= 4] for one in found)
+    assert len(every) > len(kept) >= 2
+    away = np.abs(kept[:, None] - every).max(2).min(1)  # of each that was kept to the nearest in the whole scene
+    assert (away < 2 / 32).all()  # a cell

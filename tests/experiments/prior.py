@@ -6,7 +6,8 @@
 The encoder and decoder of the run stay as they are; every prior is fitted to what they find in the train split. `obeys`
 checks a rule on slots, sampled ones and those that the encoder finds again in the pictures drawn of them; its rate on
 what is found in pictures of the test split is the data's own. By chance: slots of different pictures, shuffled. Larger:
-of scenes of more than the two slots that completions are given.
+of scenes of more than two slots. Completions are given two of a test picture with more; those that draw no other, for
+which there is nothing to judge, are left out.
 """
 
 import math
@@ -51,7 +52,7 @@ def judge_rule(rule, model, scene):
     elif rule == "mirror":
         facing = (centre[:, :, None] - centre[:, None] * torch.tensor([1.0, -1.0])).abs().amax(3) < NEAR
         as_large = (area[:, :, None] / area[:, None]).log().abs() < AS_LARGE
-        obeyed = (pair & facing & alike & as_large).any(2) | ~there
+        obeyed = ((pair & facing & alike & as_large).sum(2) == 1) | ~there  # each with one other: in pairs
     else:  # "count"
         grey = background.flatten(1).median(1).values  # of what is behind all slots
         obeyed = ((grey - DARK - BRIGHTER * scene.count).abs() < BRIGHTER / 2)[:, None]
@@ -116,14 +117,15 @@ def sampled(prior, model, n, key, kept=0, light=None, slots=None):
 
 
 def completed(prior, model, scene, kept=KEPT):
-    """Of Scenes with more than `kept` slots, all but a random `kept` drawn anew."""
+    """Of Scenes with more than `kept` slots all but a random `kept` drawn anew; those that go on, with more."""
     some = torch.nonzero(scene.count > kept)[:, 0]
     generator = random_generator("kept")
     there = torch.arange(scene.slots.shape[1]) < scene.count[some, None]
     order = (torch.rand(there.shape, generator=generator) - 1.0 * there).argsort(1)[:, :kept].sort(1).values
     slots = scene.slots[some].gather(1, order[..., None].expand(-1, -1, scene.slots.shape[2]))
     slots = F.pad(slots, (0, 0, 0, scene.slots.shape[1] - kept))
-    return sampled(prior, model, len(some), "completed", kept, scene.light[some], slots)
+    whole = sampled(prior, model, len(some), "completed", kept, scene.light[some], slots)
+    return Scene(*(values[whole.count > kept] for values in whole))
 
 
 def standard_log_prob(model, scene):
@@ -196,7 +198,8 @@ def rows_of(model, data, rule, orders, steps, seed, sigma):
         obeyed = judge(test)
         again = judge(found_in(model, drawn(model, test)))
         yield "the data's own", obeyed, obeyed[test.count > KEPT], again, None, None, None
-        yield "by chance", (obeyed := judge(shuffled(test))), obeyed[test.count > KEPT], None, None, None, None
+        obeyed, again = judge(chance := shuffled(test)), judge(found_in(model, drawn(model, chance)))
+        yield "by chance", obeyed, obeyed[test.count > KEPT], again, None, None, None
     yield "N(0, I)", None, None, None, None, nats["N(0, I)"], None
     for order, prior in priors.items():
         scene, obeyed = sampled(prior, model, SAMPLES, seed), (None, None, None, None)
@@ -206,6 +209,14 @@ def rows_of(model, data, rule, orders, steps, seed, sigma):
             obeyed = judge(scene)
             obeyed = obeyed, obeyed[scene.count > KEPT], judge(found_in(model, drawn(model, scene))), more
         yield order, *obeyed, nats[order], seconds[order]
+
+
+def check(model, dataset, rule=None):
+    """Whether `judge_rule` can read what a model's slots draw; raises click.UsageError."""
+    if rule and rule not in RULES.get(dataset, ()):
+        raise click.UsageError(f"--rule {rule}: expected a run on {' or '.join(k for k in RULES if rule in RULES[k])}")
+    if not model.sound and (model.op, model.compose_at) != ("alpha", "data"):
+        raise click.UsageError("expected a run with --op alpha --compose data, whose slots have masks")
 
 
 def cell(value):
@@ -229,6 +240,7 @@ def main(run_dir, rule, objects, data_root, steps, orders, seed):
     model = train_mvae.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False, "seed": seed}
     options["objects"] = objects or options["objects"]
+    check(model, options["dataset"], rule)
     if rule:
         kind = "Mixtures" if rule == "fifth" else "Sprites"
         setattr(train_mvae, kind, ruled(rule))
