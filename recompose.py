@@ -354,7 +354,7 @@ class Model:
             self.about = json.loads(text)
             n = {kind: self.about["N"]}[self.about["kind"]]
         except (KeyError, TypeError, ValueError) as error:
-            expected = f"graphs of a model of kind {kind!r}, written together by export.py"
+            expected = f"graphs of kind {kind!r}, written together by export.py (to --sample sounds: --out a.wav)"
             raise click.UsageError(f"--model {folder}: expected {expected}") from error
         self.n_slots = n_slots or n
         self.slots = {} if self.n_slots == n else {"slots": np.arange(n_slots)}

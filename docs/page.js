@@ -58,6 +58,8 @@ async function startWorker() {
   made.onerror = ({ message }) => { // out of memory, say
     for (const { reject } of waiting.values()) reject(new Error(message));
     waiting.clear();
+    made.terminate();
+    worker = running = null; // the next call starts another
   };
   return made;
 }
@@ -159,7 +161,7 @@ async function readSound(file, seconds) {
   const loud = channels[0].some((_, i) => Math.abs(sum(channels.map((one) => one[i]))) >= 1e-5 * channels.length);
   if (!channels.every((one) => one.every(Number.isFinite))) throw fault("has samples that are NaN or infinite");
   if (!loud) throw fault(whole ? "is silent" : `is silent for its first ${seconds} seconds`);
-  const note = `Only its first ${seconds} seconds are used; recompose.py takes sounds of any length apart.`;
+  const note = `Only its first ${seconds} seconds are used; recompose.py takes longer ones apart.`;
   return { name: file.name, channels, rate, notes: whole ? [] : [note] };
 }
 
@@ -503,6 +505,7 @@ function handle(slot) {
   if (kind === "sound") [slot.handle.ariaValueMin, slot.handle.ariaValueMax] = limits(slot);
   slot.handle.onfocus = () => choose(slot);
   slot.handle.onkeydown = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (event.key.toLowerCase() === "f" && kind === "picture") bringToFront(slot);
     if (!step) return;
@@ -649,6 +652,7 @@ function wav(channels, rate) {
 
 async function download() {
   await updating; // to have what was asked for last
+  if (!result) return; // it failed, and was said
   const picture = () => new Promise((resolve) => $("picture").toBlob(resolve, "image/png"));
   const sound = kind === "sound", blob = sound ? wav(result.channels, result.rate) : await picture();
   const href = URL.createObjectURL(blob), name = `recomposed.${sound ? "wav" : "png"}`;

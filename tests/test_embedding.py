@@ -176,6 +176,13 @@ def test_graphs_of_every_stage_agree_in_other_runtimes(run, name, request):
             assert float(said.split()[0]) <= (0.1 if said.endswith("dB") else 1e-4), (path.name, said)
 
 
+def test_the_chain_goes_on_from_what_was_encoded_and_not_from_what_a_prior_drew(clevr_run):
+    said = runtimes.chain(clevr_run / "export")
+    assert not np.array_equal(said["prior"][1]["cell"], said["encoder"][1]["cell"])
+    for graph, name in (("decoder", "cell"), ("composer", "background")):
+        np.testing.assert_array_equal(said[graph][0][name], said["encoder"][1][name])
+
+
 def test_a_runtime_that_is_wrong_or_fails_is_told(duo_run):
     said = runtimes.chain(duo_run / "export")
     inputs, expected = said["composer"]

@@ -579,7 +579,7 @@ def test_wrong_model_folders_are_refused(inputs, tmp_path):
     torch.onnx.export(foreign, (torch.zeros(1, 2),), tmp_path / "m" / "encoder.onnx", verbose=False)
     refused(attempt(), "encoder.onnx: missing, damaged, or no graph")
     save_graph(onnx.load(tmp_path / "m" / "encoder.onnx"), tmp_path / "m" / "encoder.onnx")  # with the right checksum
-    refused(attempt(), "expected graphs of a model of kind 'mvae-image', written together by export.py")
+    refused(attempt(), "expected graphs of kind 'mvae-image', written together by export.py")
 
 
 def test_a_flipped_bit_in_a_graph_is_found(inputs, tmp_path):

@@ -441,7 +441,7 @@ def test_what_is_no_sound_or_no_edit_is_refused_in_one_line(duo_run, sounds, tmp
         ([a, "--slots", "2"], "expected different slots, from 0 to 1"),
         ([a, "--out", tmp_path / "x.png"], "ends in .wav or .flac or .ogg or .mp3"),
         ([a, "--out", a], "would overwrite an input"),
-        ([a, "--model", recompose.SHIPPED["mvae-image"]], "expected graphs of a model of kind 'mvae-sound'"),
+        ([a, "--model", recompose.SHIPPED["mvae-image"]], "expected graphs of kind 'mvae-sound'"),
         ([tmp_path / "p.png", "--vocoder", "--out", tmp_path / "q.png"], "--vocoder is for sounds"),
         ([a, "--move", "0:1,0"], "--move is for pictures"),
         ([a, "--gain", "0"], "--gain 0: expected [I.]K:X, K being a slot of input I (of 0, if left out) that is kept"),

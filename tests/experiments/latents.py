@@ -27,7 +27,10 @@ def main(run_dir: Path, data_root):
     """Draw RUN_DIR/figures/latents.png, coloured by family and by pitch."""
     model = audio.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False}
-    split = load_notes(options)[0]["valid"]
+    splits, source = load_notes(options)
+    if source != model.config["data"]["source"]:
+        raise click.UsageError(f"{run_dir} was trained on {model.config['data']['source']}; --data-root gives {source}")
+    split = splits["valid"]
     index = split.spread(1000)
     mu = posterior_means(model, split, index)
     mean, scales, directions = audio.principal(mu, 2)

@@ -68,7 +68,9 @@ def chain(folder, suffix=".onnx"):
         inputs = {key: values[key] for key in tensors["inputs"] if key != "slots"}  # that has a default
         path = folder / f"{name}{suffix}"
         outputs = run_onnxruntime(path if path.exists() else folder / f"{name}.onnx", inputs)
-        said[name], values = (inputs, outputs), values | outputs
+        said[name] = inputs, outputs
+        if name != "prior" or "cell" not in values:  # else all that follows is of what was encoded
+            values |= outputs
         values["z"] = values.get("mu", values.get("z"))
     return said
 
@@ -327,6 +329,8 @@ def compare_small(folder):
     composed = {"image": 255, "spectrogram": None}
     for path in sorted([*folder.glob("*.fp16.onnx"), *folder.glob("*.int8.onnx")]):
         name = path.name.split(".")[0]
+        if name == "prior":  # from whose samples nothing is composed here
+            continue
         inputs, expected = exact[name]
         alone, size = difference(inputs, run_onnxruntime(path, inputs), expected), path.stat().st_size
         last = [key for key in exact if key in ("decoder", "composer")][-1]
