@@ -229,8 +229,7 @@ class BuiltInClevr(Pool):
             angle, half = scene["angle"][i, k, None], scene["half"][i, k, None]
             origin = turn((scene["camera"][i] - centre[i, k])[:, None], angle)
             hit = hit_distance(shape, half, origin, turn(rays[i], angle))  # (P, W)
-            label[i] = torch.where(hit < depth[i], k + 1, label[i])
-            depth[i] = torch.minimum(depth[i], hit)
+            label[i], depth[i] = torch.where(hit < depth[i], k + 1, label[i]), torch.minimum(depth[i], hit)
         return depth, label
 
     def shade_ground(self, point, centre, scene):
@@ -241,8 +240,7 @@ class BuiltInClevr(Pool):
         hidden = radius.square() * to_object[..., 2] / squared**1.5  # share of the sky, cosine-weighted
         light = AMBIENT * (1 - 0.9 * hidden.clamp(0, 1)).prod(1)[..., None]  # (n, P, 1)
         for lamp, power in zip(scene["lamps"].unbind(1), torch.tensor(POWER, device=self.device), strict=True):
-            to_lamp = lamp[:, None] - point  # (n, P, 3)
-            distance = to_lamp.norm(dim=-1)
+            distance = (to_lamp := lamp[:, None] - point).norm(dim=-1)  # (n, P), of (n, P, 3)
             along = torch.einsum("nkpc,npc->nkp", to_object, to_lamp / distance[..., None])
             past = (squared - along.square()).clamp(min=0).sqrt() - radius  # of the ray, past the surface
             penumbra = (LAMP_WIDTH * along / distance[:, None]).clamp(min=1e-3)
@@ -416,8 +414,7 @@ class Mixtures:
     def mixtures(self, split, n):
         """Stems (n, parts, SAMPLES) of the first n of the mixtures that all runs share; each unmixed sound is one."""
         if self.parts == 1:
-            single = self.notes[split].spread(n)[:, None]
-            return self.stems(split, single, torch.zeros(len(single), 1))
+            return self.stems(split, single := self.notes[split].spread(n)[:, None], torch.zeros(len(single), 1))
         return self.stems(split, *self.sample(split, max(n, MIXTURES), random_generator("held out"), slice(n)))
 
 
@@ -528,8 +525,7 @@ class CanvasDecoder(nn.Module):
         canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
         if self.masked:
             colours, logit = canvas.split([len(canvas[0]) - 1, 1], dim=1)
-            logit = SHARPNESS * logit
-            canvas = torch.cat([bleed(colours, logit.sigmoid()), logit], dim=1)
+            canvas = torch.cat([bleed(colours, (SHARPNESS * logit).sigmoid()), SHARPNESS * logit], dim=1)
         scale, offset = 1 / half, -place / half[:, None]
         layer = resample(self.window * (canvas - self.beyond[-len(canvas[0]) :]), scale, offset, self.side)
         if self.shade:
@@ -627,9 +623,10 @@ class SlotPrior(nn.Module):
     A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what that suggests. Of
     TRIES drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
 
-    def __init__(self, order, d, n_slots, light, width=96, key=16, pair=48):
+    def __init__(self, order, d, n_slots, light, cells=0, width=96, key=16, pair=48):
         super().__init__()
-        self.order, self.n_slots, self.sizes, wholes = order, n_slots, [key, d, width], light + n_slots + 1
+        self.order, self.n_slots, self.cells, self.ways = order, n_slots, cells, 1 + (cells > 0)  # sounds: up, down
+        self.sizes, wholes = [key, d, width], light + n_slots + 1
         self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
         self.light = FlowPrior(light, n_slots + 1, couplings=4, width=64) if light else None
         ends = (1, n_slots + 1), (width, 1)  # light is drawn given the number: one flow of all light joins its modes
@@ -640,13 +637,17 @@ class SlotPrior(nn.Module):
         self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
         self.pair, self.pairs = MLP(2 * d + 2 + min(d, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.suggest, self.flow = nn.Linear(width + d, sum(self.sizes)), FlowPrior(d, width, couplings=4, width=width)
+        self.suggest, self.flow = nn.Linear(width + d, self.ways * sum(self.sizes)), FlowPrior(d, width, 4, width)
         self.register_buffer("numbers", self.told * torch.eye(n_slots + 1), persistent=False)  # as light is told them
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
 
+    def known(self, slots):  # what others are told of them: of sounds, drawn to half a cell, the middles of cells
+        y = (slots[..., :1] + self.cells / 2).floor() + (1 - self.cells) / 2
+        return torch.cat([y, slots[..., 1:]], dim=-1) if self.cells else slots
+
     def tokens(self, slots, before, at=slice(None)):
         """Slots (B, K, T, D) `at` K places, and what they are to those before these, of (B, N, D): (B, K, T, width)."""
-        one, other = torch.broadcast_tensors(slots[..., None, :], before[:, None, None])  # (B, K, T, N, D)
+        one, other = torch.broadcast_tensors((slots := self.known(slots))[..., None, :], before[:, None, None])
         away, far = (one - other)[..., :2], (one - other)[..., :2].norm(dim=-1, keepdim=True)  # of their cells
         pair = self.pair(torch.cat([one, other, 3 * away, 3 * far, (-8 * far.square()).exp()], dim=-1))
         return self.token(slots) + self.pairs(F.silu(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3)))
@@ -654,16 +655,17 @@ class SlotPrior(nn.Module):
     def suggestions(self, light, count, slots):
         """-> before (B, N, D), h (B, N, width), log q (B, N), and of slots to point at: logits, means, contexts."""
         whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
-        before = F.pad(self.told * slots[:, :-1], (0, 0, 1, 0))  # (B, N, D), the first of which is none
+        before = F.pad(self.told * self.known(slots[:, :-1]), (0, 0, 1, 0))  # (B, N, D), the first of which is none
         token = F.pad(self.tokens(slots[:, :, None], before)[:, :-1, 0], (0, 0, 1, 0))
         h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
-        key, mean, context = self.suggest(torch.cat([h, before], dim=2)).split(self.sizes, dim=2)
-        logits = (self.query(h) @ key.mT).masked_fill(self.later, -1e4)  # (B, N, N)
-        mean, context = mean[:, None], F.silu(h[:, :, None] + context[:, None])  # (B, 1, N, D), (B, N, N, width)
-        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, N)
-        return before, h, each.logsumexp(2), logits, mean, context
+        suggested = self.suggest(torch.cat([h, before], dim=2)).unflatten(2, (self.ways, -1)).flatten(1, 2)
+        key, mean, context = suggested.split(self.sizes, dim=2)  # (B, W, ...) for every slot, W = N * ways
+        logits = (self.query(h) @ key.mT).masked_fill(self.later.repeat_interleave(self.ways, 1), -1e4)  # (B, N, W)
+        mean, context = mean[:, None], F.silu(h[:, :, None] + context[:, None])  # (B, 1, W, D), (B, N, W, width)
+        each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, W)
+        return before, h, each.amax(2) - each.log_softmax(2).amax(2), logits, mean, context  # logsumexp can underflow
 
-    def propose(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, N), (B, 1, N, D) ...: (B, K, T, D)
+    def propose(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, W), (B, 1, W, D) ...: (B, K, T, D)
         one, mean = choose(logits, noise[..., -1])[..., None], mean.expand(-1, logits.shape[1], -1, -1)  # (B, K, T, 1)
         mean, context = (v.gather(2, one.expand(-1, -1, -1, v.shape[3])) for v in (mean, context))
         return mean + self.flow.sample(noise[..., : mean.shape[3]], context)
@@ -729,8 +731,9 @@ class MVAE(nn.Module):
             self.to_image = nn.Sequential(ResBlock(channels), nn.SiLU(), out, nn.PixelShuffle(UPSCALE))
         self.background = None if self.sound else Background((parts, side, side), channels)
         self.noise_sizes = [n_slots * d, 0 if self.sound else BACKGROUND_D]
-        self.most_slots, self.blur = min(max(MOST_SLOTS, n_slots), math.prod(grid)), 1 / cells if self.sound else BLUR
-        self.prior = SlotPrior(prior, 2 + d, n_slots, self.noise_sizes[1])  # last: the rest starts as without
+        self.most_slots = min(max(MOST_SLOTS, n_slots), math.prod(grid))
+        self.unit, self.blur = (cells / 2, 0.5) if self.sound else (1.0, BLUR)  # of Scenes' places, of sounds in cells
+        self.prior = SlotPrior(prior, 2 + d, n_slots, self.noise_sizes[1], cells * self.sound)  # last: as if without
 
     @torch.no_grad()
     def start_at_mean(self, mean):
@@ -816,7 +819,7 @@ class MVAE(nn.Module):
         """Encoding -> Scene: a sample of the posteriors of slots that hold something, a little beside their cells."""
         there = encoding.kl >= EMPTY["mvae-sound" if self.sound else "mvae-image"]  # (B, N)
         z = reparameterize(encoding.mu, encoding.logvar, torch.randn(encoding.mu.shape, generator=generator))
-        cell = encoding.cell + self.blur * (2 * torch.rand(encoding.cell.shape, generator=generator) - 1)
+        cell = self.unit * encoding.cell + self.blur * (2 * torch.rand(encoding.cell.shape, generator=generator) - 1)
         return Scene(encoding.light, there.sum(1), torch.cat([cell, z], dim=2) * there[..., None])
 
     def slots(self, scene):
@@ -824,7 +827,7 @@ class MVAE(nn.Module):
         cell, z = scene.slots.split([2, self.d], dim=2)
         if self.sound:
             middles = self.encoder.middles[:, :, 0].T  # (cells, 2)
-            return z, middles[(cell[..., :1] - middles[:, 0]).abs().argmin(2)], None
+            return z, middles[(cell[..., :1] / self.unit - middles[:, 0]).abs().argmin(2)], None
         return z, cell, self.background.paint(scene.light)
 
     def forward(self, image, noise, detailed=True):
@@ -927,8 +930,7 @@ def evaluate_pictures(model, data, split, n, sigma):
 
 def separate(model, levels, mixture):
     """Mixtures (B, samples) -> levels, these rebuilt, Encoding; of slots layers, levels alone, masked mixtures."""
-    level = levels(mixture)
-    encoding, layer, mean = reconstruct(model, level)
+    encoding, layer, mean = reconstruct(model, level := levels(mixture))
     alone = model.alone(layer)
     magnitude = levels.to_stft_magnitude(alone.flatten(0, 1)).unflatten(0, alone.shape[:2]).cpu().numpy()
     spectrum = stft(mixture.cpu().numpy(), SOUND_FFT, HOP)
@@ -953,8 +955,7 @@ def evaluate_sounds(model, data, split, n, sigma):
     """Scores on n mixtures of a split's notes, z = mu; where stems are known, of slots under the best permutation."""
     scores, gained = [], []
     for stems in data.mixtures(split, n).to(data.device).split(CHUNK):
-        mixture = stems.sum(1)
-        level, mean, encoding, *_, parts = separate(model, data.levels, mixture)
+        level, mean, encoding, *_, parts = separate(model, data.levels, mixture := stems.sum(1))
         heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
         score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
@@ -978,8 +979,7 @@ SEGMENTS = np.uint8([(40, 40, 40), (230, 81, 0), (30, 136, 229), (67, 160, 71), 
 @torch.no_grad()
 def show_pictures(model, data, run, n=6):
     """Scenes, reconstructions, KL maps with the chosen cells, segments, and every slot decoded alone, a row a scene."""
-    images = data.scenes("valid", n)[0]
-    encoding, layer, mean = reconstruct(model, images)
+    encoding, layer, mean = reconstruct(model, images := data.scenes("valid", n)[0])
     alone = model.alone(layer, encoding.background)
     segments, rows = model.responsibilities(layer, encoding.background).argmax(1) % len(SEGMENTS), []
     numpy = [v.cpu().numpy() for v in (images, mean, alone, segments, encoding.kl_map, encoding.cell, encoding.kl)]
@@ -1021,6 +1021,7 @@ def graphs(model):
         return *of_cells, *((root_mean_square(data)[:, 0] / HEARD,) if sound else (background, light))
 
     def imagine(noise, kept, given, light=None):
+        given = torch.cat([model.unit * given[..., :2], given[..., 2:]], dim=2)  # a cell as an encoder gives it
         scene = model.prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
         z, cell, background = model.slots(scene)
         return z, cell, scene.count.float(), *(() if sound else (background,))
@@ -1113,8 +1114,7 @@ def main(context, **options):
     score, show, n = ((evaluate_pictures, show_pictures, SCENES), (evaluate_sounds, show_sounds, MIXTURES))[model.sound]
     n_test, n_valid = (n, n // 5) if options["evaluation"] == "full" else (n // 10, n // 10)
     model.start_at_mean(data.batch(0, slice(0, 256), 256).mean(0).cpu())
-    model = model.to(device, memory_format=torch.channels_last)
-    start = copy.deepcopy(model)  # as it is before a resumed run's weights are loaded
+    start = copy.deepcopy(model := model.to(device, memory_format=torch.channels_last))  # before --resume loads weights
     optimizer = torch.optim.Adam((p for n, p in model.named_parameters() if "prior" not in n), betas=(0.9, 0.99))
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)

@@ -282,6 +282,21 @@ def test_slots_of_sounds_stand_in_the_middle_of_cells():
     assert background is None and scene.light.shape == (2, 0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cells", [6, 7])
+def test_other_slots_of_a_sound_know_its_cell_and_not_where_in_it_it_was_drawn(cells):
+    made = SlotPrior("autoregressive", 3, 2, 0, cells, width=16, key=4)
+    middles = train_mvae.position_grid(cells, 1)[0, :, 0] * cells / 2
+    slots = torch.randn(cells, 2, 3, generator=random_generator("cells"))
+    slots[:, 0, 0] = middles
+    beside = slots.clone()
+    beside[:, 0, 0] += 0.49 * (2 * torch.rand(cells, generator=random_generator("beside")) - 1)
+    torch.testing.assert_close(made.known(beside)[:, 0], slots[:, 0])
+    one, other = (made.suggestions(slots[:, 0, :0], torch.full((cells,), 2), s) for s in (slots, beside))
+    for a, b in zip(one[:2] + one[3:], other[:2] + other[3:], strict=True):  # all but the density of the slots
+        torch.testing.assert_close(a, b)
+
+
 def test_a_run_fits_its_prior_and_leaves_all_else_as_it_is(tmp_path):
     states = {}
     for order in ("independent", "set"):

@@ -133,7 +133,7 @@ def standard_log_prob(model, scene):
     there = torch.arange(scene.slots.shape[1]) < scene.count[:, None]
     z = scene.slots[..., 2:]
     normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(2)
-    area = 2 * 2 * model.blur if model.sound else (2 + 2 * train_mvae.SHIFT) ** 2  # that cells, blurred, are in
+    area = 2 * model.unit * 2 * model.blur if model.sound else (2 + 2 * train_mvae.SHIFT) ** 2  # of cells, blurred
     each = torch.where(there, normal - math.log(area), 0.0).sum(1)
     light = -0.5 * (scene.light.square() + math.log(2 * math.pi)).sum(1)
     return each + light - math.log(model.n_slots + 1) + torch.lgamma(scene.count + 1.0)
@@ -177,7 +177,7 @@ def fitted_priors(model, data, orders, steps, seed):
     priors, seconds = {}, {}
     for order in orders:
         torch.manual_seed(seed)
-        priors[order] = SlotPrior(order, 2 + model.d, model.n_slots, model.noise_sizes[1])
+        priors[order] = SlotPrior(order, 2 + model.d, model.n_slots, model.noise_sizes[1], model.prior.cells)
         start = time.monotonic()
         train_mvae.fit_prior(priors[order], model, encoding, steps, seed)
         seconds[order] = time.monotonic() - start
