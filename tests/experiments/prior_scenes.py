@@ -75,15 +75,16 @@ def discriminator_steps(real, fake):
 @click.argument("run_dir", type=FOLDER)
 @click.option("--data-root", type=FOLDER, help="Of the run's data set.")
 @click.option("--steps", type=click.IntRange(1), default=train_mvae.FITTED, help="Updates of every prior.")
+@click.option("--prior", "orders", type=click.Choice(ORDERS), default=ORDERS, multiple=True, help="Those to fit.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of priors, and of the pictures they are fitted to.")
-def main(run_dir, data_root, steps, seed):
+def main(run_dir, data_root, steps, orders, seed):
     """Fit every prior to what a run of train_mvae.py finds, and judge samples of it; prints a table."""
     model = train_mvae.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False, "seed": seed}
     check(model, options["dataset"])
     data = train_mvae.load_data(options, torch.device("cpu"))
     test, other = scenes_of(model, data, "test", SCENES), scenes_of(model, data, "valid", SCENES)
-    priors, _ = fitted_priors(model, data, ORDERS, steps, seed)
+    priors, _ = fitted_priors(model, data, orders, steps, seed)
     known, apart = objects_of(model, other)[0], lambda shape: torch.cdist(shape, known).amin(1)
     far = apart(objects_of(model, test)[0]).quantile(0.98)
     histogram = test.count.bincount(minlength=model.n_slots + 1) / len(test.count)
