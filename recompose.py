@@ -369,14 +369,14 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, given=(), light=None):
+    def imagine(self, noise, given=None, light=None):
         """The prior's z (1, M, D), cell (1, M, 2), background; the first slots are those `given`, (1, 2 + D) each."""
         inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
-        kept, most = len(given), inputs["given"].shape[1]
-        if kept > most:
-            raise click.UsageError(f"--complete: {kept} slots are kept; expected at most {most}")
+        kept, most = len(given or ()), inputs["given"].shape[1]
+        if given is not None and not 0 < kept <= most:
+            raise click.UsageError(f"--complete: {kept} slots are kept that hold something; expected 1 to {most}")
         inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
-        inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]
+        inputs["given"] = np.concatenate([*(given or ()), inputs["given"][0, kept:]])[None]
         made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
         return *(made[name][:, : max(1, int(made["count"][0]))] for name in ("z", "cell")), made.get("background")
 

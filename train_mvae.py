@@ -1124,7 +1124,6 @@ def main(context, **options):
         if run.folder and run.step == 0:
             run.report(score(model, data, "valid", n_valid, sigma))
         for step, progress in run.steps():
-            model.prior = start.prior  # that of a run that goes on was fitted to the encoder of before
             image, generator = data.batch(step, run.own, run.total), random_generator("noise", options["seed"], step)
             noise = torch.randn(run.total, sum(model.noise_sizes), generator=generator)[run.own].to(device)
             beta = beta_at(progress, options["beta"], options["warmup"], options["last_beta"], FALL)
@@ -1132,6 +1131,7 @@ def main(context, **options):
                 encoding, mean, haze = model(image, noise, progress >= DETAILED)
             loss, terms = objective(image, mean, encoding, haze, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
+            model.prior = start.prior  # that of a run that goes on was fitted to the encoder of before
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
                 show(model, data, run)

@@ -77,7 +77,7 @@ async function ask(call, ...args) {
 /** Have the runtime running; a try that failed is made again. */
 function start() {
   running ??= ask("start", new URL(RUNTIME, HERE).href).catch((error) => {
-    worker.then((made) => made.terminate(), () => {});
+    worker?.then((made) => made.terminate(), () => {});
     worker = running = null;
     throw error;
   });

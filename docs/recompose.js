@@ -259,7 +259,7 @@ async function openPicture(model, file) {
 
 /** Kept slots [{ input, slot, move, front }] -> the picture they make, and each one alone that has moved since. */
 async function recomposePictures(kept) {
-  const { model, inputs } = open, layers = [], moved = [];
+  const { model, inputs } = opened(), layers = [], moved = [];
   for (const { input, slot, move, front } of kept) {
     const one = inputs[input].slots[slot];
     if (one.place.join() !== move.join()) {
@@ -584,7 +584,7 @@ async function openSound(model, sound, form) {
 
 /** What slot k of an input sounds like, transposed by so many semitones: its mask's share, or decoded anew and sung. */
 async function hear(i, k, semitones) {
-  const { model, inputs } = open, input = inputs[i], slot = input.slots[k];
+  const { model, inputs } = opened(), input = inputs[i], slot = input.slots[k];
   slot.heard[0] ??= { channels: input.part([k]), tile: slot.tile };
   if (!semitones || slot.heard[semitones]) return slot.heard[semitones];
   const { sample_rate: own } = model.about, { rate, channels: [{ length: n }] } = input;
@@ -606,7 +606,7 @@ async function hear(i, k, semitones) {
 
 /** Kept slots [{ input, slot, semitones }] -> the sound they make, its spectrum, and what each looks like alone. */
 async function recomposeSounds(kept) {
-  const { model, inputs } = open, { sample_rate: own, n_fft: nFft } = model.about, { rate } = inputs[0];
+  const { model, inputs } = opened(), { sample_rate: own, n_fft: nFft } = model.about, { rate } = inputs[0];
   const n = Math.max(...inputs.map((input) => input.channels[0].length)), tiles = [];
   const channels = inputs[0].channels.map(() => new Float32Array(n));
   const add = (parts) => parts.forEach((part, c) => part.forEach((x, i) => (channels[c][i] += x)));
@@ -632,6 +632,11 @@ async function recomposeSounds(kept) {
 
 let open = { inputs: [] }; // what is taken apart now
 
+function opened() {
+  if (!open.model) throw new Sentence("What was open is lost, as memory ran out, say; open it again.");
+  return open;
+}
+
 const calls = {
   start(folder) {
     ort = startRuntime(folder);
@@ -651,7 +656,7 @@ const calls = {
     return inputs.map(({ slots, background, part, ...input }) => ({ ...input, slots: slots.map(shown) }));
   },
 
-  recompose: (kept) => (open.model.about.kind === "mvae-sound" ? recomposeSounds(kept) : recomposePictures(kept)),
+  recompose: (kept) => (opened().model.about.kind === "mvae-sound" ? recomposeSounds(kept) : recomposePictures(kept)),
   hear,
 };
 

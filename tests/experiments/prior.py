@@ -211,12 +211,18 @@ def rows_of(model, data, rule, orders, steps, seed, sigma):
         yield order, *obeyed, nats[order], seconds[order]
 
 
-def check(model, dataset, rule=None):
+def check(model, dataset, rule):
     """Whether `judge_rule` can read what a model's slots draw; raises click.UsageError."""
-    if rule and rule not in RULES.get(dataset, ()):
+    if rule not in RULES.get(dataset, ()):
         raise click.UsageError(f"--rule {rule}: expected a run on {' or '.join(k for k in RULES if rule in RULES[k])}")
-    if not model.sound and (model.op, model.compose_at) != ("alpha", "data"):
-        raise click.UsageError("expected a run with --op alpha --compose data, whose slots have masks")
+    if not model.sound:
+        check_masks(model)
+
+
+def check_masks(model):
+    """Whether a model's slots have masks; raises click.UsageError."""
+    if model.sound or (model.op, model.compose_at) != ("alpha", "data"):
+        raise click.UsageError("expected a run on pictures with --op alpha --compose data, whose slots have masks")
 
 
 def cell(value):
@@ -240,8 +246,8 @@ def main(run_dir, rule, objects, data_root, steps, orders, seed):
     model = train_mvae.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False, "seed": seed}
     options["objects"] = objects or options["objects"]
-    check(model, options["dataset"], rule)
     if rule:
+        check(model, options["dataset"], rule)
         kind = "Mixtures" if rule == "fifth" else "Sprites"
         setattr(train_mvae, kind, ruled(rule))
     data = train_mvae.load_data(options, torch.device("cpu"))

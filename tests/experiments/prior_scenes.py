@@ -18,7 +18,7 @@ from torch import nn
 
 import train_mvae
 from common import FOLDER, random_generator
-from tests.experiments.prior import check, drawn, fitted_priors, sampled, scenes_of
+from tests.experiments.prior import check_masks, drawn, fitted_priors, sampled, scenes_of
 from train_mvae import ORDERS, Scene
 
 SCENES, SHARED, MOST = 250, 0.25, 2000
@@ -81,7 +81,7 @@ def main(run_dir, data_root, steps, orders, seed):
     """Fit every prior to what a run of train_mvae.py finds, and judge samples of it; prints a table."""
     model = train_mvae.load(run_dir)
     options = model.config["options"] | {"data_root": data_root, "download": False, "seed": seed}
-    check(model, options["dataset"])
+    check_masks(model)
     data = train_mvae.load_data(options, torch.device("cpu"))
     test, other = scenes_of(model, data, "test", SCENES), scenes_of(model, data, "valid", SCENES)
     priors, _ = fitted_priors(model, data, orders, steps, seed)
