@@ -108,8 +108,7 @@ class Reader:
         """Read the files of these examples that are not in memory, together."""
         while len(self.kept) > self.most:
             del self.kept[next(iter(self.kept))]  # the oldest
-        missing = [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]
-        if missing:
+        if missing := [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]:
             with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
                 self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
 
@@ -138,8 +137,9 @@ def reparameterize(mu, logvar, noise):
     return mu + (0.5 * logvar).exp() * noise
 
 
-def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for
-    return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < torch.special.ndtr(noise)[..., None]).sum(-1)
+def choose(logits, noise):  # of logits (..., K) categories by standard normal noise (..., T); 0 and 1 would be of any
+    at = torch.special.ndtr(noise).clamp(1e-6, 1 - 1e-5)[..., None]
+    return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < at).sum(-1)
 
 
 def beta_at(progress, beta, warmup, last=0.0, fall=(1.0, 2.0)):
