@@ -116,6 +116,8 @@ def test_a_category_is_chosen_as_often_as_it_is_likely():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3])
     chosen = choose(p.log(), torch.randn(20_000, generator=random_generator("choose")))
     torch.testing.assert_close(chosen.bincount(minlength=4) / 20_000, p, atol=0.01, rtol=0)
+    extremes = choose(torch.tensor([-1e30, 0.0, 1.0, -1e30]), torch.tensor([-40.0, -11.0, 11.0, 40.0]))
+    assert extremes.tolist() == [1, 1, 2, 2]  # none of probability 0
 
 
 @torch.no_grad()
