@@ -137,8 +137,8 @@ def reparameterize(mu, logvar, noise):
     return mu + (0.5 * logvar).exp() * noise
 
 
-def choose(logits, noise):  # of logits (..., K) categories by standard normal noise (..., T); 0 and 1 would be of any
-    at = torch.special.ndtr(noise).clamp(1e-6, 1 - 1e-5)[..., None]
+def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for
+    at = torch.special.ndtr(noise).clamp(1e-6, 1 - 1e-5)[..., None]  # at 0 and 1 rounding would choose
     return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < at).sum(-1)
 
 
