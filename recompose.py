@@ -369,16 +369,17 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, given=None, light=None):
-        """The prior's z (1, M, D), cell (1, M, 2), background; the first slots are those `given`, (1, 2 + D) each."""
+    def imagine(self, noise, given=(), light=None):
+        """The prior's layer (1, M, ...), background; the first slots, of a scene of this light, are those `given`."""
         inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
-        kept, most = len(given or ()), inputs["given"].shape[1]
-        if given is not None and not 0 < kept <= most:
+        kept, most = len(given), inputs["given"].shape[1]
+        if light is not None and not 0 < kept <= most:
             raise click.UsageError(f"--complete: {kept} slots are kept that hold something; expected 1 to {most}")
         inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
-        inputs["given"] = np.concatenate([*(given or ()), inputs["given"][0, kept:]])[None]
+        inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]  # (1, N, 2 + D): cells, latents
         made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
-        return *(made[name][:, : max(1, int(made["count"][0]))] for name in ("z", "cell")), made.get("background")
+        layer = self.run("decoder", z=made["z"], cell=made["cell"])["layer"]  # of all: a graph that is given none fails
+        return layer[:, : int(made["count"][0])], made.get("background")
 
     def compose(self, layer, background=None):
         """layer (B, M, ...), one background (1, ...) or None -> image (B, 3, H, W), or spectrogram (B, F, T)."""
@@ -409,13 +410,12 @@ def sample(model, n, seed):
     """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); their rate; the figure."""
     results, sheet, rate = [], [], model.about.get("sample_rate")  # of sounds alone
     for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
-        z, cell, background = model.imagine(noise)
-        layer = model.run("decoder", z=z, cell=cell)["layer"]
+        layer, background = model.imagine(noise)
         drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
         scale = (drawn[0].max(), model.about["samples"] / rate, rate) if rate else ()
         tiles = [spectrum_tile(one, *scale) if rate else to_uint8(one) for one in drawn]
         results.append(model.run("vocoder", spectrogram=drawn[:1])["waveform"] if rate else tiles[0])
-        sheet.append(list(map(Tile, tiles, ["sample", *(f"slot {k}" for k in range(z.shape[1]))])))
+        sheet.append(list(map(Tile, tiles, ["sample", *(f"slot {k}" for k in range(layer.shape[1]))])))
     result, figure = np.concatenate(results, axis=1), contact_sheet(sheet, "Samples of the prior, and slots alone")
     return result if rate else Image.fromarray(result), rate, figure
 
@@ -435,12 +435,12 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
         backgrounds.append((background, said.get("light")))
         for k, edits in slots.items():
             moved = cell[:, [k]] + 2 * np.float32(edits.get("move", (0, 0))[::-1])  # from x, y in widths
-            given += [np.concatenate([moved[0], z[0, [k]]], axis=1)] * bool(said["kl"][0, k] >= EMPTY["mvae-image"])
+            if said["kl"][0, k] >= EMPTY["mvae-image"]:  # else it holds nothing
+                given.append(np.concatenate([moved[0], z[0, [k]]], axis=1))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
     if noise:
-        z, cell, _ = model.imagine(noise, given, backgrounds[0][1])
-        parts.append(model.run("decoder", z=z, cell=cell)["layer"][:, len(given) :])
+        parts.append(model.imagine(noise, given, backgrounds[0][1])[0][:, len(given) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
     return Image.fromarray(result), explain(model, rows, result, "object", ", completed" if noise else "")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TINY, train
+from PIL import Image
 from test_mvae import build
 from test_recompose import refused, run
 
@@ -458,6 +459,22 @@ def test_mixtures_are_sampled_as_sounds(duo_run, tmp_path):
     samples, rate = recompose.read_sound(tmp_path / "new.wav")
     about = json.loads((duo_run / "export" / "model.json").read_text())
     assert rate == about["sample_rate"] and len(samples) >= 2 * about["samples"] and np.abs(samples).max() > 1e-3
+
+
+@pytest.mark.parametrize(("trained", "name"), [("sprites_run", "a.png"), ("duo_run", "a.wav")])
+def test_a_scene_of_no_slots_is_drawn_empty(trained, name, request, tmp_path, monkeypatch):
+    plain, folder = recompose.Model.run, request.getfixturevalue(trained) / "export"
+    none = {"prior": {"count": np.zeros(1, np.float32)}}
+    monkeypatch.setattr(
+        recompose.Model, "run", lambda self, graph, **to: plain(self, graph, **to) | none.get(graph, {})
+    )
+    result = run("--sample", 2, "--model", folder, "--out", tmp_path / name)
+    if name == "a.wav":
+        refused(result, "hold nothing", 1)  # of silence no file is written
+    else:
+        assert result.exit_code == 0, result.output
+        width, height = Image.open(tmp_path / name).size
+        assert width == 2 * height
 
 
 @pytest.mark.parametrize(
