@@ -289,7 +289,8 @@ class PictureFolder(Pool):
     """Pictures on disk, of any size: of CLEVR's official folder, if asked for, or any; or click.UsageError for none."""
 
     def __init__(self, root, size, objects, seed, device, clevr=True):
-        places = (root, root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if clevr else ()
+        ends = ("", "CLEVR_v1.0", "clevr/CLEVR_v1.0", *[".."] * (root.name == "images")) if clevr else ()
+        places = map(root.joinpath, ends)
         found = next((p for p in places if all((p / "images" / s).is_dir() for s in ("train", "val"))), None)
         self.root, self.folder, self.crop = (found, found / "images", "clevr") if found else (root, root, "centre")
         self.source = f"{'CLEVR' if found else 'own pictures,'} folder {self.root.resolve().name}"
@@ -316,16 +317,15 @@ class PictureFolder(Pool):
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def scenes(self, split, n):
-        """The first n pictures of a split that can be read: images, labels, or None where one has no masks/PATH.png."""
+        """The first n pictures of a split that can be read: images, labels, of one without masks/PATH.png 0."""
         files, reader, labels = self.files[split], self.readers[split], []
         reader.fetch(range(min(n, len(files))))
         numbers = list(itertools.islice((i for i in range(len(files)) if reader.example(i) is not None), n))
         images = self.pictures(torch.tensor(numbers), split).to(self.device).float() / 255
-        masks = [self.root / "masks" / Path(files[i]).with_suffix(".png") for i in numbers]
-        if not all(path.is_file() for path in masks):
-            return images, None
-        for path in masks:  # of mode P, of which no numbers are blended
-            mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
+        for path in (self.root / "masks" / Path(files[i]).with_suffix(".png") for i in numbers):
+            mask = Image.new("P", (self.size, self.size))  # of whose mode no numbers are blended
+            if path.is_file():
+                mask = load_file(path, lambda path: Image.open(path).copy(), {}, click.UsageError)
             if mask.mode not in ("L", "P"):
                 raise click.UsageError(f"{path}: expected 8 bits a pixel, the number of the object, not {mask.mode}")
             labels.append(np.array(square(mask.convert("P"), self.crop, path).resize((self.size, self.size))))
@@ -922,7 +922,7 @@ def evaluate_pictures(model, data, split, n, sigma):
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(image, mean, sigma)}
         score["unexplained"] = unexplained(mean, image)
         scores.append({name: value.item() for name, value in score.items()})
-        if labels is not None and (labels[i].flatten().bincount()[1:] >= SMALLEST * labels[i].numel()).any():
+        if (labels[i].flatten().bincount()[1:] >= SMALLEST * labels[i].numel()).any():
             segment, objects = model.responsibilities(layer, encoding.background)[0].argmax(0), labels[i] > 0
             scores[-1] = {"ari_fg": adjusted_rand_index(segment[objects], labels[i][objects])} | scores[-1]
     return averages(scores) | {"scenes": len(images)}
@@ -1119,7 +1119,7 @@ def main(context, **options):
     about = {"name": options["dataset"], "source": data.source, "crop": getattr(data, "crop", None)}
     name = "mvae-{dataset}-{op}-N{n_slots}-seed{seed}".format(**options)
 
-    # 3. Training; figures and scores of the valid split at every tenth; then the prior, scores of the test split.
+    # 3. Training; figures and scores of the valid split at every tenth; then scores of the test split, and the prior.
     with Run(options, SCRIPT, name, about, model, optimizer, device) as run:
         if run.folder and run.step == 0:
             run.report(score(model, data, "valid", n_valid, sigma))
@@ -1138,12 +1138,12 @@ def main(context, **options):
             if run.due:
                 run.report(score(model, data, "valid", n_valid, sigma))
         if run.complete:
+            run.finish(*(score(one, data, "test", n_test, sigma) for one in (model, start)))
             click.echo("fitting the prior to what the encoder finds")
             encoding = posteriors(model, data, min(POOL, run.step * run.total), seed := options["seed"])
             model.prior = copy.deepcopy(start.prior).cpu()  # anew, also where a run was resumed
             run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), seed)})
             run.save()
-            run.finish(*(score(one, data, "test", n_test, sigma) for one in (model, start)))
 
 
 if __name__ == "__main__":

@@ -302,9 +302,10 @@ def test_the_official_folder_is_cropped_by_the_rule_and_filtered_by_objects(tmp_
     assert len(PictureFolder(root, 16, (3, 6), 0, CPU).files["test"]) == 2
 
 
-def test_a_folder_without_masks_has_no_labels(tmp_path):
-    write_clevr(tmp_path, masks=False)
-    assert PictureFolder(tmp_path, 16, (2, 3), 0, CPU).scenes("test", 1)[1] is None
+def test_the_folder_of_clevrs_pictures_is_known_as_such(tmp_path):
+    root = write_clevr(tmp_path / "CLEVR_v1.0")
+    data = PictureFolder(root / "images", 16, (2, 3), 0, CPU)
+    assert data.source == "CLEVR folder CLEVR_v1.0" and data.crop == "clevr"
 
 
 def test_masks_are_numbers_not_colours(tmp_path):
@@ -361,7 +362,7 @@ def test_any_folder_of_pictures_is_split_by_names_and_read_when_it_is_needed(tmp
     assert epochs[0] == order and sorted(epochs[1]) == sorted(order) != epochs[1]
     assert len(data.readers["train"].kept) < data.length, "few stay in memory"
     images, labels = data.scenes("test", 100)
-    assert greys(images) == [paths[path] for path in data.files["test"]] and labels is None
+    assert greys(images) == [paths[path] for path in data.files["test"]] and not labels.any()
     assert data.source == f"own pictures, folder {tmp_path.name}"
 
 
@@ -420,7 +421,7 @@ def test_masks_of_ones_own_pictures_lie_at_the_same_paths(tmp_path):
     again = PictureFolder(tmp_path, 16, (3, 6), 0, CPU)
     assert again.files == data.files, "masks are no pictures"
     assert again.scenes("test", 9)[1].unique().tolist() in ([0, 2, 5], [2, 5], [0, 2], [2])
-    assert again.scenes("valid", 9)[1] is None
+    assert not again.scenes("valid", 9)[1].any()
 
 
 def test_a_run_on_ones_own_pictures_needs_a_folder_and_keeps_its_name(tmp_path):

@@ -382,6 +382,16 @@ def test_ari_fg_is_of_scenes_with_an_object_and_has_the_background_among_the_pre
     assert "ari_fg" not in train_mvae.evaluate_pictures(model, data, "test", 4, 0.1)
 
 
+def test_a_picture_without_a_mask_has_no_objects_to_score(tmp_path):
+    data, model = train_mvae.PictureFolder(write_clevr(tmp_path), 32, (2, 3), 0, torch.device("cpu")), build()
+    (tmp_path / "masks" / "val" / "CLEVR_val_000000.png").unlink()
+    labels = data.scenes("test", 2)[1]
+    assert not labels[0].any() and labels[1].any()
+    assert "ari_fg" in train_mvae.evaluate_pictures(model, data, "test", 2, 0.1)
+    (tmp_path / "masks" / "val" / "CLEVR_val_000001.png").unlink()
+    assert "ari_fg" not in train_mvae.evaluate_pictures(model, data, "test", 2, 0.1)
+
+
 def test_what_a_scene_has_no_score_for_is_left_out_of_averages():
     assert train_mvae.averages([{"a": 1.0}, {}, {"a": 2.0}]) == {"a": 1.5}
 

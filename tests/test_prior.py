@@ -320,8 +320,10 @@ def test_a_prior_is_fitted_anew_where_a_run_goes_on_and_kept_where_it_fails(tmp_
     after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert all(after[name].equal(value) for name, value in before.items())
     monkeypatch.setattr(train_mvae, "fit_prior", lambda *_: math.nan)
+    (tmp_path / "run" / "metrics.json").unlink()
     result = CliRunner().invoke(train_mvae.main, ["--resume", str(tmp_path / "run")])
     assert result.exit_code == 1 and "is not finite: {'prior': nan}" in result.output
+    assert (tmp_path / "run" / "metrics.json").is_file(), "scores do not wait for the prior"
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert all(kept[name].equal(value) for name, value in before.items())
 

@@ -78,7 +78,7 @@ def save(folder, model, optimizer, state, curve):
 def train(data, folder, minutes, batch, lr, channels, scenes):
     """Train for so many minutes by the clock, evaluations left out, from `folder`'s checkpoint on; writes its curve."""
     images, labels = data.scenes("valid", scenes)
-    if labels is None:
+    if not labels.any():
         raise click.UsageError(f"{data.source} has no masks to score by")
     torch.manual_seed(data.seed)
     model = SlotAttention(data.size, channels=channels).to(memory_format=torch.channels_last)

@@ -87,7 +87,7 @@ def segmentation_scores(responsibility, label):
 def score_masks(model, data, split, n):
     """ARI-FG of n scenes, z = mu, as train_mvae.py has it, and its companions; {} where the data have no masks."""
     (images, labels), scores = data.scenes(split, n), []
-    for image, label in zip(images.split(1), labels, strict=True) if labels is not None else ():
+    for image, label in zip(images.split(1), labels, strict=True):
         encoding, layer, _ = reconstruct(model, image)
         scores.append(segmentation_scores(model.responsibilities(layer, encoding.background)[0], label))
     return averages(scores)
