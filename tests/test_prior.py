@@ -564,6 +564,7 @@ def test_the_experiments_judge_every_prior(masked_run, monkeypatch):
         monkeypatch.setattr(experiment, name, 16)
     monkeypatch.setattr(experiment, "LIKELIHOODS", 2)
     monkeypatch.setattr(prior_scenes, "SCENES", 8)
+    monkeypatch.setattr(prior_scenes, "COUNTED", 12)
     monkeypatch.setattr(prior_scenes, "MOST", 2)
     monkeypatch.setattr(train_mvae, "Sprites", train_mvae.Sprites)  # as the rule replaces it
     monkeypatch.setitem(train_mvae.EMPTY, "mvae-image", 0.0)  # the run has learnt nothing
