@@ -17,9 +17,9 @@ from test_mvae import build, noise_for
 from torchmetrics.audio import ScaleInvariantSignalDistortionRatio
 
 import train_mvae
-from common import random_generator
+from common import log_compress, log_expand, random_generator
 from export import GriffinLim
-from tests.experiments import judges
+from tests.experiments import judges, slots
 from train_mvae import FRAMES, LOUDNESS, MVAE, SAMPLES, SPLITS, Mixtures, SoundLevels
 
 
@@ -240,7 +240,9 @@ class Knowing(torch.nn.Module):
 
     def __init__(self, levels, stems):
         super().__init__()
-        self.layer = levels.as_loud(stems[0]).flip(0)[None]  # (1, 2, FRAMES, bands, 1)
+        self.layer = (
+            levels.as_loud(stems.flatten(0, 1)).unflatten(0, stems.shape[:2]).flip(1)
+        )  # (B, 2, FRAMES, bands, 1)
 
     def encode(self, level):
         return train_mvae.Encoding(self.layer, *7 * [None])
@@ -253,6 +255,24 @@ class Knowing(torch.nn.Module):
 
     def alone(self, layer, background=None):
         return layer
+
+
+@torch.no_grad()
+def test_slots_that_are_stems_are_nearest_to_their_own_and_remix_as_these(duos, monkeypatch):
+    notes = [tones(440.0, 623.0), tones(311.0, 1200.0), tones(880.0, 270.0)]
+    stems = LOUDNESS / 0.1 * torch.stack(notes)  # (3, 2, samples)
+    model, plain = Knowing(duos.levels, stems), slots.separate_by_stems
+    model.compose = lambda layer, background=None: log_compress(log_expand(layer).sum(1))
+    data = SimpleNamespace(mixtures=lambda *_: stems, levels=duos.levels, device=torch.device("cpu"))
+    scores = slots.score_remixes(model, data, "test", 3)
+    assert scores["own_instrument"] == 1 and scores["lsd_recomposed"] < 0.2 * scores["lsd_recomposed_baseline"]
+
+    def exchanged(*args):
+        level, layer, alone, gained = plain(*args)
+        return level, layer, alone.flip(1), gained
+
+    monkeypatch.setattr(slots, "separate_by_stems", exchanged)
+    assert slots.score_remixes(model, data, "test", 3)["own_instrument"] == 0
 
 
 @torch.no_grad()

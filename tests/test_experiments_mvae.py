@@ -71,7 +71,7 @@ class Cutout:
 
     def encode(self, image):
         index = next(i for i, (shown, _) in enumerate(self.shown) if torch.equal(shown, image))
-        return Encoding(torch.tensor(index), *7 * [None])
+        return Encoding(torch.tensor(index), *7 * [None])._replace(background=image)
 
     def decode(self, mu, cell):
         image, label = self.shown[int(mu)]
@@ -91,6 +91,17 @@ def test_a_model_that_knows_recomposes_without_error_what_is_shown(sprites_run):
     scores = slots.score_recomposition(Cutout(data), data, "test", 6)
     assert scores["recomposition_psnr_shown"] > 30 and scores["reconstruction_psnr"] > 60
     assert scores["recomposition_psnr_baseline"] < 15
+
+
+def test_a_model_that_knows_draws_a_scene_without_an_object(sprites_run):
+    _, data = slots.load_run(sprites_run)
+    model = Cutout(data)
+    scores = slots.score_removal(model, data, "test", 20)
+    assert min(scores["removal_psnr"], scores["whole_reconstruction_psnr"]) > 30  # what is lost are edges
+    assert scores["removal_psnr_baseline"] < 25
+    model.compose = lambda layer, background: background  # it takes nothing out
+    model.shown.clear()
+    assert slots.score_removal(model, data, "test", 20)["removal_psnr"] == scores["removal_psnr_baseline"]
 
 
 def test_a_run_on_a_folder_is_scored_on_scenes_that_can_be_drawn_anew(clevr_run, tmp_path, monkeypatch):

@@ -634,6 +634,93 @@ def test_objects_of_scenes_are_measured_by_what_slots_draw():
     torch.testing.assert_close(shape[0], torch.tensor([18.0, 6.0, 6.0]) / 32)  # rows 13 to 18 of 32
 
 
+class LinearGaussian:
+    """x = W (z of two slots, light) + 0.5 noise: a sum of what each of three N(0, 1) draws, in columns at right angles.
+
+    So their posteriors are independent, and known; or they are `wider` than that. Cells say which slot it is.
+    """
+
+    s, d, n_slots, blur, scene = 0.5, 1, 2, 0.01, train_mvae.MVAE.scene
+    weight = torch.tensor([[1.0, 0.6, 0.0, 0.0], [0.6, -1.0, 0.0, 0.3], [0.3 * 0.6, -0.3, 0.0, -1.36]])  # (3, 4)
+
+    def __init__(self, sound, wider):
+        self.sound, self.unit, self.wider, self.k = sound, 2.0 if sound else 1.0, wider, 2 if sound else 3
+        self.noise_sizes = [2, 0 if sound else 1]
+        self.encoder, self.background = (lambda image: [image] * 4), SimpleNamespace(posterior=self.of_light)
+
+    def posterior(self, x):  # (B, 4) -> mu, logvar (B, k)
+        own = self.weight[: self.k]
+        precision = 1 + own.square().sum(1) / self.s**2
+        return x @ own.T / self.s**2 / precision, (self.wider / precision).log().expand(len(x), -1)
+
+    def of_light(self, x):
+        mu, logvar = (values[:, 2:] for values in self.posterior(x))
+        return torch.cat([mu, logvar - train_mvae.LOGVAR_START], dim=1)
+
+    def encode(self, x):
+        mu, logvar = (values[:, :2, None] for values in self.posterior(x))
+        cell = torch.tensor([[-0.5, 0.0], [0.5, 0.0]]).expand(len(x), -1, -1)
+        return train_mvae.Encoding(mu, logvar, cell, torch.full((len(x), 2), 99.0), None, None, x[:, :0], None)
+
+    def slots(self, scene):
+        return scene.slots[..., 2:], scene.slots[..., :2], None if self.sound else scene.light @ self.weight[2:]
+
+    def decode(self, z, cell):
+        return z * self.weight[(cell[..., 0] > 0).long()]  # (B, 2, 4)
+
+    def compose(self, layer, background):
+        return layer.sum(1) if background is None else layer.sum(1) + background
+
+
+@pytest.mark.parametrize(("sound", "wider"), [(True, 1.0), (False, 1.0), (False, 2.0)])
+def test_likelihoods_are_those_of_a_model_whose_are_known(sound, wider, monkeypatch):
+    monkeypatch.setattr(experiment, "IMPORTANCE", 20_000)
+    model = LinearGaussian(sound, wider)
+    own = model.weight[: model.k]
+    assert (own @ own.T - (own @ own.T).diagonal().diag()).abs().max() < 1e-6
+    x = torch.randn(3, 4, generator=random_generator("x"))
+    density = torch.distributions.MultivariateNormal(torch.zeros(4), own.T @ own + model.s**2 * torch.eye(4))
+    area = 2 * 2.0 * 2 * 0.01 if sound else (2 + 2 * train_mvae.SHIFT) ** 2
+    places = 2 * math.log(0.02**2 / area) + math.log(2) - math.log(3)  # of two in any order, of none, one or two
+    ((bound, kl),) = experiment.likelihoods(
+        model, {"N(0, I)": lambda scene: experiment.standard_log_prob(model, scene)}, x, model.s
+    ).values()
+    assert bound == pytest.approx((density.log_prob(x).mean() + places).item(), abs=1e-4 if wider == 1 else 0.03)
+    mu, logvar = model.posterior(x)
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    exact = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1).mean() - places
+    assert kl == pytest.approx(exact.item(), abs=0.03)
+
+
+def test_slots_by_chance_are_of_other_scenes_with_as_many():
+    scene = scenes(prior("set", e=4, n_slots=3, light=2), 200, light=2)
+    mixed = experiment.shuffled(scene)
+    assert mixed.count.equal(scene.count)
+    for k in range(3):
+        there = scene.count > k
+        assert not mixed.slots[~there, k].any()
+        torch.testing.assert_close(*(one.slots[there, k].sort(0).values for one in (mixed, scene)))
+    both = scene.count > 1
+    apart = [(mixed.slots[both, k, None] == scene.slots[:, k]).all(2).float().argmax(1) for k in (0, 1)]
+    assert (apart[0] == apart[1]).float().mean() < 0.05, "two slots of a scene are of two others"
+
+
+def test_a_fifth_is_seven_semitones_up_or_down():
+    step = 12 * math.log2(train_mvae.RATE / 2 / train_mvae.LOWEST) / 2  # semitones of half the axis
+    semitones, count = torch.tensor([7.0, -7.0, 7.9, 6.0, 8.1, 7.0]), torch.tensor([2, 2, 2, 2, 2, 1])
+    cell = torch.stack([torch.zeros(6), semitones / step], dim=1)[..., None]  # (6, 2, 1)
+    model = SimpleNamespace(slots=lambda scene: (None, cell, None))
+    found = experiment.judge_fifth(model, SimpleNamespace(count=count))
+    assert found.tolist() == [True, True, True, False, False, False]
+
+
+def test_a_classifier_tells_samples_that_are_brighter_and_not_the_data_from_themselves(monkeypatch):
+    monkeypatch.setattr(prior_scenes, "MOST", 100)
+    data = torch.rand(64, 3, 32, 32, generator=random_generator("pictures"))
+    assert prior_scenes.discriminator_steps(data, data + 0.5) < 100
+    assert prior_scenes.discriminator_steps(data, data) == 100
+
+
 @torch.no_grad()
 def test_completions_go_on_from_slots_of_their_own_scene():
     made = prior("set", e=5, n_slots=4).float()
