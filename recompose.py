@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 MODELS = Path(__file__).parent / "models"
 SHIPPED = {"mvae-image": MODELS / "clevr", "mvae-sound": MODELS / "nsynth-duo"}
 WRITTEN = (".wav", ".flac", ".ogg", ".mp3")  # sounds
-SOUNDS = (*WRITTEN, ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")  # all else is taken for a picture
+SOUNDS = (*WRITTEN, ".oga", ".opus", ".aif", ".aiff", ".aifc", ".caf", ".m4a", ".aac", ".wma", ".mp4")  # else pictures
 LONGEST = 2**26  # samples of all channels: ten minutes of stereo at 48 kHz, and more; or pixels
 PATH, FILE = click.Path(path_type=Path), click.Path(exists=True, dir_okay=False, path_type=Path)
 EMPTY = {"mvae-image": 4.0, "mvae-sound": 14.0}  # nats: a slot of less holds nothing; docs/mvae-audio.md
@@ -100,8 +100,8 @@ def read_sound(path):
             if length * channels > LONGEST or channels > 16 or not 4000 <= rate <= 192_000:
                 expected = f"ten minutes of stereo, 4 to 192 kHz: ffmpeg -i {path.name} -t 600 -ac 2 -ar 44100 a.wav"
                 raise click.UsageError(f"{path}: {length} x {channels} samples, {rate} Hz; expected at most {expected}")
-            samples = file.read(dtype="float32", always_2d=True)
-            cut_off = re.search(r"(?<!4294967295) \(should be", file.extra_info) or len(samples) < length - rate / 10
+            samples, log = file.read(dtype="float32", always_2d=True), file.extra_info
+            cut_off = re.search(r"(data|SSND) *: (?!4294967295 )\d+ \(sh", log) or len(samples) < length - rate / 10
             if file.format == "OGG":  # has no such header, but its last page is marked as the last (RFC 3533)
                 content = path.read_bytes()
                 page = content[content.rfind(b"OggS", 0, -23) :]  # a whole header, of 27 bytes and its segments' sizes
@@ -113,7 +113,7 @@ def read_sound(path):
         "samples must be finite; some are NaN or infinite": not np.isfinite(samples).all(),
         "silent" if len(samples) else "empty": np.abs(samples.mean(1)).max(initial=0) < 1e-5,
     }
-    for fault in (fault for fault, found in faults.items() if found):
+    if fault := next((fault for fault, found in faults.items() if found), None):
         raise click.UsageError(f"{path}: {fault}; expected a whole sound")
     return samples, rate
 
@@ -124,7 +124,7 @@ def fit(waveform, n):
 
 
 def resample_sound(waveform, rate, wanted):
-    """(..., samples) at `rate` Hz -> at `wanted` Hz, as many as begun."""
+    """(..., samples) at `rate` Hz -> (..., n) at `wanted` Hz, n = samples * wanted / rate, rounded up."""
     n = int(-(-waveform.shape[-1] * wanted // rate))
     return waveform if rate == wanted else fit(import_module("soxr").resample(waveform.T, rate, wanted).T, n)
 
@@ -180,7 +180,7 @@ def soft_masks(magnitude, mixture, wanted=None):
     return masks[:, :bins, np.arange(frames).clip(max=known - 1)]
 
 
-def levels(magnitude):
+def band_levels(magnitude):
     """STFT magnitudes (F, T) -> (bands, T): log(1 + 3 m) of bands of equal steps of pitch, m as loud as all at once."""
     edges = np.unique(np.geomspace(len(magnitude) / 256, len(magnitude) - 1, 49).astype(int))
     bands = np.add.reduceat(magnitude, edges) / np.diff([*edges, len(magnitude)])[:, None]
@@ -199,7 +199,7 @@ def split_at_onsets(waveform, rate, longest):
         return [0.0, duration]
     cuts, flux = [0.0], [np.zeros(1)]
     for start in range(0, len(waveform) - 4 * hop, minute):  # spectra are large
-        level = levels(np.abs(stft(waveform[start : start + minute + 2 * hop], 4 * hop, hop)))
+        level = band_levels(np.abs(stft(waveform[start : start + minute + 2 * hop], 4 * hop, hop)))
         flux.append(np.maximum(level[:, 2:] - level[:, :-2], 0).mean(0)[:6000])
     find_peaks = import_module("scipy.signal").find_peaks  # here, because it takes a second
     onsets = find_peaks(np.concatenate(flux), distance=round(100 * APART), prominence=PROMINENCE)[0] / 100
@@ -221,9 +221,9 @@ def follow(mu, cell, kl):
 
     def place(w, placed, among=slice(None), stays=0.0):  # the slots (N,) of window w by clusters, and how well they fit
         density = np.take_along_axis(near[w][:, among], placed[None, among], 2).mean(1).T  # (clusters, slots)
-        fit = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
-        chosen = import_module("scipy.optimize").linear_sum_assignment(fit + STAY * stays, maximize=True)[1]
-        return chosen, fit[np.arange(n), chosen].sum()
+        affinity = np.log(density + 0.01) * ((kl[w] > EMPTY["mvae-sound"]) + 1e-3)
+        chosen = import_module("scipy.optimize").linear_sum_assignment(affinity + STAY * stays, maximize=True)[1]
+        return chosen, affinity[np.arange(n), chosen].sum()
 
     for start in np.unique(np.linspace(0, len(some) - 1, 10).astype(int)):
         placed, fits = np.tile(np.arange(n), (len(some), 1)), np.zeros(len(some))
@@ -348,7 +348,9 @@ class Model:
                     raise ValueError("with a flipped bit it would draw something else, unnoticed")
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                raise click.UsageError(f"{path}: missing, damaged, or no graph of a train_mvae.py run") from error
+                raise click.UsageError(
+                    f"{path}: missing, damaged, or no graph of a finished train_mvae.py run"
+                ) from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
@@ -369,13 +371,13 @@ class Model:
             raise click.ClickException(f"{graph}.onnx gives values that are not finite; nothing is written")
         return dict(zip((output.name for output in self.sessions[graph].get_outputs()), values, strict=True))
 
-    def imagine(self, noise, given=(), light=None):
+    def imagine(self, generator, given=(), light=None):
         """The prior's layer (1, M, ...), background; the first slots, of a scene of this light, are those `given`."""
         inputs = {one.name: np.zeros((1, *one.shape[1:]), np.float32) for one in self.sessions["prior"].get_inputs()}
         kept, most = len(given), inputs["given"].shape[1]
         if light is not None and not 0 < kept <= most:
             raise click.UsageError(f"--complete: {kept} slots are kept that hold something; expected 1 to {most}")
-        inputs |= {"noise": noise.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
+        inputs |= {"noise": generator.standard_normal(inputs["noise"].shape, np.float32), "kept": np.array([kept])}
         inputs["given"] = np.concatenate([*given, inputs["given"][0, kept:]])[None]  # (1, N, 2 + D): cells, latents
         made = self.run("prior", **inputs | ({} if light is None else {"light": light}))
         layer = self.run("decoder", z=made["z"], cell=made["cell"])["layer"]  # of all: a graph that is given none fails
@@ -409,8 +411,8 @@ def explain(model, rows, result, what, more=""):
 def sample(model, n, seed):
     """n new pictures beside one another, in PIL, or sounds one after the other (1, samples); their rate; the figure."""
     results, sheet, rate = [], [], model.about.get("sample_rate")  # of sounds alone
-    for noise in map(np.random.default_rng, ((seed, i) for i in range(n))):
-        layer, background = model.imagine(noise)
+    for i in range(n):
+        layer, background = model.imagine(np.random.default_rng((seed, i)))
         drawn = np.concatenate([model.compose(layer, background), model.compose(layer[0][:, None], background)])
         scale = (drawn[0].max(), model.about["samples"] / rate, rate) if rate else ()
         tiles = [spectrum_tile(one, *scale) if rate else to_uint8(one) for one in drawn]
@@ -420,9 +422,9 @@ def sample(model, n, seed):
     return result if rate else Image.fromarray(result), rate, figure
 
 
-def recompose_pictures(model, inputs, kept, crop=None, noise=None):
+def recompose_pictures(model, inputs, kept, crop=None, generator=None):
     """Picture files, the slots kept of each, {slot: {edit: numbers}} -> the recomposition and the figure, in PIL."""
-    rows, parts, backgrounds, given = [], [], [], []  # `noise`, a NumPy generator: the prior completes the scene
+    rows, parts, backgrounds, given = [], [], [], []  # by `generator`, of NumPy, the prior completes the scene
     for path, slots in zip(inputs, kept, strict=True):
         picture = load_picture(path, model.about["size"], crop or model.about["crop"])
         image = picture.transpose(2, 0, 1)[None].astype(np.float32) / 255
@@ -439,10 +441,10 @@ def recompose_pictures(model, inputs, kept, crop=None, noise=None):
                 given.append(np.concatenate([moved[0], z[0, [k]]], axis=1))
             parts.append(model.run("decoder", z=z[:, [k]], cell=moved)["layer"] if "move" in edits else layer[:, [k]])
             parts[-1][:, :, 0] += 10 * ("front" in edits)  # how near it is: others are at most 2
-    if noise:
-        parts.append(model.imagine(noise, given, backgrounds[0][1])[0][:, len(given) :])
+    if generator:
+        parts.append(model.imagine(generator, given, backgrounds[0][1])[0][:, len(given) :])
     result = to_uint8(model.compose(np.concatenate(parts, axis=1), backgrounds[0][0])[0])
-    return Image.fromarray(result), explain(model, rows, result, "object", ", completed" if noise else "")
+    return Image.fromarray(result), explain(model, rows, result, "object", ", completed" if generator else "")
 
 
 def recompose_sounds(model, inputs, kept, vocoder=False):
@@ -466,8 +468,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
     own, length, n_fft, frame = (model.about[name] for name in ("sample_rate", "samples", "n_fft", "hop"))
     mono = resample_sound(samples.mean(0), rate, own)
     cuts = split_at_onsets(mono, own, length / own)
-    pieces = [fit(mono[round(a * own) : round(b * own)], length) for a, b in pairwise(cuts)]
-    said = [model.run("encoder", waveform=piece[None], **model.slots) for piece in pieces]
+    pieces = [mono[round(a * own) : round(b * own)] for a, b in pairwise(cuts)]
+    said = [model.run("encoder", waveform=fit(piece, length)[None], **model.slots) for piece in pieces]
     mu, cell, kl, kl_map = (np.concatenate([one[name] for one in said]) for name in ("mu", "cell", "kl", "kl_map"))
     order = follow(mu, cell, kl) if len(mu) > 1 else np.arange(kl.shape[1])[None]
     mu, cell, kl = (values[np.arange(len(order))[:, None], order] for values in (mu, cell, kl))
@@ -479,7 +481,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
-        alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(pieces[w], n_fft, frame))  # (N, F, T), (F, T)
+        alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(fit(pieces[w], length), n_fft, frame))
         masks = soft_masks(alone, mixture, spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
@@ -494,8 +496,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
                 part = sung * np.sqrt(np.square(part).mean(1, keepdims=True) / max(np.square(sung).mean(), 1e-20))
             result[:, first:last] += 10 ** (edits.get("gain", [0])[0] / 20) * fade * part
         whole = max(1, round((stop - start) * own / frame))  # frames that are not zero-padded
-        misfit.append(unexplained(*(levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
-        seen.append(np.stack([mixture, *alone])[:, :, : whole : max(1, len(pieces) // 2)])
+        misfit.append(unexplained(*(band_levels(one[:, :whole]) for one in (model.compose(layer)[0], mixture))))
+        seen.append(np.stack([mixture, *alone])[:, :, : whole : max(1, len(pieces) // 2)].copy())  # else all stay
 
     # 3. Show the sound, and its slots as they decode.
     magnitude, *slots = np.concatenate(seen, axis=2)
@@ -520,7 +522,7 @@ def kept_slots(slots, edits, n_inputs, n_slots):
         raise click.UsageError(f"--slots is given {len(slots)} times for {n_inputs} inputs; give it once, or once each")
     every = [str(k) for k in range(n_slots)]
     lists = [text.split(",") for text in slots] or [every]
-    for numbers in (some for some in lists if len(set(some) & set(every)) < len(some)):
+    if numbers := next((some for some in lists if len(set(some) & set(every)) < len(some)), None):
         expected = f"different slots, from 0 to {n_slots - 1} (--n-slots asks for more), such as 0,2"
         raise click.UsageError(f"--slots {','.join(numbers)}: expected {expected}")
     kept = [{int(k): {} for k in numbers} for numbers in lists * (n_inputs // len(lists))]
@@ -566,7 +568,7 @@ def main(inputs, slots, n_slots, folder, crop, vocoder, complete, n, seed, out, 
         raise click.UsageError(f"--{name} is for {'pictures' if sound else 'sounds'}")
     beside = out.with_name(f"{out.stem}_figure.png")
     for path in (out, beside):
-        if path.is_dir() or not path.parent.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
+        if path.is_dir() or not path.parent.is_dir() or (path.exists() and any(map(path.samefile, inputs))):
             raise click.UsageError(f"--out: {path} is a folder, would overwrite an input, or its folder does not exist")
     others = ("vocoder",) * bool(vocoder or edits["transpose"] or (n and sound)) + ("prior",) * bool(n or complete)
     model = Model(folder or SHIPPED[kind], kind, n_slots, others)

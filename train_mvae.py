@@ -34,7 +34,7 @@ from common import (  # isort: skip
     random_generator, read_json, reparameterize, settle_options, split_files, start_device, training_command,
 )  # fmt: skip
 from recompose import (  # isort: skip
-    EMPTY, LOWEST, Tile, contact_sheet, heat_map, inverse_stft, kl_tile, levels, load_picture, soft_masks,
+    EMPTY, LOWEST, Tile, band_levels, contact_sheet, heat_map, inverse_stft, kl_tile, load_picture, soft_masks,
     spectrum_tile, square, stft, to_uint8, unexplained,
 )  # fmt: skip
 
@@ -959,7 +959,7 @@ def evaluate_sounds(model, data, split, n, sigma):
         heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
         score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
-        score["unexplained"] = torch.tensor([unexplained(*map(levels, pair)) for pair in zip(*heard, strict=True)])
+        score["unexplained"] = torch.tensor([unexplained(*map(band_levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:
             gain = assign(parts, stems)[1]
             holding, sounding = (encoding.kl >= EMPTY["mvae-sound"]).sum(1), (~gain.isnan()).sum(1)

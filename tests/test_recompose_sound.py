@@ -5,6 +5,7 @@ After a new export of the shipped model, `python -m tests.test_recompose_sound` 
 
 import math
 import shutil
+import struct
 from itertools import pairwise
 
 import numpy as np
@@ -263,6 +264,7 @@ def cut(path, share):
     [
         ("i.wav", 0.7, "cut off after 1.05 s"),
         ("i.aiff", 0.7, "cut off after 1.05 s"),
+        ("i.caf", 0.7, "damaged"),
         ("i.flac", 0.7, "damaged"),
         ("i.mp3", 0.7, "cut off after 0.9"),
         ("i.ogg", 0.7, "cut off after"),
@@ -280,12 +282,22 @@ def test_files_that_are_cut_off_are_refused(tmp_path, name, share, message):
     assert {path.name for path in tmp_path.iterdir()} == {name, f"cut-{name}"}
 
 
-def test_a_wav_of_a_stream_whose_header_knows_no_end_is_whole(tmp_path):
+@pytest.mark.parametrize("fault", ["a stream's, without an end", "the size of the whole file", "of a sampler"])
+def test_a_wav_whose_header_is_odd_is_whole(tmp_path, fault):
     whole = melody(48000, 1, 1.5)[0]
     soundfile.write(tmp_path / "i.wav", whole, 48000)
     content = bytearray((tmp_path / "i.wav").read_bytes())
-    content[4:8] = content[40:44] = b"\xff" * 4
+    if fault == "of a sampler":  # a chunk "smpl" that says it has 8 more bytes, as libsndfile's log notes
+        chunk = b"smpl" + struct.pack("<I", 36) + struct.pack("<9I", 0, 0, 20833, 60, 0, 0, 0, 0, 8)
+        content[36:36] = chunk
+        content[4:8] = struct.pack("<I", len(content) - 8)
+    elif fault == "the size of the whole file":
+        content[4:8] = struct.pack("<I", len(content))
+    else:
+        content[4:8] = content[40:44] = b"\xff" * 4
     (tmp_path / "i.wav").write_bytes(content)
+    with soundfile.SoundFile(tmp_path / "i.wav") as file:
+        assert "(should be" in file.extra_info
     assert len(recompose.read_sound(tmp_path / "i.wav")[0]) == len(whole)
 
 
