@@ -81,7 +81,7 @@ class Pool:
         return tuple(torch.cat(part)[:n] for part in zip(*parts, strict=True))
 
     def place_apart(self, n, count, extent, clearance, generator):
-        """Random points of [-extent, extent]^2, every pair `clearance` (n, count, count) apart: (n, count, 2)."""
+        """Random points of [-extent, extent]^2, pairs `clearance` (n, count, count) apart, or nearly: (n, count, 2)."""
         tries = 2 * extent * torch.rand(n, count, 40, 2, generator=generator, device=self.device) - extent
         chosen = tries[:, :1, 0]  # (n, 1, 2)
         for k in range(1, count):  # of 40 tries the first free place is taken, or the freest
@@ -278,7 +278,7 @@ class BuiltInClevr(Pool):
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif", ".heic")
 LISTED, CACHE = 200_000, 2e9  # pictures of a split that are used; bytes of them that stay in memory
-SOUNDS = ("nsynth-duo", "sounds")  # data sets
+SOUND_SETS = ("nsynth-duo", "sounds")  # data sets
 SOUND_FFT, HOP = 4096, 1024  # notes last, and what tells two of them apart are narrow harmonics
 FRAMES, SPAN = 32, 2  # times that a model sees a sound at, and STFT frames averaged in each
 LOUDNESS, HEARD = 1 / 1024, 1 / 16  # root mean squares: inside, for log(1 + 100 m) to span 40 dB, and of exports
@@ -383,8 +383,8 @@ class Mixtures:
         for _ in range(100):
             some = torch.randint(len(notes.notes), (8 * n, self.parts), generator=generator)
             pitch, instrument = notes.pitch[some], notes.instrument[some]
-            fitting = self.fit(pitch[:, a], pitch[:, b]) & (instrument[:, a] != instrument[:, b])
-            drawn += some[fitting.all(1)].tolist()
+            compatible = self.compatible(pitch[:, a], pitch[:, b]) & (instrument[:, a] != instrument[:, b])
+            drawn += some[compatible.all(1)].tolist()
             if len(drawn) < n:
                 continue
             if decibels is None:
@@ -398,7 +398,7 @@ class Mixtures:
                 return torch.tensor(chosen), decibels[own]
         raise click.UsageError(f"{split}: too few of {len(notes.notes)} notes are of different instruments or pitches")
 
-    def fit(self, pitch, other):  # which may sound together: in unison or octaves apart notes share all harmonics
+    def compatible(self, pitch, other):  # may sound together: in unison or octaves apart notes share all harmonics
         return ((pitch - other) % 12 != 0) | (pitch < 0) | (other < 0)
 
     def stems(self, split, pair, decibels):  # waveforms (n, parts, SAMPLES), whose sum has LOUDNESS
@@ -424,7 +424,7 @@ def load_data(options, device):
     if dataset == "clevr" and options["download"]:
         with fetching("CLEVR v1.0", root):
             CLEVRClassification(root, download=True)
-    if dataset in ("sprites", *SOUNDS):
+    if dataset in ("sprites", *SOUND_SETS):
         return Sprites(*about, device, root) if dataset == "sprites" else Mixtures(options, device)
     return PictureFolder(root, *about, device, dataset == "clevr") if root else BuiltInClevr(*about, device)
 
@@ -441,7 +441,7 @@ BACKGROUND_GRID, BACKGROUND_D = 8, 8  # latents move a smooth picture of 8 x 8 k
 MOST_SLOTS, OCTAVES = 12, 7  # that an exported encoder can be asked for; of Fourier features of a frequency
 NEUTRAL, SHARPNESS = 10.0, 2.0  # what masks, or the maximum, pass over; masks' logits by what the decoder says
 VISIBLE, SMALLEST = 0.05, 1 / 512  # a slot owns pixels it changes by more; least share of a scored object
-TRIES, TRIED, FITTED = 32, 8, 5_000  # of a prior: slots that it chooses each from; while it is fitted; updates of that
+TRIES, FIT_TRIES, FIT_STEPS = 32, 8, 5_000  # of a prior: draws each slot is chosen from; in its fit; updates of that
 BLUR = 0.01  # half picture widths of uniform noise upon where slots stand: without it no density has a bound
 LOGVAR_START = -4.0  # posteriors start narrow: the ranking by KL means something before the latents carry anything
 
@@ -522,7 +522,7 @@ class CanvasDecoder(nn.Module):
 
     def forward(self, z, place):
         half, h = self.half(z), self.coarse(self.start(z).unflatten(1, (-1, CANVAS // 4, CANVAS // 4)))
-        canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts, S, S)
+        canvas = self.body(h).to(place.dtype) + self.mean  # (M, parts + masked, S, S)
         if self.masked:
             colours, logit = canvas.split([len(canvas[0]) - 1, 1], dim=1)
             canvas = torch.cat([bleed(colours, (SHARPNESS * logit).sigmoid()), SHARPNESS * logit], dim=1)
@@ -614,7 +614,7 @@ class Background(nn.Module):
 
 
 ORDERS = ("independent", "autoregressive", "set")
-Scene = namedtuple("Scene", "light count slots")  # (B, L); (B,), how many are there, first: cells, z (B, N, 2 + D)
+Scene = namedtuple("Scene", "light count slots")  # (B, L); how many slots there are (B,); cells, z (B, N, E = 2 + D)
 
 
 class SlotPrior(nn.Module):
@@ -623,22 +623,22 @@ class SlotPrior(nn.Module):
     A transformer points at a slot so far, or at none (Vinyals et al. 2015); a flow starts from what that suggests. Of
     TRIES drawn so, a rating by what they are to those so far chooses one (SNIS, Lawson et al. 2019)."""
 
-    def __init__(self, order, d, n_slots, light, cells=0, width=96, key=16, pair=48):
+    def __init__(self, order, e, n_slots, light, cells=0, width=96, key=16, pair=48):
         super().__init__()
         self.order, self.n_slots, self.cells, self.ways = order, n_slots, cells, 1 + (cells > 0)  # sounds: up, down
-        self.sizes, wholes = [key, d, width], light + n_slots + 1
-        self.noise_shape, self.told = (1 + n_slots * TRIES, max(d, light) + 2), float(order != "independent")
+        self.sizes, wholes = [key, e, width], light + n_slots + 1
+        self.noise_shape, self.conditional = (1 + n_slots * TRIES, max(e, light) + 2), float(order != "independent")
         self.light = FlowPrior(light, n_slots + 1, couplings=4, width=64) if light else None
         ends = (1, n_slots + 1), (width, 1)  # light is drawn given the number: one flow of all light joins its modes
         self.count, self.rating = (MLP(n, [width, m], activation_layer=nn.SiLU) for n, m in ends)
         for net in (self.count, self.rating):
             nn.init.zeros_(net[-2].weight)
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.silu, batch_first=True, norm_first=True)
-        self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(d, width), nn.Linear(width, key)
-        self.pair, self.pairs = MLP(2 * d + 2 + min(d, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
+        self.whole, self.token, self.query = nn.Linear(wholes, width), nn.Linear(e, width), nn.Linear(width, key)
+        self.pair, self.pairs = MLP(2 * e + 2 + min(e, 2), [pair] * 3, activation_layer=nn.SiLU), nn.Linear(pair, width)
         self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.suggest, self.flow = nn.Linear(width + d, self.ways * sum(self.sizes)), FlowPrior(d, width, 4, width)
-        self.register_buffer("numbers", self.told * torch.eye(n_slots + 1), persistent=False)  # as light is told them
+        self.suggest, self.flow = nn.Linear(width + e, self.ways * sum(self.sizes)), FlowPrior(e, width, 4, width)
+        self.register_buffer("numbers", self.conditional * torch.eye(n_slots + 1), persistent=False)  # light's context
         self.register_buffer("later", torch.ones(n_slots, n_slots, dtype=torch.bool).triu(1), persistent=False)
 
     def known(self, slots):  # what others are told of them: of sounds, drawn to half a cell, the middles of cells
@@ -646,26 +646,26 @@ class SlotPrior(nn.Module):
         return torch.cat([y, slots[..., 1:]], dim=-1) if self.cells else slots
 
     def tokens(self, slots, before, at=slice(None)):
-        """Slots (B, K, T, D) `at` K places, and what they are to those before these, of (B, N, D): (B, K, T, width)."""
+        """Slots (B, K, T, E) `at` K places, and what they are to those before these, of (B, N, E): (B, K, T, width)."""
         one, other = torch.broadcast_tensors((slots := self.known(slots))[..., None, :], before[:, None, None])
         away, far = (one - other)[..., :2], (one - other)[..., :2].norm(dim=-1, keepdim=True)  # of their cells
         pair = self.pair(torch.cat([one, other, 3 * away, 3 * far, (-8 * far.square()).exp()], dim=-1))
         return self.token(slots) + self.pairs(F.silu(pair.masked_fill(self.later[at, None, :, None], -1e4).amax(3)))
 
     def suggestions(self, light, count, slots):
-        """-> before (B, N, D), h (B, N, width), log q (B, N), and of slots to point at: logits, means, contexts."""
+        """-> before (B, N, E), h (B, N, width), log q (B, N), and of slots to point at: logits, means, contexts."""
         whole = torch.cat([light, F.one_hot(count, self.n_slots + 1).to(light)], dim=1)
-        before = F.pad(self.told * self.known(slots[:, :-1]), (0, 0, 1, 0))  # (B, N, D), the first of which is none
+        before = F.pad(self.conditional * self.known(slots[:, :-1]), (0, 0, 1, 0))  # (B, N, E), zeros for the first
         token = F.pad(self.tokens(slots[:, :, None], before)[:, :-1, 0], (0, 0, 1, 0))
-        h = self.body(self.told * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
+        h = self.body(self.conditional * (token + self.whole(whole)[:, None]), self.later, is_causal=True)
         suggested = self.suggest(torch.cat([h, before], dim=2)).unflatten(2, (self.ways, -1)).flatten(1, 2)
         key, mean, context = suggested.split(self.sizes, dim=2)  # (B, W, ...) for every slot, W = N * ways
         logits = (self.query(h) @ key.mT).masked_fill(self.later.repeat_interleave(self.ways, 1), -1e4)  # (B, N, W)
-        mean, context = mean[:, None], F.silu(h[:, :, None] + context[:, None])  # (B, 1, W, D), (B, N, W, width)
+        mean, context = mean[:, None], F.silu(h[:, :, None] + context[:, None])  # (B, 1, W, E), (B, N, W, width)
         each = logits.log_softmax(2) + self.flow.log_prob(slots[:, :, None] - mean, context)  # (B, N, W)
         return before, h, each.amax(2) - each.log_softmax(2).amax(2), logits, mean, context  # logsumexp can underflow
 
-    def propose(self, noise, logits, mean, context):  # (B, K, T, D + 2), (B, K, W), (B, 1, W, D) ...: (B, K, T, D)
+    def propose(self, noise, logits, mean, context):  # (B, K, T, E + 2), (B, K, W), (B, 1, W, E) ...: (B, K, T, E)
         one, mean = choose(logits, noise[..., -1])[..., None], mean.expand(-1, logits.shape[1], -1, -1)  # (B, K, T, 1)
         mean, context = (v.gather(2, one.expand(-1, -1, -1, v.shape[3])) for v in (mean, context))
         return mean + self.flow.sample(noise[..., : mean.shape[3]], context)
@@ -681,30 +681,30 @@ class SlotPrior(nn.Module):
         before, h, log_q, *suggested = self.suggestions(light, count, slots)
         with torch.no_grad():
             noise = torch.randn(*there.shape, tries - 1, slots.shape[2] + 2, generator=generator)
-            tried = torch.cat([slots[:, :, None], self.propose(noise, *suggested)], dim=2)  # (B, N, T, D)
+            tried = torch.cat([slots[:, :, None], self.propose(noise, *suggested)], dim=2)  # (B, N, T, E)
         rated = self.rating(F.silu(h[:, :, None] + self.tokens(tried, before)))[..., 0].log_softmax(2)  # (B, N, T)
         return total + torch.where(there, log_q + rated[..., 0] + math.log(tries), 0.0).sum(1)
 
     def sample(self, noise, kept, light, slots):
-        """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, D) `kept` (B,), and if any, light (B, L)."""
-        few = torch.arange(m := self.n_slots + 1) < kept[:, None]  # (B, M), of M counts
+        """Noise (B, *noise_shape) of N(0, I) -> Scene: of slots (B, N, E) `kept` (B,), and if any, light (B, L)."""
+        few = torch.arange(m := self.n_slots + 1) < kept[:, None]  # (B, M): slots that are kept, and counts too low
         slots, light = torch.where(few[:, :-1, None], slots, 0.0), torch.where(few[:, :1], light, 0.0)
         lights, counts = light.repeat(m, 1), (torch.arange(m)[:, None] + 0 * kept).flatten()
-        told = self.suggestions(lights, counts, slots.repeat(m, 1, 1))[2].unflatten(0, (m, -1))  # (M, B, N)
-        told = told.where(few[:, :-1], 0.0).sum(2).T  # by what is kept: (B, M)
+        log_p = self.suggestions(lights, counts, slots.repeat(m, 1, 1))[2].unflatten(0, (m, -1))  # (M, B, N)
+        log_p = log_p.where(few[:, :-1], 0.0).sum(2).T  # of what is kept, by count: (B, M)
         if self.light:
             seen = self.light.log_prob(lights, self.numbers[counts]).unflatten(0, (m, -1)).T
-            told = told + seen.where(few[:, :1], 0.0)
-        count = choose((self.count(self.numbers[:1, :1]) + told).masked_fill(few, -1e30), noise[:, 0, -1:])[:, 0]
+            log_p = log_p + seen.where(few[:, :1], 0.0)
+        count = choose((self.count(self.numbers[:1, :1]) + log_p).masked_fill(few, -1e30), noise[:, 0, -1:])[:, 0]
         if self.light:
             drawn = self.light.sample(noise[:, 0, : light.shape[1]], self.numbers[count])
             light = torch.where(few[:, :1], light, drawn)
-        for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, D + 2)
+        for k, draws in enumerate(noise[:, 1:].split(TRIES, dim=1)):  # (B, T, E + 2)
             at, (before, h, _, logits, mean, context) = slice(k, k + 1), self.suggestions(light, count, slots)
-            tried = self.propose(draws[:, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, D)
+            tried = self.propose(draws[:, None], logits[:, k, None], mean, context[:, k, None])  # (B, 1, T, E)
             rated = self.rating(F.silu(h[:, at, None] + self.tokens(tried, before, at)))[..., 0]  # (B, 1, T)
             one = choose(rated, draws[:, None, 0, -2:-1])[..., None]  # (B, 1, 1, 1)
-            drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, D)
+            drawn = tried.gather(2, one.expand(-1, -1, -1, slots.shape[2]))[:, :, 0]  # (B, 1, E)
             slots = torch.cat([slots[:, :k], torch.where(few[:, at, None], slots[:, at], drawn), slots[:, k + 1 :]], 1)
         return Scene(light, count, slots)
 
@@ -712,13 +712,13 @@ class SlotPrior(nn.Module):
 class MVAE(nn.Module):
     """Multi-Entity VAE: posterior map -> top-N cells by KL -> slots -> layers -> composition (Nash et al. 2017).
     compose_at "feature": slots' feature maps are combined and decoded on. `detail` of a slot's `d` latents come from a
-    closer look. Of SOUNDS data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes."""
+    closer look. For sounds data are levels (B, FRAMES, size, 1), colours times, and layers logarithms of magnitudes."""
 
     def __init__(self, *, size, cells, n_slots, d, detail, channels, op, compose_at, dataset, prior):
         super().__init__()
         self.size, self.n_slots, self.d, self.detail = size, n_slots, d, detail
-        self.op, self.compose_at = op, compose_at
-        self.sound, at_data, masked, d_cell = dataset in SOUNDS, compose_at == "data", op == "alpha", d - detail
+        self.sound, at_data, masked, d_cell = dataset in SOUND_SETS, compose_at == "data", op == "alpha", d - detail
+        self.op, self.compose_at, self.kind = op, compose_at, "mvae-sound" if self.sound else "mvae-image"
         shape, grid = ((FRAMES, size, 1), (cells, 1)) if self.sound else ((3, size, size), (cells, cells))
         side, parts = (size, shape[0]) if at_data else (size // UPSCALE, channels)
         self.encoder = Encoder(shape, grid, d_cell, channels, self.sound)
@@ -817,7 +817,7 @@ class MVAE(nn.Module):
 
     def scene(self, encoding, generator):
         """Encoding -> Scene: a sample of the posteriors of slots that hold something, a little beside their cells."""
-        there = encoding.kl >= EMPTY["mvae-sound" if self.sound else "mvae-image"]  # (B, N)
+        there = encoding.kl >= EMPTY[self.kind]  # (B, N)
         z = reparameterize(encoding.mu, encoding.logvar, torch.randn(encoding.mu.shape, generator=generator))
         cell = self.unit * encoding.cell + self.blur * (2 * torch.rand(encoding.cell.shape, generator=generator) - 1)
         return Scene(encoding.light, there.sum(1), torch.cat([cell, z], dim=2) * there[..., None])
@@ -861,7 +861,7 @@ def gaussian_log_likelihood(x, mean, sigma):  # summed over all but the first ax
 
 
 def objective(image, mean, encoding, haze, beta, sigma):
-    """Negative ELBO in nats, its KL, of all cells, weighed by beta, plus a price on haze (B,); and its terms."""
+    """Negative ELBO in nats, slots' places given, its KL, of all cells, times beta, plus haze's price (B,); its terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
@@ -870,7 +870,7 @@ def objective(image, mean, encoding, haze, beta, sigma):
 @torch.no_grad()
 def posteriors(model, data, n, seed):
     """Encoding of n training examples, light sampled; kl_map and background, large and unused, are placeholders."""
-    parts, n = [], n - n % min(n, getattr(data, "length", n))  # each example as often
+    parts, n = [], n - n % min(n, getattr(data, "length", n))  # whole epochs of a Pool: each example as often
     for k in trange(math.ceil(n / CHUNK), desc="posteriors", disable=None):
         noise = torch.randn(CHUNK, model.noise_sizes[1], generator=random_generator("light", seed, k))
         encoding = model.encode(data.batch(k, slice(0, CHUNK), CHUNK), noise.to(data.device))
@@ -885,14 +885,14 @@ def fit_prior(prior, model, encoding, steps, seed, batch=64, lr=2e-3):
         generator = random_generator("prior", seed, step)
         some = torch.randint(len(encoding.kl), (batch,), generator=generator)
         scene = model.scene(Encoding(*(values[some] for values in encoding)), generator)
-        loss = -prior.log_prob(scene, generator, TRIED).mean()
+        loss = -prior.log_prob(scene, generator, FIT_TRIES).mean()
         optimizer_step(loss, {"loss": loss}, optimizer, learning_rate_at(step / steps, step, lr), 50.0, shared=False)
     return loss.item()
 
 
 def adjusted_rand_index(predicted, true):
     """Adjusted Rand index (Hubert & Arabie 1985) of two labellings of the same P points: (P,), (P,) -> float."""
-    table = F.one_hot(true).double().T @ F.one_hot(predicted).double()
+    table = F.one_hot(true.cpu()).double().T @ F.one_hot(predicted.cpu()).double()
     together, rows, columns, every = ((n * (n - 1) / 2).sum() for n in (table, table.sum(1), table.sum(0), table.sum()))
     expected, highest = rows * columns / every, (rows + columns) / 2
     return 1.0 if highest == expected else float((together - expected) / (highest - expected))
@@ -1009,7 +1009,7 @@ def show_sounds(model, data, run, n=5, heard=2):
 
 def graphs(model):
     """{graph: (module, example inputs)}, as the contract says; pictures hold blobs, so that cells differ in KL."""
-    generator, sound = random_generator("graphs"), model.sound
+    generator, sound, prior = random_generator("graphs"), model.sound, model.prior
     z, cell = torch.randn(2, 3, model.d, generator=generator), 2 * torch.rand(2, 3, 2, generator=generator) - 1
     image = F.interpolate(torch.rand(2, 3, 8, 8, generator=generator), size=model.size, mode="bilinear")
     waveform = torch.sin(torch.rand(2, SAMPLES, generator=generator).cumsum(1) / 8)  # a tone that wanders
@@ -1020,31 +1020,31 @@ def graphs(model):
         *of_cells, background, light, _ = model.encode(levels(data), slots=slots)
         return *of_cells, *((root_mean_square(data)[:, 0] / HEARD,) if sound else (background, light))
 
-    def imagine(noise, kept, given, light=None):
+    def sample(noise, kept, given, light=None):
         given = torch.cat([model.unit * given[..., :2], given[..., 2:]], dim=2)  # a cell as an encoder gives it
-        scene = model.prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
+        scene = prior.sample(noise, kept, noise[:, 0, :0] if light is None else light, given)
         z, cell, background = model.slots(scene)
         return z, cell, scene.count.float(), *(() if sound else (background,))
 
-    draw = (lambda layer: HEARD / LOUDNESS * levels.to_stft_magnitude(model.compose(layer))) if sound else model.compose
+    join = (lambda layer: HEARD / LOUDNESS * levels.to_stft_magnitude(model.compose(layer))) if sound else model.compose
     layer = {"layer": model.decode(z, cell)} | ({} if sound else {"background": encode(image)[-2].contiguous()})
-    inputs["slots"], noise = torch.arange(model.n_slots), torch.randn(2, *model.prior.noise_shape, generator=generator)
+    inputs["slots"], noise = torch.arange(model.n_slots), torch.randn(2, *prior.noise_shape, generator=generator)
     made = {"encoder": (Graph(names, encode, model, levels, optional=("slots",)), inputs)}
-    given = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
-    given |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
-    drawn = ("z", "cell", "count", "background")[: 4 - sound]
-    made["prior"] = (Graph(drawn, imagine, model.prior, model.background), given)
+    if prior.count[-2].weight.any():  # else it is not fitted
+        feed = {"noise": noise, "kept": torch.arange(2), "given": noise[:, : model.n_slots, : 2 + model.d].contiguous()}
+        feed |= {} if sound else {"light": noise[:, 0, :BACKGROUND_D].contiguous()}
+        made["prior"] = Graph(("z", "cell", "count", "background")[: 4 - sound], sample, prior, model.background), feed
     made["decoder"] = (Graph(("layer",), model.decode, model.slot_decoder), {"z": z, "cell": cell})
-    made["composer"] = (Graph(("spectrogram" if sound else "image",), draw, model.to_image, levels), layer)
+    made["composer"] = (Graph(("spectrogram" if sound else "image",), join, model.to_image, levels), layer)
     if sound:
         made["vocoder"] = (Vocoder(SOUND_FFT), {"spectrogram": levels.magnitude(waveform)[:, :, :32].contiguous()})
-    return {name: made[name] for name in made if name != "prior" or model.prior.count[-2].weight.any()}  # 0: not fitted
+    return made
 
 
 def describe(model):
     """Beside options and graphs, for model.json; inputs that leave more than `unlike` unexplained get a warning."""
-    unlike = {"unlike": 3 * valid["unexplained_95"]} if "unexplained_95" in (valid := model.config["valid"]) else {}
-    about = unlike | {"kind": (kind := "mvae-sound" if model.sound else "mvae-image"), "empty": EMPTY[kind]}
+    about, valid = {"kind": model.kind, "empty": EMPTY[model.kind]}, model.config["valid"]
+    about |= {"unlike": 3 * valid["unexplained_95"]} if "unexplained_95" in valid else {}
     if not model.sound:
         return about | {"crop": model.config["data"]["crop"], "scaling": "colours / 255"}
     sizes = {"sample_rate": RATE, "samples": SAMPLES, "n_fft": SOUND_FFT, "hop": HOP, "frames": SPAN * FRAMES}
@@ -1068,7 +1068,7 @@ load = partial(load_model, build=build)  # a run folder -> its trained model
 
 def check_options(options):  # or click.UsageError, for those that do not go together
     size, cells, n, dataset, (low, high) = (options[k] for k in ("size", "cells", "n_slots", "dataset", "voices"))
-    sound, mixed = dataset in SOUNDS, options["mix"] or dataset == "nsynth-duo"
+    sound, mixed = dataset in SOUND_SETS, options["mix"] or dataset == "nsynth-duo"
     fits = size % UPSCALE == 0 and size / cells in (2, 4, 8, 16, 32)
     rules = {
         "--objects: expected the fewest first": options["objects"][0] <= options["objects"][1],
@@ -1081,7 +1081,7 @@ def check_options(options):  # or click.UsageError, for those that do not go tog
         "--op alpha and --compose feature are for pictures":
             not sound or (options["op"] != "alpha" and options["compose_at"] == "data")
     }  # fmt: skip
-    for broken in (rule for rule, kept in rules.items() if not kept):
+    if broken := next((rule for rule, kept in rules.items() if not kept), None):
         raise click.UsageError(broken)
 
 
@@ -1131,7 +1131,7 @@ def main(context, **options):
                 encoding, mean, haze = model(image, noise, progress >= DETAILED)
             loss, terms = objective(image, mean, encoding, haze, beta, sigma)
             lr = learning_rate_at(progress, step, options["lr"])
-            model.prior = start.prior  # that of a run that goes on was fitted to the encoder of before
+            model.prior = start.prior  # once a run goes on: its old one was fitted to the encoder before this step
             run.log(optimizer_step(loss, terms, optimizer, lr, CLIP) | {"schedule/beta": beta})
             if run.looks:
                 show(model, data, run)
@@ -1142,7 +1142,7 @@ def main(context, **options):
             click.echo("fitting the prior to what the encoder finds")
             encoding = posteriors(model, data, min(POOL, run.step * run.total), seed := options["seed"])
             model.prior = copy.deepcopy(start.prior).cpu()  # anew, also where a run was resumed
-            run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FITTED, run.step), seed)})
+            run.check_finite({"prior": fit_prior(model.prior, model, encoding, min(FIT_STEPS, run.step), seed)})
             run.save()
 
 

@@ -645,6 +645,7 @@ class LinearGaussian:
 
     def __init__(self, sound, wider):
         self.sound, self.unit, self.wider, self.k = sound, 2.0 if sound else 1.0, wider, 2 if sound else 3
+        self.kind = "mvae-sound" if sound else "mvae-image"
         self.noise_sizes = [2, 0 if sound else 1]
         self.encoder, self.background = (lambda image: [image] * 4), SimpleNamespace(posterior=self.of_light)
 

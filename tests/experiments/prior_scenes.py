@@ -81,7 +81,7 @@ def discriminator_steps(real, fake):
 @click.argument("run_dir", type=FOLDER)
 @click.option("--objects", type=click.IntRange(1, 10), nargs=2, help="In a scene, if not as in the run.")
 @click.option("--data-root", type=FOLDER, help="Of the run's data set.")
-@click.option("--steps", type=click.IntRange(1), default=train_mvae.FITTED, help="Updates of every prior.")
+@click.option("--steps", type=click.IntRange(1), default=train_mvae.FIT_STEPS, help="Updates of every prior.")
 @click.option("--prior", "orders", type=click.Choice(ORDERS), default=ORDERS, multiple=True, help="Those to fit.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of priors, and of the pictures they are fitted to.")
 def main(run_dir, objects, data_root, steps, orders, seed):

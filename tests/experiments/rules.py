@@ -70,7 +70,7 @@ class RuledSprites(Sprites):
 class Fifths(Mixtures):
     """Mixtures of two notes, one a fifth above the other."""
 
-    def fit(self, pitch, other):
+    def compatible(self, pitch, other):
         return (pitch - other).abs() == 7
 
 
