@@ -67,7 +67,7 @@ def load_file(path, read, kinds, error):
 
 
 def split_files(root, suffixes, most, skipped=()):
-    """{split: `most` paths} below `root`, but not in folders `skipped`; click.UsageError where a split has none."""
+    """{split: at most `most` paths} below `root`, not in `skipped` ones; click.UsageError where a split has none."""
     # 80, 10, 10 % by a hash of each path: none changes sides when others come.
     found, total = {split: [] for split in SPLITS}, 0
     for folder, folders, names in os.walk(root):  # one folder at a time: there may be millions of files
@@ -80,7 +80,7 @@ def split_files(root, suffixes, most, skipped=()):
             if len(files) > 2 * most:
                 files[:] = sorted(files)[:most]  # millions of paths would take a gigabyte
     kept = {split: sorted(files)[:most] for split, files in found.items()}
-    for split in (split for split, files in kept.items() if not files):
+    if split := next((split for split, files in kept.items() if not files), None):
         there = f"--data-root {root}: {total} files {', '.join(suffixes)} there and in folders in it, none for {split}"
         raise click.UsageError(f"{there} (names decide: 80 % train, 10 % valid, 10 % test); about 30 are mostly enough")
     if (used := sum(map(len, kept.values()))) < total:
@@ -96,7 +96,7 @@ class Reader:
         if all(self.example(i) is None for i in range(len(files))):
             raise click.UsageError(f"none of the {len(files)} examples for {split} can be used")
 
-    def load_or_name(self, file):
+    def load_or_report(self, file):
         try:
             return None if file in self.left_out else self.load(file)
         except click.UsageError as fault:
@@ -110,7 +110,7 @@ class Reader:
             del self.kept[next(iter(self.kept))]  # the oldest
         if missing := [file for file in dict.fromkeys(self.files[i] for i in numbers) if file not in self.kept]:
             with ThreadPoolExecutor(8) as pool:  # decoders work outside the interpreter's lock
-                self.kept |= zip(missing, pool.map(self.load_or_name, missing), strict=True)
+                self.kept |= zip(missing, pool.map(self.load_or_report, missing), strict=True)
 
     def example(self, i):
         """Example i, or None where it is left out."""
@@ -137,7 +137,7 @@ def reparameterize(mu, logvar, noise):
     return mu + (0.5 * logvar).exp() * noise
 
 
-def choose(logits, noise):  # of logits (..., K) the categories that standard normal noise (..., T) stands for
+def choose(logits, noise):  # categories, by their inverse CDF: logits (..., K), N(0, 1) noise (..., T) -> (..., T)
     at = torch.special.ndtr(noise).clamp(1e-6, 1 - 1e-5)[..., None]  # at 0 and 1 rounding would choose
     return (logits.softmax(-1).cumsum(-1)[..., None, :-1] < at).sum(-1)
 
@@ -210,7 +210,7 @@ def gather_cells(values, index):
 
 
 def alpha_masks(layer):
-    """Shares of every pixel (B, M + 1, 1, h, w), the background's first, of layers (B, M, C + 2, h, w).
+    """Shares of every pixel (B, M + 1, 1, h, w), the background's first, of layers (B, M, channels, h, w).
 
     The first channel is how near they are, the nearest on top ("over" of Porter & Duff 1984), the last a mask logit.
     """
@@ -246,14 +246,14 @@ def log_expand(level):
     return (level.clamp(min=0).exp() - 1) / COMPRESSION
 
 
-def log_spectral_distance(level, reference, bins=1):
-    """Log-spectral distance (Gray & Markel 1976) of levels, two of (B, F, T), in dB: (B,). `bins`: their axis F."""
+def log_spectral_distance(level, reference, axis=1):
+    """Log-spectral distance (Gray & Markel 1976) of levels, two of (B, F, T), in dB: (B,). `axis`: that of F."""
     # Levels have 0.01 added to every magnitude: bins below what can be heard do not decide it.
-    return (20 / math.log(10) * (level - reference)).square().mean(bins).sqrt().flatten(1).mean(1)
+    return (20 / math.log(10) * (level - reference)).square().mean(axis).sqrt().flatten(1).mean(1)
 
 
 class Vocoder(nn.Module):
-    """torchaudio's Griffin-Lim: STFT magnitudes (B, F, T) -> waveform (B, (T - 1) * n_fft / 4)."""
+    """torchaudio's Griffin-Lim: spectrogram (B, bins, T), mostly an STFT's -> waveform (B, (T - 1) * n_fft / 4)."""
 
     outputs = ("waveform",)
 
@@ -469,7 +469,7 @@ RUN_OPTIONS = [
     click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of weights, data and noise."),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto"),
     click.Option(["--precision"], type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: GPU bf16."),
-    click.Option(["--eval", "evaluation"], type=click.Choice(["quick", "full"]), default="full", help="Test examples."),
+    click.Option(["--eval", "evaluation"], type=click.Choice(["quick", "full"]), default="full", help="quick: a 10th."),
     click.Option(["--out"], type=FOLDER, help="Run folder; by default a new one below runs/."),
     click.Option(["--dry-run"], is_flag=True, help="Print the options that would be used, and stop."),
 ]  # fmt: skip
@@ -507,9 +507,9 @@ def settle_options(context, options):
     """Complete the options in place; raises click.UsageError where they, or the run resumed, contradict them."""
     source, by_hand = context.get_parameter_source, click.core.ParameterSource.COMMANDLINE
     typed = {p.name: p.opts[0] for p in context.command.params if source(p.name) is by_hand}  # {name: as --name}
-    for name in typed.keys() & context.command.foreign.get(options["dataset"], ()):
+    if name := next(iter(typed.keys() & context.command.foreign.get(options["dataset"], ())), None):
         raise click.UsageError(f"{typed[name]} does not belong to --dataset {options['dataset']}")
-    for name in (name for name in typed if options[name] in (math.inf, -math.inf) or options[name] != options[name]):
+    for name in (name for name in typed if isinstance(options[name], float) and not math.isfinite(options[name])):
         raise click.UsageError(f"{typed[name]} {options[name]}: expected a finite number")
     if "steps" in typed and "minutes" not in typed:
         options["minutes"] = None  # without the clock a run is the same on every machine, bit for bit
@@ -517,7 +517,7 @@ def settle_options(context, options):
     if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0") and not out:
         raise click.UsageError("torchrun --max-restarts: expected --out, a folder that a restarted run goes on with")
     if restarts and (out / "config.json").exists():
-        options["resume"] = typed.pop("out") and out
+        options["resume"], _ = out, typed.pop("out")
     if options["resume"]:
         before = load_config(options["resume"])["options"]
         for name in sorted(typed.keys() - RESUMABLE - {"resume", "dry_run"}):
@@ -648,8 +648,8 @@ class Run:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.folder, self.step, self.elapsed, self.progress, history = None, 0, 0.0, 0.0, []
         self.looks = self.due = self.complete = self.asked = self.stopped = False
-        wanted = {"auto": device.type == "cuda"}.get(options["precision"], options["precision"] == "bf16")
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
+        bf16 = options["precision"] == "bf16" or (options["precision"] == "auto" and device.type == "cuda")
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.total, self.own = world * options["batch"], slice(rank * options["batch"], (rank + 1) * options["batch"])
         folder = options["resume"] or options["out"]
@@ -701,7 +701,7 @@ class Run:
             self.save()
         if self.folder:
             self.lock.release()
-        if saved or isinstance(error, OSError):  # a full disk
+        if saved or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):  # a full disk, too little memory
             text = f"a process is lost; --resume goes on ({error})" if lost else getattr(error, "message", error)
             raise click.ClickException(f"step {self.step}{', saved' * saved}: {text}") from error
         if self.folder and not error:

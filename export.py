@@ -3,11 +3,11 @@
     python export.py runs/mvae-clevr-alpha-N6-seed0              # writes runs/.../export/
     python export.py runs/mvae-clevr-alpha-N6-seed0 --out models/clevr --no-torchscript --static --fp16
 
-A run of train_vae_mnist gives encoder and decoder; of train_vae_audio these, prior and vocoder (Griffin-Lim), or, of
-waveforms, nn_tilde.ts for Max and Pure Data; of train_mvae encoder, decoder (of slots on their own), composer (of any
-slots), of sounds vocoder. docs/contract.json, what tensors mean, stands in model.json and every file; docs/embedding.md
-has programs. A graph that differs from the model by more than its tolerance, at other sizes than it was traced with, on
-zeros, full scale or noise, or gives NaN or infinity, is reported, exit code 1, and an export of before is left alone.
+A run of train_vae_mnist gives encoder and decoder; of train_vae_audio these and vocoder (Griffin-Lim), or, of
+waveforms, nn_tilde.ts for Max and Pure Data; of train_mvae encoder, decoder (of one slot), composer (of any), of sounds
+vocoder; and each its fitted prior. docs/contract.json, what tensors mean, stands in model.json and every file. A graph
+that differs from the model by more than its tolerance, at other sizes than it was traced with, on zeros, full scale or
+noise, or gives NaN or infinity, is reported, exit code 1, and an export of before is left alone.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ import math
 import tempfile
 import warnings
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import click
@@ -43,7 +42,6 @@ ROUNDED = 0.05  # the same of weights of fewer bits: a graph that differs more i
 DECIBELS = 3.0  # that a vocoder may lose in spectral convergence on any one input; on average it gains
 OF_SLOTS = ("mu", "logvar", "cell", "kl")  # outputs that a tie of two cells' KL may exchange, and so what is near them
 CONTRACT = json.loads((Path(__file__).parent / "docs" / "contract.json").read_text(encoding="utf-8"))
-FORMS = (".onnx", ".static.onnx", ".fp16.onnx", ".int8.onnx", ".pt", ".ts")
 BATCHES = ((1, 1), (5, 7))  # and slots, that graphs are checked with; they are traced with 2 and 3
 
 # ---------------------------------------------------------------- Inputs
@@ -75,11 +73,10 @@ def extremes(inputs, generator):
     """Inputs no training sees: zeros (silence), full scale (of latents thrice as much), noise, an end of silence."""
     full = {"image": torch.ones_like, "waveform": torch.sign, "spectrogram": lambda value: 1000 * value}
     floats = {name: value for name, value in inputs.items() if value.is_floating_point()}
-    noise = {name: torch.rand(v.shape, generator=generator) * 2 - (v.min() < 0).float() for name, v in floats.items()}
     cases = {
         "zeros": {name: torch.zeros_like(value) for name, value in floats.items()},
         "full scale": {name: full.get(name, lambda v: 3 * v)(value) for name, value in floats.items()},
-        "noise": noise,
+        "noise": {n: torch.rand(v.shape, generator=generator) * 2 - (v.min() < 0).float() for n, v in floats.items()},
         "silent end": {name: F.pad(v[..., :-6], (0, min(6, v.shape[-1]))) for name, v in floats.items()}
     }  # fmt: skip
     return {what: inputs | case for what, case in cases.items()}
@@ -230,7 +227,7 @@ def write_onnx(graph, inputs, path, info, static=False):
 
 
 def write_small(source, path, form):
-    """`source` in half precision, inputs and outputs but for, or with weights of eight bits."""
+    """`source` in half precision, but for inputs and outputs, or with weights of eight bits."""
     if form == "fp16":
         onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
     else:
@@ -272,9 +269,8 @@ def largest_difference(names, expected, actual, ties=True):
     Absolute for outputs within [-1, 1], relative to the largest value for wider ones, as logits and KLs, which run to
     tens. Where slots stand in other cells, right only when their KLs tie, `ties` leaves out what belongs to slots.
     """
-    cells = [(e.numpy(), a) for name, e, a in zip(names, expected, actual, strict=True) if name == "cell"]
+    cells, worst = [(e.numpy(), a) for name, e, a in zip(names, expected, actual, strict=True) if name == "cell"], 0.0
     tied = ties and "kl" in names and any(e.shape == a.shape and not np.allclose(e, a, atol=1e-3) for e, a in cells)
-    worst = 0.0
     for name, e, a in zip(names, expected, actual, strict=True):
         e = e.numpy()
         if e.shape != a.shape or not np.isfinite(a).all():
@@ -369,6 +365,9 @@ def main(run_dir, out, **forms):
     info |= {"steps": config["step"], "trained": config["history"], "exported": versions(), "axes": CONTRACT["axes"]}
     graphs, said, info = script.graphs(model), partial(meaning, info["kind"]), info | CONTRACT["kinds"][info["kind"]]
     info["graphs"] = {k: {"inputs": said(given), "outputs": said(g.outputs)} for k, (g, given) in graphs.items()}
+    sums, there = out / "SHA256SUMS", [path.name for graph in graphs for path in out.glob(f"{graph}.*")]
+    if there and not sums.exists():  # which says what files are an export's
+        raise click.UsageError(f"--out {out}: {there[0]} is there, which no export wrote; expected another folder")
 
     # 2. Write every graph into a new folder, and compare it; 3. replace the old export when all agree.
     try:
@@ -384,10 +383,12 @@ def main(run_dir, out, **forms):
             write_json(Path(folder) / "model.json", info)
             made = {file.name: hashlib.sha256(file.read_bytes()) for file in sorted(Path(folder).iterdir())}
             (Path(folder) / "SHA256SUMS").write_text("".join(f"{d.hexdigest()}  {name}\n" for name, d in made.items()))
-            for file in Path(folder).iterdir():
-                file.replace(out / file.name)
-            for stale in {f"{graph}{form}" for graph, form in product(CONTRACT["graphs"], FORMS)} - made.keys():
-                (out / stale).unlink(missing_ok=True)  # of an export before, maybe of another model
+            sums.touch()  # so that these are known as an export's, even if it is killed now
+            before, (first, *rest) = {Path(line[66:]).name for line in sums.read_text().splitlines()}, made
+            for file in (first, sums.name, *rest):  # killed between, it leaves graphs of both, which are refused
+                (Path(folder) / file).replace(out / file)
+            for stale in before - made.keys():  # of an export before, maybe of another model
+                (out / stale).unlink(missing_ok=True)
     except Timeout as error:
         raise click.UsageError(f"--out {out}: another export is at work there") from error
     except OSError as error:

@@ -861,7 +861,7 @@ def gaussian_log_likelihood(x, mean, sigma):  # summed over all but the first ax
 
 
 def objective(image, mean, encoding, haze, beta, sigma):
-    """Negative ELBO in nats, slots' places given, its KL, of all cells, times beta, plus haze's price (B,); its terms."""
+    """Negative ELBO in nats, slots' places given, its KL, of all cells, times beta, plus that of haze (B,); terms."""
     reconstruction, kl = -gaussian_log_likelihood(image, mean, sigma).mean(), encoding.kl_all.mean()
     terms = {"loss/reconstruction": reconstruction, "loss/kl": kl, "loss/negative_elbo": reconstruction + kl}
     return reconstruction + beta * kl + HAZE * haze.mean(), terms | {"loss/haze": haze.mean()}
@@ -957,7 +957,7 @@ def evaluate_sounds(model, data, split, n, sigma):
     for stems in data.mixtures(split, n).to(data.device).split(CHUNK):
         level, mean, encoding, *_, parts = separate(model, data.levels, mixture := stems.sum(1))
         heard = data.levels.to_stft_magnitude(mean).cpu().numpy(), np.abs(stft(mixture.cpu().numpy(), SOUND_FFT, HOP))
-        score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, bins=2)}
+        score = {"mse": (mean - level).square().mean((1, 2, 3)), "lsd": log_spectral_distance(mean, level, axis=2)}
         score |= {"kl": encoding.kl_all, "log_likelihood": gaussian_log_likelihood(level, mean, sigma)}
         score["unexplained"] = torch.tensor([unexplained(*map(band_levels, pair)) for pair in zip(*heard, strict=True)])
         if data.parts > 1:

@@ -51,7 +51,7 @@ class STFTMagnitude(nn.Module):
 
 
 class Spectrogram(nn.Module):
-    """Waveforms to compressed magnitudes, and these to magnitudes of an STFT; T = samples / hop + 1 frames.
+    """Waveforms -> levels, T = samples / hop + 1 frames; and magnitudes, no longer compressed, -> those of an STFT.
     `representation`: "stft" or "mel". Raises ValueError where a mel band would hold no bin."""
 
     def __init__(self, representation, n_fft, n_mels):
@@ -220,12 +220,12 @@ class FrameNorm(nn.LayerNorm):
 
 def blocks(channels, n, conv, norm):
     """Residual blocks that start as the identity."""
-    blocks = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(n)])
-    for block in blocks:
+    body = nn.Sequential(*[ResBlock(channels, conv=conv) for _ in range(n)])
+    for block in body:
         block.norm1, block.norm2 = norm(channels), norm(channels)
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
-    return blocks
+    return body
 
 
 class NoteVAE(nn.Module):
@@ -717,12 +717,12 @@ def graphs(model):
         decoder = Graph(("waveform", "next_cache"), play, outward), {"z": z} | played
         return {"encoder": encoder, "prior": prior, "decoder": decoder}
     spectrogram = log_expand(model.front(waveform))[:, :, :120].contiguous()
-    magnitude = Graph(("spectrogram",), lambda z, *label: log_expand(outward.decode(z, outward.label(*label))), outward)
+    decoder = Graph(("spectrogram",), lambda z, *label: log_expand(outward.decode(z, outward.label(*label))), outward)
     return {
         "encoder": (Graph(("mu", "logvar", "kl"), posterior, inward), {"waveform": waveform} | label),
         "prior": prior,
-        "decoder": (magnitude, {"z": torch.randn(2, model.d, generator=generator)} | label),
-        "vocoder": (copy.deepcopy(model).vocoder, {"spectrogram": spectrogram}),
+        "decoder": (decoder, {"z": torch.randn(2, model.d, generator=generator)} | label),
+        "vocoder": (copy.deepcopy(model.vocoder), {"spectrogram": spectrogram}),
     }
 
 

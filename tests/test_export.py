@@ -275,23 +275,27 @@ def test_a_mismatch_is_an_error_and_leaves_the_old_export(vae_run, tmp_path, mon
     out = tmp_path / "export"
     out.mkdir()
     (out / "encoder.onnx").write_text("old")
+    (out / "SHA256SUMS").write_text(f"{'0' * 64}  encoder.onnx\n")
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out)])
     assert result.exit_code == 1
     assert "DIFFERS" in result.output and "nothing was written" in result.output
     assert (out / "encoder.onnx").read_text() == "old"
-    assert len(list(out.iterdir())) == 1
+    assert len(list(out.iterdir())) == 2
 
 
 def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quick, monkeypatch):
     out = tmp_path / "export"
     out.mkdir()
     monkeypatch.chdir(out)
-    (out / "encoder.pt").write_text("of another model")
-    for name in ("composer.onnx", "vocoder.static.onnx", "decoder.fp16.onnx", "checkpoint.pt", "mine.v2.onnx"):
-        (out / name).write_text("")
+    old, kept = ("composer.onnx", "vocoder.static.onnx", "decoder.fp16.onnx", "encoder.pt"), {"encoder.pth", "prior.pt"}
+    for name in (*old, *kept):
+        (out / name).write_text("of another model")
+    result = CliRunner().invoke(export.main, [str(vae_run), "--out", ".", "--no-torchscript"])
+    assert result.exit_code == 2 and "is there, which no export wrote" in result.output
+    assert {f.name for f in out.iterdir()} == {*old, *kept}
+    (out / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in old))
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", ".", "--no-torchscript"])
     assert result.exit_code == 0, result.output
-    kept = {"checkpoint.pt", "mine.v2.onnx"}  # no graphs of an export
     assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json", "SHA256SUMS"} | kept
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", str(out / "model.json")])
     assert result.exit_code == 2

@@ -240,11 +240,11 @@ def reading(script, words, marks):
     torch.set_num_threads(1)
     importlib.import_module(script)
     before, spent = memory(), []
-    load_or_name = Reader.load_or_name
+    load_or_report = Reader.load_or_report
 
     def timed(reader, file):
         start = time.thread_time()
-        content = load_or_name(reader, file)
+        content = load_or_report(reader, file)
         spent.append(time.thread_time() - start)
         return content
 
@@ -252,7 +252,7 @@ def reading(script, words, marks):
     start = time.process_time()
     draw, readers = open_data(script, words)
     found = {"list_s": time.process_time() - start, "list_peak": memory("VmHWM") - before, "listed": memory() - before}
-    with mock.patch.object(Reader, "load_or_name", timed):
+    with mock.patch.object(Reader, "load_or_report", timed):
         start = time.process_time()
         for step in range(marks[-1]):
             draw(step, 1)

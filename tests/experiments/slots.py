@@ -221,8 +221,8 @@ def score_remixes(model, data, split, n):
         recomposed = model.compose(torch.stack([layer[:, 0], layer.roll(1, 0)[:, 1]], dim=1))
         remix = data.levels.as_loud(stems[:, 0] + stems.roll(1, 0)[:, 1])
         score = {"own_instrument": (nearest | silent).all(1).float()}
-        score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, bins=2)
-        score["lsd_recomposed_baseline"] = log_spectral_distance(level, remix, bins=2)
+        score["lsd_recomposed"] = log_spectral_distance(recomposed, remix, axis=2)
+        score["lsd_recomposed_baseline"] = log_spectral_distance(level, remix, axis=2)
         scores += [{name: value[b].item() for name, value in score.items()} for b in range(len(stems))]
     return averages(scores)
 
