@@ -715,6 +715,13 @@ def test_a_fifth_is_seven_semitones_up_or_down():
     assert found.tolist() == [True, True, True, False, False, False]
 
 
+def test_numbers_of_slots_are_shares_and_few_draws_are_off_by_chance():
+    scene = SimpleNamespace(count=torch.tensor([0, 2, 2, 1]), slots=torch.zeros(4, 3, 5))
+    assert prior_scenes.numbers_of(scene).tolist() == [0.25, 0.25, 0.5, 0.0]
+    mean_error = math.sqrt(2 / math.pi * 0.25 / 400)  # of a share of a half by 400 draws
+    assert prior_scenes.chance_variation(torch.tensor([0.5, 0.5]), 400) == pytest.approx(mean_error, rel=0.15)
+
+
 def test_a_classifier_tells_samples_that_are_brighter_and_not_the_data_from_themselves(monkeypatch):
     monkeypatch.setattr(prior_scenes, "MOST", 100)
     data = torch.rand(64, 3, 32, 32, generator=random_generator("pictures"))

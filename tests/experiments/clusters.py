@@ -20,7 +20,7 @@ import train_mvae
 from common import FOLDER
 from train_mvae import SMALLEST, adjusted_rand_index, position_grid
 
-CLUSTERS, WEIGHTS = (5, 7, 9, 11, 15, 20), (0.0, 0.2, 0.4, 0.8)  # of y and x, from -1 to 1, beside colours of [0, 1]
+CLUSTERS, WEIGHTS = (5, 7, 9, 11, 15, 20), (0.0, 0.2, 0.4, 0.8, 1.2)  # of y and x, in [-1, 1], beside colours in [0, 1]
 CHOSEN_BY = 64  # valid scenes
 
 

@@ -4,8 +4,8 @@
 
 Slots of test mixtures are decoded at each other's cells and heard through Griffin-Lim. Pitches are YIN's, and families
 those that the classifier of tests/experiments/judges.py hears: both held against what is heard in the stems, beside
-slots that stay where they are. DisMix (Luo et al. 2024), which learns from pitch labels, reports 93.4 % of pitches and
-100 % of instruments on a set of its own.
+slots that stay where they are, and all of it beside the model at step 0. DisMix (Luo et al. 2024), which learns from
+pitch labels, reports 93.4 % of pitches and 100 % of instruments on a set of its own.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from tqdm import tqdm
 import train_mvae
 from common import FOLDER, Vocoder, random_generator
 from tests.experiments.judges import detect_pitch, train_classifier
+from tests.experiments.slots import load_start
 from train_mvae import SOUND_FFT, assign, root_mean_square, separate
 
 TOGETHER, NEAR = 10, 0.5  # mixtures; semitones that a pitch may be away
@@ -65,14 +66,16 @@ def main(run_dir, data_root, mixtures):
         raise click.UsageError(f"{run_dir}: expected a run of train_mvae.py on two notes at once")
     classifier = train_classifier(data.notes["train"], len(options["families"]))
     pair = data.sample("test", max(mixtures, train_mvae.MIXTURES), random_generator("held out"))[0]
-    hits = []
+    models, hits = (model, load_start(model, data)), []
     parts = data.mixtures("test", mixtures).split(TOGETHER), pair[:mixtures].split(TOGETHER)
     for stems, own in tqdm(zip(*parts, strict=True), total=len(parts[0]), disable=None):
         loudness = root_mean_square(data.notes["test"].waveform(own.flatten())).unflatten(0, own.shape)
-        hits.append(judge(stems, *heard(model, data, stems), loudness, classifier))
-    click.echo(f"{mixtures} mixtures of the test split; data: {data.source}\n\n| heard as in the stem | |\n|-|-|")
-    for name in hits[0]:
-        click.echo(f"| {name} | {torch.cat([one[name] for one in hits]).double().mean():.1%} |")
+        hits.append([judge(stems, *heard(one, data, stems), loudness, classifier) for one in models])
+    click.echo(f"{mixtures} mixtures of the test split; data: {data.source}\n")
+    click.echo("| heard as in the stem | trained | step 0 |\n|-|-|-|")
+    for name in hits[0][0]:
+        shares = (torch.cat([one[name] for one in of_model]).double().mean() for of_model in zip(*hits, strict=True))
+        click.echo(f"| {name} | {' | '.join(f'{share:.1%}' for share in shares)} |")
 
 
 if __name__ == "__main__":

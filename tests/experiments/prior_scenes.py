@@ -5,9 +5,10 @@
 Of 250 samples of every prior, and of N(0, I), beside 250 test pictures as the encoder finds them, by a program on what
 slots draw. Cut: an object's mask reaches the picture's edge. In one another: two share a quarter of the smaller one.
 Floats: lower edge, width and height are further from the nearest object of valid pictures than 98 % of those of test
-pictures are. TV: total variation between numbers of slots, by the prior itself, and in up to 2,000 test pictures; of
-the 250 among these it is what so few are off by chance. D-steps (GNM, Jiang & Ahn 2020): updates until a small
-convolutional net tells samples from reconstructions of test pictures, 90 % of the last 20 batches; at most 2,000.
+pictures are. TV: total variation between numbers of slots, by the prior itself, and in up to 2,000 test pictures;
+beside "test pictures", what as many of the same shares are off by chance. D-steps (GNM, Jiang & Ahn 2020): updates
+until a small convolutional net tells samples from reconstructions of test pictures, 90 % of the last 20 batches; at
+most 2,000.
 """
 
 from collections import deque
@@ -45,6 +46,12 @@ def objects_of(model, scene):
 def numbers_of(scene):
     """Shares of scenes with 0, 1, ... slots: (N + 1,)."""
     return scene.count.bincount(minlength=scene.slots.shape[1] + 1) / len(scene.count)
+
+
+def chance_variation(shares, n):
+    """The mean total variation between shares (K,) and those of n draws of them."""
+    draws = torch.multinomial(shares, 200 * n, replacement=True, generator=random_generator("chance")).view(200, n)
+    return 0.5 * (F.one_hot(draws, len(shares)).float().mean(1) - shares).abs().sum(1).mean()
 
 
 def standard(model, n):
@@ -100,16 +107,17 @@ def main(run_dir, objects, data_root, steps, orders, seed):
     click.echo("| samples | cut | in one another | float | TV of numbers | D-steps |\n|-|-|-|-|-|-|")
     kinds = {"test pictures": test, "N(0, I)": standard(model, SCENES)}
     kinds |= {order: sampled(prior, model, SCENES, seed) for order, prior in priors.items()}
-    numbers = {name: numbers_of(scene) for name, scene in kinds.items()}
-    numbers |= {order: prior.count(prior.numbers[:1, :1])[0].softmax(0) for order, prior in priors.items()}
+    true = numbers_of(counted)
+    numbers = {order: prior.count(prior.numbers[:1, :1])[0].softmax(0) for order, prior in priors.items()}
+    variation = {name: 0.5 * (shares - true).abs().sum() for name, shares in numbers.items()}
+    variation |= {"test pictures": chance_variation(true, len(counted.count)), "N(0, I)": 1 - true[-1]}
     real = drawn(model, test)
     for name, scene in kinds.items():
         shape, cut, overlap = objects_of(model, scene)
         floats = (apart(shape) > far).float().mean()
         steps_needed = "" if name == "test pictures" else discriminator_steps(real, drawn(model, scene))
         shares = f"{cut.float().mean():.1%} | {overlap.float().mean():.1%} | {floats:.1%}"
-        variation = 0.5 * (numbers[name] - numbers_of(counted)).abs().sum()
-        click.echo(f"| {name} | {shares} | {variation:.3f} | {steps_needed} |")
+        click.echo(f"| {name} | {shares} | {variation[name]:.3f} | {steps_needed} |")
 
 
 if __name__ == "__main__":

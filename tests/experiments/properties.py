@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FOLDER, random_generator, read_json
-from tests.experiments.slots import load_run, match
+from tests.experiments.slots import load_run, load_start, match
 from train_mvae import CHUNK, COLOURS, RADII, resample
 
 PROPERTIES = ("shape", "color", "size", "material")
@@ -108,25 +108,36 @@ def read(net, x, answer):
         return float((net(x).argmax(1) == answer).float().mean())
 
 
-def measure(model, data, n_train, n_test):
-    """{property: {score: accuracy}} of test objects, and how many objects there were."""
-    mu, true, _, learnt = matched_slots(model, data, "train", n_train)
-    test_mu, test_true, test_drawn, asked = matched_slots(model, data, "test", n_test)
+def read_latents(learnt, asked, name):
+    """Accuracy of a property by a small MLP of mu; learnt from and asked of what `matched_slots` gives."""
+    (mu, *_, answers), (test_mu, *_, test_answers) = learnt, asked
     mean, deviation = mu.mean(0), mu.std(0) + 1e-6
+    torch.manual_seed(0)
+    hidden = nn.Linear(mu.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()
+    mlp = nn.Sequential(*hidden, nn.Linear(128, int(answers[name].max()) + 1))
+    train_classifier(mlp, (mu - mean) / deviation, answers[name], 30)
+    return read(mlp, (test_mu - mean) / deviation, test_answers[name])
+
+
+def measure(model, start, data, n_train, n_test):
+    """{property: {score: accuracy}} of test objects, `start` being the model at step 0; how many objects there were."""
+    whole, whole_start = (
+        [matched_slots(one, data, split, n) for split, n in (("train", n_train), ("test", n_test))]
+        for one in (model, start)
+    )
+    (mu, true, _, learnt), (test_mu, test_true, test_drawn, asked) = whole
     scores = {"objects": {"train": len(mu), "test": len(test_mu)}}
     for name in PROPERTIES:
         classes, answer = int(learnt[name].max()) + 1, learnt[name]
         torch.manual_seed(0)
-        hidden = nn.Linear(mu.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()
-        mlp = nn.Sequential(*hidden, nn.Linear(128, classes))
-        of_mu = train_classifier(mlp, (mu - mean) / deviation, answer, 30)
         layers = []
         for channels in ((3, 32), (32, 64), (64, 64)):
             layers += [nn.Conv2d(*channels, 3, stride=2, padding=1), nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(64 * (CROP // 8) ** 2, classes)]
         of_crops = train_classifier(nn.Sequential(*layers), true, answer, 10)
         scores[name] = {
-            "mu": read(of_mu, (test_mu - mean) / deviation, asked[name]),
+            "mu": read_latents(*whole, name),
+            "mu at step 0": read_latents(*whole_start, name),
             "drawn": read(of_crops, test_drawn, asked[name]),
             "true crops": read(of_crops, test_true, asked[name]),
             "commonest": float((asked[name] == answer.mode().values).float().mean())
@@ -143,11 +154,12 @@ def main(run_dir, data_root, scenes):
     model, data = load_run(run_dir, data_root)
     if model.config["options"]["dataset"] != "clevr":
         raise click.UsageError(f"{run_dir}: sprites and sounds have no such properties; expected a run on CLEVR")
-    scores = measure(model, data, scenes, TESTED)
+    scores = measure(model, load_start(model, data), data, scenes, TESTED)
     (run_dir / "properties.json").write_text(json.dumps(scores, indent=1))
     objects = scores.pop("objects")
     click.echo("{train} objects of train scenes learnt from, {test} of test scenes read".format(**objects))
-    click.echo("| % right | from mu | from what slots draw | from true crops | commonest answer |\n|-|-|-|-|-|")
+    click.echo("| % right | from mu | at step 0 | from what slots draw | from true crops | commonest answer |")
+    click.echo("|-|-|-|-|-|-|")
     for name, score in scores.items():
         click.echo(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in score.values()) + " |")
 

@@ -20,7 +20,7 @@ from common import FOLDER, RATE, SAMPLES, TIMBRES, Vocoder, load_notes, log_comp
 from train_vae_audio import RESOLUTIONS, Spectrogram, STFTMagnitude, principal, spectral_convergence, stft_magnitude
 
 JUDGED, LEARNT, FRAMES = 500, 1000, 62.5  # test notes; training notes of linear codes; frames a second
-COMPONENTS = {"frame": (4, 16, 64), "note": (16, 64)}  # of linear codes
+COMPONENTS = {"frame": (4, 16, 64, 128), "note": (16, 64)}  # of linear codes
 SHIFT = RATE // 20  # samples that sound may be late or early
 
 
