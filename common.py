@@ -503,8 +503,8 @@ def training_command(script, presets, foreign=None):
     return decorate
 
 
-def settle_options(context, options):
-    """Complete the options in place; raises click.UsageError where they, or the run resumed, contradict them."""
+def settle_options(context, options, check=lambda options: None):
+    """Complete the options in place, `check` them; click.UsageError where they, or the run resumed, contradict them."""
     source, by_hand = context.get_parameter_source, click.core.ParameterSource.COMMANDLINE
     typed = {p.name: p.opts[0] for p in context.command.params if source(p.name) is by_hand}  # {name: as --name}
     if name := next(iter(typed.keys() & context.command.foreign.get(options["dataset"], ())), None):
@@ -529,6 +529,7 @@ def settle_options(context, options):
         raise click.UsageError("--download needs --data-root, and a single process")
     if root and not download and not root.exists():
         raise click.UsageError(f"--data-root {root}: no such folder")
+    check(options)
     if options["dry_run"]:
         click.echo(json.dumps(options, indent=2, default=str))
         context.exit()
@@ -617,9 +618,8 @@ def versions():
     """What made a result: versions, commit, hardware."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    packages = {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
-    commit = "not a git checkout" if failed else commit  # or there is no git
-    return {"commit": commit, "python": sys.version.split()[0], "device": device} | packages
+    about = {"commit": "not a git checkout" if failed else commit, "python": sys.version.split()[0], "device": device}
+    return about | {p: version(p) for p in ("torch", "torchvision", "torchaudio", "numpy", "onnx", "onnxruntime")}
 
 
 class Graph(nn.Module):

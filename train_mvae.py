@@ -1104,8 +1104,7 @@ def check_options(options):  # or click.UsageError, for those that do not go tog
 @click.pass_context
 def main(context, **options):
     # 1. Options, device, data.
-    settle_options(context, options)
-    check_options(options)
+    settle_options(context, options, check_options)
     device = start_device(options["device"], options["seed"])
     data, sigma = load_data(options, device), options["sigma"]
 

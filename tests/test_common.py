@@ -113,12 +113,12 @@ def test_layers_lie_over_one_another_the_nearest_on_top():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_presets_name_options_and_help_shows_the_values_that_will_be_used(script):
+def test_presets_name_options_and_help_shows_the_values_that_will_be_used(script, tmp_path):
     names = {parameter.name for parameter in script.main.params}
     assert all(set(preset) <= names for preset in script.PRESETS.values())
     for dataset in script.PRESETS:
         shown = CliRunner().invoke(script.main, ["--dataset", dataset, "--help"]).output
-        result = CliRunner().invoke(script.main, ["--dataset", dataset, "--dry-run"])
+        result = CliRunner().invoke(script.main, ["--dataset", dataset, "--data-root", str(tmp_path), "--dry-run"])
         assert result.exit_code == 0, result.output
         used = json.loads(result.output)
         assert f"default: {used['minutes']}" in shown and f"default: {used['beta']}" in shown
