@@ -12,7 +12,7 @@ from torchmetrics.clustering import AdjustedRandScore
 
 from common import RATE, Vocoder, random_generator
 from recompose import load_picture
-from tests.experiments import curves, exchange, grid, mixed, properties, separation, slots, transfer
+from tests.experiments import clusters, curves, exchange, grid, mixed, properties, separation, slots, transfer
 from tests.experiments.judges import FamilyClassifier
 from train_mvae import COLOURS, CUBE, RADII, SOUND_FFT, BuiltInClevr, Encoding, PictureFolder, assign, separate
 
@@ -183,6 +183,21 @@ def test_a_slot_on_two_objects_by_halves_is_no_duplicate():
 
 def test_a_scene_without_objects_has_no_scores():
     assert slots.segmentation_scores(torch.rand(4, 16, 16), torch.zeros(16, 16, dtype=torch.long)) == {}
+
+
+def test_pixels_of_one_colour_are_one_cluster(tmp_path, monkeypatch):
+    colours = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    label = torch.randint(3, (20, 20), generator=random_generator("label"))
+    found = clusters.segment(colours[label].permute(2, 0, 1), 3, 0.0)
+    assert AdjustedRandScore()(found.flatten(), label.flatten()) == 1
+    halves = clusters.segment(torch.zeros(3, 20, 20), 2, 1.0)  # by places alone
+    assert 180 <= int(halves.sum()) <= 220
+    monkeypatch.setattr(clusters, "CHOSEN_BY", 2)
+    monkeypatch.setattr(clusters, "CLUSTERS", (5,))
+    assert "built-in sprites, 3 test scenes: ari_fg 0." in invoke(clusters.main, "--scenes", 3)
+    write_clevr(tmp_path, masks=False)
+    result = CliRunner().invoke(clusters.main, ["--dataset", "clevr", "--data-root", str(tmp_path)])
+    assert result.exit_code == 2 and "has no masks to score by" in result.output
 
 
 # ---------------------------------------------------------------- Properties

@@ -55,6 +55,8 @@ def main(dataset, data_root, size, scenes):
     settings = train_mvae.PRESETS[dataset] | {"data_root": data_root} | ({"size": size} if size else {})
     data = train_mvae.load_data(options | settings, torch.device("cpu"))
     valid, test = data.scenes("valid", CHOSEN_BY), data.scenes("test", scenes)
+    if not (valid[1].any() and test[1].any()):
+        raise click.UsageError(f"{data.source} has no masks to score by")
     best = max(product(CLUSTERS, WEIGHTS), key=lambda pair: score(valid, *pair))
     click.echo(f"{data.source}, {len(test[0])} test scenes: ari_fg {score(test, *best):.3f}, of {best[0]} clusters,")
     click.echo(f"places weighing {best[1]}, as suits valid scenes best; without places {score(test, best[0], 0.0):.3f}")
