@@ -195,7 +195,7 @@ def test_pixels_of_one_colour_are_one_cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "CHOSEN_BY", 2)
     monkeypatch.setattr(clusters, "CLUSTERS", (5,))
     assert "built-in sprites, 3 test scenes: ari_fg 0." in invoke(clusters.main, "--scenes", 3)
-    write_clevr(tmp_path, masks=False)
+    write_clevr(tmp_path, masks=False, sizes=[(320, 240)] * 4, train=30)
     result = CliRunner().invoke(clusters.main, ["--dataset", "clevr", "--data-root", str(tmp_path)])
     assert result.exit_code == 2 and "has no masks to score by" in result.output
 
