@@ -348,9 +348,7 @@ class Model:
                     raise ValueError("with a flipped bit it would draw something else, unnoticed")
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                raise click.UsageError(
-                    f"{path}: missing, damaged, or no graph of a finished train_mvae.py run"
-                ) from error
+                raise click.UsageError(f"{path}: missing, damaged, or no graph of a finished train_mvae run") from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
@@ -481,7 +479,8 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
-        alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(fit(pieces[w], length), n_fft, frame))
+        alone = model.compose(layer[0][:, None])  # (N, F, T)
+        mixture = np.abs(stft(fit(pieces[w], length), n_fft, frame))  # (F, T)
         masks = soft_masks(alone, mixture, spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
