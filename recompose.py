@@ -479,8 +479,7 @@ def recompose_sound(model, path, samples, rate, kept, vocoder, rows):
         first, last = round(start * rate), min(round((stop + FADE) * rate), samples.shape[1])
         n, layer = last - first, model.run("decoder", z=mu[[w]], cell=cell[[w]])["layer"]
         spectrum = stft(fit(samples[:, first:last], min(n + 2 * hop, max(n, longest))), 4 * hop, hop)
-        alone = model.compose(layer[0][:, None])  # (N, F, T)
-        mixture = np.abs(stft(fit(pieces[w], length), n_fft, frame))  # (F, T)
+        alone, mixture = model.compose(layer[0][:, None]), np.abs(stft(fit(pieces[w], length), n_fft, frame))
         masks = soft_masks(alone, mixture, spectrum.shape[1:])
         ramp = np.minimum((np.arange(n) + 0.5) / (FADE * rate), 1)
         fade = (ramp if w else 1) * (ramp[::-1] if stop < cuts[-1] else 1)
