@@ -348,7 +348,7 @@ class Model:
                     raise ValueError("with a flipped bit it would draw something else, unnoticed")
                 self.sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises a kind of its own for every fault
-                raise click.UsageError(f"{path}: missing, damaged, or no graph of a finished train_mvae run") from error
+                raise click.UsageError(f"{path}: missing, damaged, or no graph of a train_mvae.py run") from error
         try:
             (text,) = {one.get_modelmeta().custom_metadata_map.get("model") for one in self.sessions.values()}
             self.about = json.loads(text)
