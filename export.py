@@ -387,7 +387,7 @@ def main(run_dir, out, **forms):
             before, (first, *rest) = {Path(line[66:]).name for line in sums.read_text().splitlines()}, made
             for file in (first, sums.name, *rest):  # killed between, it leaves graphs of both, which are refused
                 (Path(folder) / file).replace(out / file)
-            for stale in before - made.keys():  # of an export before, maybe of another model
+            for stale in {name for name in before if name.split(".")[0] in CONTRACT["graphs"]} - made.keys():
                 (out / stale).unlink(missing_ok=True)
     except Timeout as error:
         raise click.UsageError(f"--out {out}: another export is at work there") from error

@@ -293,7 +293,9 @@ def test_a_later_export_leaves_nothing_of_the_one_before(vae_run, tmp_path, quic
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", ".", "--no-torchscript"])
     assert result.exit_code == 2 and "is there, which no export wrote" in result.output
     assert {f.name for f in out.iterdir()} == {*old, *kept}
-    (out / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in old))
+    (out / "notes.txt").write_text("no graph, if in the list")
+    (out / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in (*old, "notes.txt")) + "\n")
+    kept.add("notes.txt")
     result = CliRunner().invoke(export.main, [str(vae_run), "--out", ".", "--no-torchscript"])
     assert result.exit_code == 0, result.output
     assert {f.name for f in out.iterdir()} == {"encoder.onnx", "decoder.onnx", "model.json", "SHA256SUMS"} | kept
